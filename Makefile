@@ -1,0 +1,51 @@
+# Every target sets up what it needs, from a fresh clone on; a stamp inside .venv says when that is done.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+# make test ARGS="-k noise -x"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install quickstart test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(RUNTIME) ## create .venv with the runtime and this project in editable mode
+
+quickstart: $(RUNTIME) ## train a small teacher, distil it, evaluate it: outputs/quickstart/
+	$(BIN)/python -m scripts.quickstart $(ARGS)
+
+test: $(DEV) ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV) ## repair style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './outputs/*' -prune -exec rm -rf {} +
+
+# pip is asked for, not only python: a venv made without ensurepip looks finished and is not.
+$(RUNTIME): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "Python 3.11, 3.12 or 3.13 is needed; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
+	  echo "Name another one, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes minutes, PyTorch is large."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt -e .
+	@touch $@
+
+$(DEV): $(RUNTIME) requirements-dev.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,171 @@
+"""Pictures: image grids with Pillow, so that every pixel stays a square, and charts with matplotlib as SVG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+# Okabe & Ito's colours, which stay apart for colour-blind readers; grey is for the real images, blue for the teacher.
+REAL, TEACHER = "#6b7280", "#0072b2"
+STUDENTS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b5a2b")
+INK, FAINT = "#1f2937", "#e5e7eb"
+TILE = 32  # screen pixels that an image should at least take
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+def student_colour(index: int) -> str:
+    """One colour a student, the same in every chart."""
+    return STUDENTS[index % len(STUDENTS)]
+
+
+def grid(pixels: Tensor, columns: int = 8, gap: int = 2) -> Image.Image:
+    """uint8 (n, c, h, w), c 1 or 3 -> RGB grid in reading order, enlarged by a whole factor without smoothing."""
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not len(pixels):
+        raise ValueError(f"a grid takes uint8 (n, 1 or 3, h, w) with n > 0, got {pixels.dtype} {tuple(pixels.shape)}")
+    factor = max(1, math.ceil(TILE / pixels.shape[3]))
+    tiles = pixels.expand(-1, 3, -1, -1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    n, _, h, w = tiles.shape
+    rows = math.ceil(n / columns)
+    canvas = torch.full((3, rows * (h + gap) - gap, columns * (w + gap) - gap), 255, dtype=torch.uint8)
+    for i, tile in enumerate(tiles):
+        y, x = i // columns * (h + gap), i % columns * (w + gap)
+        canvas[:, y : y + h, x : x + w] = tile
+    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+
+
+def panels(titled: Sequence[tuple[str, str, Tensor]], columns: int = 5) -> Image.Image:
+    """(title, subtitle, pixels (n, c, h, w)) side by side, `columns` of them a row."""
+    margin, title_height, size = 20, 52, 18
+    bold, plain = (ImageFont.truetype(FONTS / name, size) for name in ("DejaVuSans-Bold.ttf", "DejaVuSans.ttf"))
+    plain = plain.font_variant(size=size - 4)
+    grids = [grid(pixels) for _, _, pixels in titled]
+    width = max(g.width for g in grids)
+    height = max(g.height for g in grids) + title_height
+    per_row = min(columns, len(grids))
+    rows = math.ceil(len(grids) / per_row)
+    canvas = Image.new("RGB", (margin + per_row * (width + margin), margin + rows * (height + margin)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, ((title, subtitle, _), image) in enumerate(zip(titled, grids, strict=True)):
+        x, y = margin + i % per_row * (width + margin), margin + i // per_row * (height + margin)
+        draw.text((x, y), _fitted(title, bold, width), fill=INK, font=bold)
+        draw.text((x, y + size + 6), _fitted(subtitle, plain, width), fill=REAL, font=plain)
+        canvas.paste(image, (x, y + title_height))
+    return canvas
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, cut with an ellipsis where it is wider than its panel."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "\u2026") > width:
+        text = text[:-1]
+    return text + "\u2026"
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """The same bytes for the same figure: no date, fixed ids."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "eval"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def loss_chart(series: Sequence[tuple[str, str, list[int], list[float]]]) -> Figure:
+    """(title, colour, steps, values) -> one small chart each, since losses of different objectives share no scale."""
+    columns = min(3, len(series))
+    rows = math.ceil(len(series) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.2 * rows), layout="constrained")
+    for i, (title, colour, steps, values) in enumerate(series):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        smooth_steps, smooth = _running_mean(steps, values)
+        axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+        axes.plot(smooth_steps, smooth, color=colour, linewidth=1.5)
+        if len(smooth) > 1 and max(smooth) > min(smooth):  # single spikes must not flatten the rest
+            low, high = np.quantile(values, [0.01, 0.99])
+            pad = 0.1 * (max(high, max(smooth)) - min(low, min(smooth)))
+            axes.set_ylim(min(low, min(smooth)) - pad, max(high, max(smooth)) + pad)
+        _style(axes, title, "step")
+    return figure
+
+
+def _running_mean(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """Means over windows of about a fiftieth of the run, at the middle step of each window."""
+    window = max(1, len(values) // 50)
+    half = window // 2
+    means = np.convolve(values, np.ones(window) / window, mode="valid")
+    return steps[half : half + len(means)], means.tolist()
+
+
+def fd_chart(series: Sequence[tuple[str, str, list[int], list[float]]], base: float, base_label: str) -> Figure:
+    """(label, colour, steps, FD) in one chart, FD logarithmic, with a line at `base`."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for label, colour, steps, values in series:
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+    axes.axhline(base, color=REAL, linewidth=1, linestyle=(0, (4, 3)), label=base_label)
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _style(axes, "FD while training (logarithmic)", "step")
+    return figure
+
+
+def balance_chart(shares: Sequence[tuple[str, str, list[float]]], class_names: Sequence[str]) -> Figure:
+    """(label, colour, share of each class): one row of bars a set; the first set's shares are the ticks on all."""
+    columns = min(3, len(shares))
+    rows = math.ceil(len(shares) / columns)
+    figure = Figure(figsize=(3.4 * columns, 1.7 * rows), layout="constrained")
+    top = 100 * max(max(values) for _, _, values in shares)
+    x = np.arange(len(class_names))
+    for i, (label, colour, values) in enumerate(shares):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.bar(x, [100 * v for v in values], color=colour, width=0.75)
+        if i:
+            axes.hlines([100 * v for v in shares[0][2]], x - 0.45, x + 0.45, color=INK, linewidth=1)
+        axes.set_xticks(x, class_names)
+        axes.set_ylim(0, 1.1 * top)
+        _style(axes, f"{label} (%)", "")
+    return figure
+
+
+def distance_chart(series: Sequence[tuple[str, str, Tensor]], threshold: float) -> Figure:
+    """(label, colour, nearest-neighbour distances) as outlined histograms of equal area, with the copy threshold."""
+    figure = Figure(figsize=(7.2, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    top = max(float(values.quantile(0.999)) for _, _, values in series)
+    for label, colour, values in series:
+        style = {"histtype": "stepfilled", "alpha": 0.25} if colour == REAL else {"histtype": "step", "linewidth": 1.6}
+        axes.hist(values.numpy(), bins=np.linspace(0, top, 60), density=True, color=colour, label=label, **style)
+    axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="1st percentile of real to real")
+    axes.set_yticks([])
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _style(axes, "", "distance to the nearest real image")
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def _style(axes: Axes, title: str, xlabel: str) -> None:
+    axes.set_title(title, fontsize=9, color=INK, loc="left")
+    axes.set_xlabel(xlabel, fontsize=8, color=REAL)
+    axes.tick_params(labelsize=8, colors=REAL, length=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)

@@ -1,0 +1,232 @@
+"""report.html: one self-contained file, from the numbers of report.json and pictures that are already bytes."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from typing import Any
+
+STYLE = """
+:root { --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --best: #ecfdf5; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 40px 24px 80px; max-width: 1080px; color: var(--ink); background: #fff;
+       font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -0.01em; }
+h2 { font-size: 18px; margin: 44px 0 10px; }
+p, li { max-width: 78ch; }
+p.lead, p.soft, figcaption, footer { color: var(--soft); }
+.warn { background: #fff7ed; border-left: 4px solid #d55e00; padding: 10px 14px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th { text-align: right; font-weight: 600; color: var(--soft); font-size: 13px; vertical-align: bottom; }
+th, td { padding: 8px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td { text-align: right; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
+tr.best td { background: var(--best); font-weight: 600; }
+img { max-width: 100%; height: auto; }
+img.pixels { image-rendering: pixelated; }
+figure { margin: 0 0 18px; }
+dt { font-weight: 600; margin-top: 10px; }
+dd { margin: 0; color: var(--soft); max-width: 78ch; }
+footer { margin-top: 56px; border-top: 1px solid var(--line); padding-top: 12px; font-size: 13px;
+         overflow-wrap: anywhere; }
+"""
+
+COLUMNS = (
+    "Method",
+    "FD",
+    "&times; base",
+    "Energy distance",
+    "Pixel std",
+    "Right class",
+    "Training",
+    "Training calls",
+    "Calls / image",
+    "Sampling / image",
+)
+
+
+SECTIONS = (
+    ("samples", "Samples", "The first 64 of each set in the order of their seeds, none picked."),
+    ("fd", "FD while training", "As logged by each run; its images and their number need not be this report's."),
+    ("loss", "Losses", "Pale: as logged. Dark: running mean. Losses of different objectives share no scale."),
+    (
+        "balance",
+        "Class balance",
+        "Share of each class, by the classifier's verdict on generated images; black marks: the real images.",
+    ),
+    (
+        "neighbours",
+        "Nearest real images",
+        "Is anything copied? The first generated images, each above the real image that is nearest to it.",
+    ),
+)
+
+Picture = tuple[str, bytes, str]  # caption, content, media type
+
+
+def page(report: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
+    """report: what report.json holds. pictures: those of each section; a section without any is left out."""
+    protocol = report["protocol"]
+    warning = ""
+    if not protocol["standard"]:
+        warning = (
+            f'<p class="warn"><b>Not the protocol:</b> {protocol["n"]:,} images were forced. Compare these distances '
+            "only with others at the same number of images.</p>"
+        )
+    return f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Evaluation {escape(protocol["name"])}</title><style>{STYLE}</style></head>
+<body>
+<h1>Evaluation: {escape(protocol["name"])}</h1>
+<p class="lead">{escape(protocol["computed"])}</p>
+{warning}
+{_table(report)}
+{"".join(_section(title, note, pictures.get(key, [])) for key, title, note in SECTIONS)}
+<h2>What the numbers mean</h2>
+{_notes(report)}
+{_footer(report)}
+</body></html>
+"""
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def _section(title: str, note: str, pictures: list[Picture]) -> str:
+    if not pictures:
+        return ""
+    parts = [f'<h2>{title}</h2><p class="soft">{note}</p>']
+    for caption, content, media_type in pictures:
+        shown = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        kind = "pixels" if media_type == "image/png" else "chart"
+        image = f'<img class="{kind}" alt="{escape(caption or title)}" src="{data_uri(content, media_type)}">'
+        parts.append(f"<figure>{shown}{image}</figure>")
+    return "".join(parts)
+
+
+def _table(report: dict[str, Any]) -> str:
+    floor, students = report["floor"], report["students"]
+    rows = [
+        (
+            "",
+            [
+                "Real images, two halves",
+                f"{floor['fd']:.3f} &plusmn; {floor['fd_std']:.3f}",
+                "",
+                f"{floor['energy_distance']:.4f}",
+                f"{report['protocol']['reference']['pixel_std']:.3f}",
+                *[""] * (len(COLUMNS) - 5),
+            ],
+        ),
+        ("", _row("Teacher", report["teacher"])),
+    ]
+    best = min(students, key=lambda name: students[name]["fd"], default=None)
+    for name, numbers in students.items():
+        mark = ' class="best"' if name == best and len(students) > 1 else ""
+        rows.append((mark, _row(escape(name), numbers)))
+    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+    lines = "".join(f"<tr{mark}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for mark, cells in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _row(name: str, numbers: dict[str, Any]) -> list[str]:
+    calls = numbers["calls"]
+    return [
+        name,
+        f"{numbers['fd']:.3f}",
+        f"{numbers['fd_over_base']:.2f}",
+        f"{numbers['energy_distance']:.4f}",
+        f"{numbers['pixel_std']:.3f}",
+        f"{numbers['label_accuracy']:.1%}" if "label_accuracy" in numbers else "&ndash;",
+        "&ndash;" if numbers["train_seconds"] is None else _duration(numbers["train_seconds"]),
+        "&ndash;" if not calls else _count(sum(calls.values())),
+        f"{numbers['calls_per_image']:g}",
+        _duration(numbers["seconds_per_image"]),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """A time with the unit that suits it.
+
+    >>> _duration(0.00002), _duration(0.0213), _duration(47.3), _duration(600), _duration(8000)
+    ('20 &micro;s', '21.3 ms', '47.3 s', '10.0 min', '2.2 h')
+    """
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} &micro;s"
+    for limit, in_unit, unit in ((1, seconds * 1e3, "ms"), (120, seconds, "s"), (7200, seconds / 60, "min")):
+        if seconds < limit:
+            return f"{in_unit:.1f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _count(number: float) -> str:
+    """A number of calls, short.
+
+    >>> _count(950), _count(12_340), _count(1_234_000), _count(5e9)
+    ('950', '12.3 k', '1.2 M', '5.0 G')
+    """
+    for limit, divisor, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if number >= limit:
+            return f"{number / divisor:.1f} {unit}"
+    return f"{number:,.0f}"
+
+
+def _notes(report: dict[str, Any]) -> str:
+    floor, extractor = report["floor"], report["extractor"]
+    n, m, half = report["protocol"]["n"], report["protocol"]["reference"]["n"], floor["half_size"]
+    # The bias of FD goes with 1/n_a + 1/n_b, so the floor at half size carries over to the sizes compared here.
+    perfect = floor["fd"] * (1 / n + 1 / m) / (1 / half + 1 / (m - half))
+    notes = {
+        "FD (Fréchet distance)": (
+            "How far generated images are from real ones as distributions: a Gaussian is fitted to the features of "
+            "each set, and the distance of the two is taken. Lower is better. It depends on the extractor and on the "
+            "number of images, so compare it only within one protocol. FID is the same formula with another network: "
+            f"these numbers are not FIDs. The extractor here recognises {extractor['accuracy']:.1%} of held-out images."
+        ),
+        "Floor": (
+            "Equal distributions do not measure zero either, with finitely many images. Two random halves of the "
+            f"real images ({half:,} each, mean of {floor['splits']} splits) are {floor['fd']:.3f} apart. A perfect "
+            f"generator would read about {perfect:.3f} in this table, because more images are compared, and one "
+            "that repeats its training images still less: see the nearest real images."
+        ),
+        "× base": (
+            "FD divided by the larger of the teacher's FD and the floor: 1 is as good as the teacher. Differences "
+            "below the floor's spread mean nothing."
+        ),
+        "Energy distance": (
+            "Compares raw pixels without any network: zero for equal distributions. It is unbiased, so it may fall "
+            f"slightly below zero; between halves of the real images it is {floor['energy_distance']:.4f} with a "
+            f"spread of {floor['energy_distance_std']:.4f}."
+        ),
+        "Pixel std": ("How much the images of one set differ from one another. Well below the real images' value: less variety."),
+        "Right class": (
+            "How often the classifier sees the class that was asked for, where a model takes one; labels are drawn evenly."
+        ),
+        "Training, training calls": (
+            "Seconds the training loop took on its own machine, and how often any network in it was evaluated on one image."
+        ),
+        "Calls and sampling per image": (
+            "Network evaluations for one image, as counted, and the time for one image in batches on the machine that "
+            "made this report."
+        ),
+        "Nearest real images": (
+            "A model that copied its training images would be nearer to real images than these are to each other. Of "
+            "new images from the same distribution about 1% are nearer than the 1st percentile of real to real."
+        ),
+    }
+    items = "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in notes.items())
+    return f"<dl>{items}</dl>"
+
+
+def _footer(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+    extractor = report["extractor"]
+    lines = (
+        f"Commit {report['git_commit'] or 'unknown (no git repository)'}. {versions}.",
+        f"Extractor {extractor['name']}, sha256 {extractor['sha256']}.",
+        "All numbers are in report.json beside this file.",
+    )
+    return "<footer>" + "<br>".join(escape(line) for line in lines) + "</footer>"

@@ -1,0 +1,60 @@
+"""Evaluation protocols by name: everything that a published number depends on besides the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pipelines.images import ImageSet, load_digits
+
+DATASETS: dict[str, Callable[[], ImageSet]] = {"digits": load_digits}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """num_images generated from `seed` on, compared with all images of `dataset` by the features of `extractor`.
+
+    standard_images is the protocol's own num_images; where they differ the report says so.
+    """
+
+    name: str
+    dataset: str
+    extractor: str
+    num_images: int
+    seed: int = 0
+    batch_size: int = 500
+
+    @property
+    def standard_images(self) -> int:
+        return PROTOCOLS[self.name].num_images
+
+    @property
+    def is_standard(self) -> bool:
+        return self.num_images == self.standard_images
+
+    def adjusted(self, num_images: int | None = None, seed: int | None = None, force: bool = False) -> Protocol:
+        """A copy with another seed or number of images; the latter only by force, since FD depends on it."""
+        n = self.num_images if num_images is None else num_images
+        if n < 2:
+            raise ValueError(f"num-images is {n}; statistics need at least 2 images")
+        if n != self.standard_images and not force:
+            raise ValueError(
+                f"num-images is {n:,} but protocol {self.name} has {self.standard_images:,}, and a Frechet distance "
+                "depends on the number of images; add --force to do it anyway (the report will say so)"
+            )
+        return replace(self, num_images=n, seed=self.seed if seed is None else seed)
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "digits-10k": Protocol("digits-10k", dataset="digits", extractor="digits-classifier", num_images=10_000),
+}
+
+
+def get_protocol(name: str) -> Protocol:
+    """ValueError for an unknown name, with the nearest known one."""
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    close = difflib.get_close_matches(name, PROTOCOLS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown protocol {name!r}{hint} (known: {', '.join(PROTOCOLS)})")

@@ -1,0 +1,79 @@
+"""What a training run left behind: which folder holds the model, what it says about its training, its log."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model to evaluate. model: its folder; info: teacher.json or student.json; metrics: rows of metrics.jsonl."""
+
+    name: str
+    model: Path
+    info: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+def find_run(name: str, path: Path, role: Role) -> Run:
+    """A run folder (with student/ or teacher/ in it) or a model folder itself -> Run.
+
+    FileNotFoundError or ValueError, naming the path, what was expected and how to get it.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{role} {name!r}: no such folder: {path}")
+    model = path / role if (path / role).is_dir() else path
+    marker = f"{role}.json" if role == "student" else "model_index.json"
+    if not (model / marker).is_file():
+        where = f"{model} has no {marker}" if model != path else f"{path} has neither {role}/ nor {marker}"
+        train = "trainers.distill" if role == "student" else "trainers.train_teacher"
+        raise FileNotFoundError(
+            f"{role} {name!r}: {where}; give the output folder of a finished run of {train}, or its {role}/ folder"
+        )
+    log = (path if model != path else path.parent) / "metrics.jsonl"
+    return Run(name, model, _read_info(model / f"{role}.json"), read_metrics(log) if log.is_file() else [])
+
+
+def _read_info(file: Path) -> dict[str, Any]:
+    if not file.is_file():  # a converted teacher says nothing about its training
+        return {}
+    try:
+        info = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); save the model again") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{file} holds a {type(info).__name__}, expected an object with steps, train_seconds, calls")
+    return info
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl. ValueError names the line that cannot be read; an unfinished last line is left out."""
+    rows, lines = [], file.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # the run was killed, or is still running, in the middle of a write
+                break
+            raise ValueError(f"{file} line {number} is not valid JSON ({error}); mend or remove that line") from error
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(f"{file} line {number} is not an object with a 'step'; mend or remove that line")
+        rows.append(row)
+    return rows
+
+
+def curves(rows: list[dict[str, Any]], suffix: str) -> dict[str, tuple[list[int], list[float]]]:
+    """{key: (steps, values)} for every logged number whose key ends with suffix, e.g. "loss" or "fd"."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.endswith(suffix) and isinstance(value, int | float):
+                steps, values = found.setdefault(key, ([], []))
+                steps.append(row["step"])
+                values.append(float(value))
+    return found

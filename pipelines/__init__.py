@@ -1,0 +1,1 @@
+"""What runs a model: noise levels, denoisers, students and the diffusers pipelines that draw images from them."""

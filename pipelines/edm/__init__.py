@@ -1,0 +1,7 @@
+"""Pixel-space EDM models (Karras et al. 2022) as diffusers components: network, scheduler, pipeline."""
+
+from .pipeline import EDMPipeline
+from .scheduler import EDMScheduler
+from .unet import EDMUNet
+
+__all__ = ["EDMPipeline", "EDMScheduler", "EDMUNet"]

@@ -1,0 +1,136 @@
+"""Image sets in memory: scikit-learn digits, local parquet files, image folders and hub data sets.
+
+Pixels are uint8 (n, c, h, w) everywhere outside a network; networks see float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Decoded images are held in memory; this bounds a set to what a workstation can hold beside a model.
+MAX_BYTES = 8 * 2**30
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """pixels uint8 (n, c, h, w); labels long (n,) or None; class_names in the order of the labels."""
+
+    pixels: Tensor
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8, rounded; values outside are clamped, as any image file would.
+
+    NaN and infinities raise ValueError: they are no colour.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("images hold NaN or infinite values; the network that made them has diverged")
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_digits() -> ImageSet:
+    """The 1,797 grey 8x8 digits that ship with scikit-learn (0..16 rescaled to 0..255)."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    digits = sklearn_digits()
+    pixels = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)[:, None]
+    return ImageSet(pixels, torch.from_numpy(digits.target).long(), tuple(map(str, digits.target_names)))
+
+
+def load_rows(dataset, image_column: str, label_column: str | None, image_size: int, channels: int) -> ImageSet:
+    """Decode a `datasets.Dataset` to memory, centre-cropped and resized (Lanczos) to image_size.
+
+    Raises ValueError for a missing column or a set too large for memory.
+    """
+    from tqdm import tqdm
+
+    for key, column in (("image_column", image_column), ("label_column", label_column)):
+        if column is not None and column not in dataset.column_names:
+            raise ValueError(f"data.{key}: no column {column!r}; the data set has {', '.join(dataset.column_names)}")
+    need = len(dataset) * channels * image_size**2
+    if need > MAX_BYTES:
+        raise ValueError(
+            f"data: {len(dataset)} images of {channels}x{image_size}x{image_size} take {need / 2**30:.0f} GiB decoded, "
+            f"more than {MAX_BYTES / 2**30:.0f}; choose a smaller split, e.g. data.split='train[:10%]'"
+        )
+    pixels = torch.empty(len(dataset), channels, image_size, image_size, dtype=torch.uint8)
+    for i, row in enumerate(tqdm(dataset.select_columns([image_column]), desc="decoding images", unit="image")):
+        pixels[i] = _decode(row[image_column], image_size, channels)
+    labels, names = None, ()
+    if label_column is not None:
+        labels = torch.as_tensor(dataset[label_column][:], dtype=torch.long)
+        feature = dataset.features[label_column]
+        names = tuple(getattr(feature, "names", None) or map(str, range(int(labels.max()) + 1)))
+    return ImageSet(pixels, labels, names)
+
+
+def load_parquet(files: list[str], image_column: str, label_column: str | None, image_size: int, channels: int):
+    """Local parquet files with the `datasets` image feature. FileNotFoundError names the file that is missing."""
+    from datasets import load_dataset
+
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"data.files: no such file {file!r}; give the path of a parquet file")
+    rows = load_dataset("parquet", data_files=files, split="train")  # the builder calls every local set "train"
+    return load_rows(rows, image_column, label_column, image_size, channels)
+
+
+def load_folder(path: str, image_size: int, channels: int) -> ImageSet:
+    """A folder of images, searched recursively; sub-folders directly below it are the classes if there are any."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.path: no such folder {path!r}")
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"data.path: no images ({', '.join(IMAGE_SUFFIXES)}) below {path!r}")
+    pixels = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
+    for i, file in enumerate(tqdm(files, desc="decoding images", unit="image")):
+        try:
+            with Image.open(file) as image:
+                pixels[i] = _decode(image, image_size, channels)
+        except OSError as error:
+            raise ValueError(f"data.path: cannot decode {str(file)!r}: {error}; mend or remove it") from error
+    parents = [f.relative_to(root).parts[0] if len(f.relative_to(root).parts) > 1 else None for f in files]
+    if any(p is None for p in parents):
+        return ImageSet(pixels)
+    names = tuple(sorted(set(parents)))
+    return ImageSet(pixels, torch.tensor([names.index(p) for p in parents]), names)
+
+
+def load_hub(name: str, split: str, image_column: str, label_column: str | None, image_size: int, channels: int):
+    """A data set by its hub id (or the path of a data set folder)."""
+    from datasets import load_dataset
+
+    return load_rows(load_dataset(name, split=split), image_column, label_column, image_size, channels)
+
+
+def _decode(image, image_size: int, channels: int) -> Tensor:
+    """PIL image -> uint8 (channels, image_size, image_size): centre crop of the shorter side, then Lanczos."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    image = image.convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    if image.size != (image_size, image_size):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box)
+    return pil_to_tensor(image)

@@ -1,0 +1,1 @@
+"""What changes weights: objectives, posteriors, and the one loop that trains them all."""

@@ -1,0 +1,355 @@
+"""Configurations: one frozen, strict model for each command, from a YAML file and `a.b=value` overrides.
+
+Unknown keys are errors with a suggestion, all errors are reported at once, and nothing is read from the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipelines import noise
+
+from .posteriors.gaussian import COVARIANCES
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Weight = Literal[tuple(noise.WEIGHTINGS)]
+
+
+T = TypeVar("T", bound="Strict")
+
+
+class ConfigError(ValueError):
+    """What the user must mend, one line a fault."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# Noise levels -------------------------------------------------------------------------------------------------------
+
+
+class Range(Strict):
+    low: PositiveFloat
+    high: PositiveFloat
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        return self
+
+
+class UniformLevels(Range):
+    name: Literal["uniform"]
+
+    def sampler(self):
+        return lambda u, progress: noise.uniform_t(u, self.low, self.high)
+
+
+class LogUniformLevels(Range):
+    name: Literal["log_uniform"]
+
+    def sampler(self):
+        return lambda u, progress: noise.log_uniform_t(u, self.low, self.high)
+
+
+class LogNormalLevels(Strict):
+    name: Literal["log_normal"]
+    mean: float = -1.2
+    std: PositiveFloat = 1.2
+
+    def sampler(self):
+        return lambda u, progress: noise.log_normal_t(u, self.mean, self.std)
+
+
+class KarrasLevels(Range):
+    name: Literal["karras"]
+    rho: PositiveFloat = 7.0
+
+    def sampler(self):
+        return lambda u, progress: noise.karras_t(u, self.low, self.high, self.rho)
+
+
+class PowerLevels(Range):
+    """t = low + u^p (high - low), p annealed linearly from `start` to `end`, which it reaches at progress `until`."""
+
+    name: Literal["power"]
+    start: PositiveFloat = 0.1
+    end: PositiveFloat = 2.0
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def sampler(self):
+        exponent = partial(noise.annealed_power, start=self.start, end=self.end, until=self.until)
+        return lambda u, progress: noise.power_t(u, self.low, self.high, exponent(progress))
+
+
+Levels = Annotated[UniformLevels | LogUniformLevels | LogNormalLevels | KarrasLevels | PowerLevels, Field(discriminator="name")]
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+class DigitsData(Strict):
+    """The 8x8 digits that ship with scikit-learn."""
+
+    name: Literal["digits"]
+    labels: bool = False
+
+
+class ColumnsData(Strict):
+    image_size: PositiveInt
+    channels: Literal[1, 3] = 3
+    image_column: str = "image"
+    label_column: str | None = None
+
+
+class ParquetData(ColumnsData):
+    name: Literal["parquet"]
+    files: Annotated[list[str], Field(min_length=1)]
+
+
+class HubData(ColumnsData):
+    name: Literal["hub"]
+    id: str
+    split: str = "train"
+
+
+class FolderData(Strict):
+    name: Literal["folder"]
+    path: str
+    image_size: PositiveInt
+    channels: Literal[1, 3] = 3
+    labels: bool = False
+
+
+Data = Annotated[DigitsData | ParquetData | HubData | FolderData, Field(discriminator="name")]
+
+# Networks and optimisers ----------------------------------------------------------------------------------------------
+
+
+class Network(Strict):
+    """pipelines.edm.EDMUNet without what the data decide (resolution, channels, classes)."""
+
+    channels: Annotated[int, Field(gt=0, multiple_of=2)] = 64
+    channel_mult: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
+    num_blocks: PositiveInt = 2
+    attention_levels: list[int] = []
+    patch_size: PositiveInt = 1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Optimizer(Strict):
+    """Adam (decoupled weight decay). The rate warms up linearly, then follows `schedule` down to final_ratio * lr."""
+
+    lr: PositiveFloat
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: PositiveFloat | None = 10.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Run(Strict):
+    """What every training run has. batch_size is for one update over all processes; micro_batch_size is for one
+    process and one backward pass (default: all of its share), so the loop accumulates as often as it takes."""
+
+    output_dir: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    steps: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    log_every: PositiveInt = 50
+    sample_every: PositiveInt | None = None
+    num_samples: PositiveInt = 64
+    checkpoint_every: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+    resume: str = "no"  # "no", "latest", or the path of a checkpoint
+    trackers: list[str] = []  # any that accelerate knows, e.g. tensorboard
+
+
+class TeacherConfig(Run):
+    """`accelerate launch -m trainers.train_teacher`."""
+
+    data: Data
+    network: Network
+    sigma_data: PositiveFloat = 0.5
+    levels: Levels
+    weighting: Weight = "edm"
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # share trained with the null label, for guidance
+    optimizer: Optimizer
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+    sampling_steps: PositiveInt = 18
+
+
+# Distillation ---------------------------------------------------------------------------------------------------------
+
+
+class Teacher(Strict):
+    path: str  # an EDMPipeline folder, or the output_dir of train_teacher
+    guidance_scale: float = 1.0
+
+
+class Student(Strict):
+    sigma_init: PositiveFloat = 2.5  # the noise level of the one step
+    optimizer: Optimizer
+
+
+class FakeScore(Strict):
+    optimizer: Optimizer
+    levels: Levels
+    weighting: Weight = "edm"
+    updates: PositiveInt = 1
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+
+
+class Posterior(Strict):
+    network: Network
+    covariance: Literal[tuple(COVARIANCES)] = "linear"
+    optimizer: Optimizer
+    updates: Annotated[int, Field(ge=0)] = 1
+    warmup_updates: Annotated[int, Field(ge=0)] = 500
+    min_information: float = 0.05  # nats; below it the run is reported as collapsed
+
+
+class DiffInstructConfig(Strict):
+    name: Literal["diff_instruct"]
+    levels: Levels
+    weighting: Weight = "sigma2"
+    fake_score: FakeScore
+
+
+class VarFlowConfig(Strict):
+    name: Literal["varflow"]
+    levels: Levels
+    weighting: Weight = "sigma2"
+    beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
+    cross: Literal["full", "paired"] = "paired"
+
+
+class VarDiUConfig(Strict):
+    name: Literal["vardiu"]
+    estimator: Literal["bound", "multi_sample", "resampled_score"] = "resampled_score"
+    num_samples: PositiveInt = 16
+    levels: Levels
+    weighting: Weight = "sigma2"
+    antithetic: bool = True
+    control_variate: bool = True
+    posterior: Posterior
+
+    @model_validator(mode="after")
+    def _posterior_trains(self):
+        if self.estimator == "resampled_score" and self.posterior.updates == 0:
+            raise ValueError("posterior.updates must be at least 1 with estimator='resampled_score', which has no joint step")
+        return self
+
+
+class DistillConfig(Run):
+    """`accelerate launch -m trainers.distill`."""
+
+    teacher: Teacher
+    student: Student
+    objective: Annotated[DiffInstructConfig | VarFlowConfig | VarDiUConfig, Field(discriminator="name")]
+    data: Data | None = None
+
+    @model_validator(mode="after")
+    def _data_given(self):
+        if self.objective.name == "varflow" and self.data is None:
+            raise ValueError("data: objective 'varflow' matches samples of data; add a data section, e.g. data.name=digits")
+        return self
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML keeps the last of two equal keys; here it is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep) for key, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            raise ConfigError(f"line {node.start_mark.line + 1}: key {twice[0]!r} stands twice in one section")
+        return super().construct_mapping(node, deep)
+
+
+def load_config(model: type[T], path: str, overrides: list[str]) -> T:
+    """Read `path`, apply `a.b=value` overrides (values are YAML), validate. ConfigError lists every fault at once."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"--config: no such file {path!r}")
+    try:
+        raw = yaml.load(file.read_text(), _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, not {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return validate(model, raw, path)
+
+
+def validate(model: type[T], raw: dict, source: str) -> T:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(model, e) for e in error.errors()]
+        raise ConfigError("\n".join([f"{source}: {len(lines)} fault(s)", *(f"  {line}" for line in lines)])) from None
+
+
+def _apply(raw: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"override {override!r} must look like a.b=value")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    node[last] = yaml.safe_load(text)
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    """One line for one pydantic error; misspelt keys get a suggestion from the section they stand in."""
+    names, candidates = [], [model]
+    for part in error["loc"]:
+        fields = {k: f for c in candidates for k, f in c.model_fields.items()}
+        tagged = (
+            [c for c in candidates if part in typing.get_args(c.model_fields["name"].annotation)]
+            if (all("name" in c.model_fields for c in candidates))
+            else []
+        )
+        if part in fields:
+            names.append(str(part))
+            candidates = _models_in(fields[part].annotation)
+        elif tagged and part != error["loc"][-1]:
+            candidates = tagged  # pydantic puts a union's tag into the path; the user's file has none there
+        else:
+            names.append(str(part))
+    where = ".".join(names)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), list(fields), n=1)
+        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(fields)}")
+    message = error["msg"].removeprefix("Value error, ")
+    given = f", got {error['input']!r}" if error["type"] != "missing" and not isinstance(error["input"], dict) else ""
+    return f"{where}: {message}{given}" if where else message
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in typing.get_args(annotation) for m in _models_in(a)]

@@ -1,0 +1,109 @@
+"""All randomness of training as a function of (seed, key): a resumed run draws what an uninterrupted one would have.
+
+Every process makes the random numbers of the *whole* batch and keeps its rows, so that any number of processes and any
+number of micro-batches give the same update.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from pipelines.denoiser import Condition
+from pipelines.images import ImageSet, to_unit
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed from any tuple of numbers and names; the same on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class DrawSource:
+    """Makes the draws of each update.
+
+    shape: (c, h, w) of z and eps. num_classes > 0 adds a class_labels condition: the data's own labels where there are
+    data, else uniform; `label_dropout` of them become the null label (index num_classes).
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        data: ImageSet | None = None,
+        num_classes: int = 0,
+        label_dropout: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"batch_size={batch_size} is not a multiple of the number of processes, {world_size}")
+        share = batch_size // world_size
+        self.micro_batch_size = micro_batch_size or share
+        if share % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide each process's share of the batch, {share} "
+                f"(batch_size={batch_size} over {world_size} processes)"
+            )
+        self.seed, self.batch_size, self.shape, self.device = seed, batch_size, shape, device
+        self.data, self.num_classes, self.label_dropout = data, num_classes, label_dropout
+        self.first_row, self.share = rank * share, share
+
+    def batch(self, key: tuple[int | str, ...], progress: float) -> list[MicroDraw]:
+        """This process's micro-batches for the update named by `key`."""
+        return [
+            MicroDraw(self, (self.seed, *key), progress, self.first_row + start)
+            for start in range(0, self.share, self.micro_batch_size)
+        ]
+
+
+class MicroDraw:
+    """One micro-batch: rows [row, row + micro_batch_size) of the whole batch. See objectives.base.Draw."""
+
+    def __init__(self, source: DrawSource, key: tuple[int | str, ...], progress: float, row: int) -> None:
+        self._source, self._key = source, key
+        self._rows = slice(row, row + source.micro_batch_size)
+        self.progress, self.first_row = progress, source.first_row
+        self.z, self.eps = self.normal("z", *source.shape), self.normal("eps", *source.shape)
+        u = torch.rand(source.batch_size, generator=self._generator("u"), device=source.device)
+        # ndtri and log need u inside (0, 1); rand gives [0, 1)
+        u = u.clamp_min(torch.finfo(u.dtype).tiny)
+        self.u, self.shared_u = u[self._rows], u[0]
+        self.x0, self.condition = None, None
+        labels = None
+        if source.data is not None:
+            index = torch.randint(len(source.data), (source.batch_size,), generator=self._generator("data", "cpu"))
+            index = index[self._rows]
+            self.x0 = to_unit(source.data.pixels[index]).to(source.device)
+            labels = source.data.labels[index].to(source.device) if source.data.labels is not None else None
+        if source.num_classes:
+            self.condition = self._labels(labels)
+
+    @property
+    def seed(self) -> int:
+        """For torch's global generator, which dropout draws from."""
+        return derive_seed(*self._key, "dropout", self._rows.start)
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        source = self._source
+        whole = torch.randn(source.batch_size, *shape, generator=self._generator(name), device=source.device)
+        return whole[self._rows]
+
+    def _labels(self, labels: Tensor | None) -> Condition:
+        source = self._source
+        if labels is None:
+            whole = (source.batch_size,)
+            generator = self._generator("labels")
+            labels = torch.randint(source.num_classes, whole, generator=generator, device=source.device)[self._rows]
+        if source.label_dropout:
+            keep = torch.rand(source.batch_size, generator=self._generator("label_dropout"), device=source.device)
+            labels = torch.where(keep[self._rows] < source.label_dropout, source.num_classes, labels)
+        return {"class_labels": labels}
+
+    def _generator(self, name: str, device: str | None = None) -> torch.Generator:
+        return torch.Generator(device or self._source.device).manual_seed(derive_seed(*self._key, name))

@@ -1,0 +1,46 @@
+"""Exponential moving average of a network's trained parameters, counted in updates of that network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """average <- d average + (1 - d) parameter with d = min(decay, (1 + n) / (10 + n)) at the n-th update."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay, self.updates = module, decay, 0
+        self.average = {n: p.detach().clone() for n, p in trained_parameters(module).items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        parameters = trained_parameters(self.module)
+        averages = list(self.average.values())
+        torch._foreach_lerp_(averages, [parameters[n].detach() for n in self.average], 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[nn.Module]:
+        """The module with the averages in place of its parameters, which come back afterwards."""
+        self._swap()
+        try:
+            yield self.module
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        parameters = trained_parameters(self.module)
+        for name, average in self.average.items():
+            kept = parameters[name].detach().clone()
+            parameters[name].copy_(average)
+            average.copy_(kept)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {n: p for n, p in module.named_parameters() if p.requires_grad}

@@ -1,0 +1,295 @@
+"""The one training loop. It knows phases, networks by role and optimisers, and no objective by name.
+
+One step runs every phase of the objective once (or `repeats` times): draw, accumulate over micro-batches, average over
+processes, check, clip, step. EMA and the step counter follow the updates of the primary network (the student).
+
+Gradients are averaged over processes by one all-reduce of a flat vector instead of a DistributedDataParallel wrapper: phases
+call several networks, and the same network several times, in ways the wrapper cannot follow.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import Optimizer as OptimizerConfig
+from .config import Run
+from .draws import DrawSource
+from .ema import Ema, trained_parameters
+from .log import RunLog
+from .objectives.base import Objective, Phase
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; raised on every process before any weight has changed."""
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate for the update after `step` completed steps: a pure function, so a resumed run needs no scheduler."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    left = {
+        "constant": 1.0,
+        "linear": 1 - step / steps,
+        "cosine": 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
+    }[config.schedule]
+    return config.lr * warm * (config.final_ratio + (1 - config.final_ratio) * left)
+
+
+class Trainer:
+    """primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
+
+    preview(path) writes a picture and export(folder, info) the result, both called with the EMA weights in place.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        objective: Objective,
+        primary: str,
+        optimizers: dict[str, OptimizerConfig],
+        draws: DrawSource,
+        preview: Callable[[Path], None],
+        export: Callable[[dict], None],
+    ) -> None:
+        self.run, self.accelerator, self.objective, self.primary = run, accelerator, objective, primary
+        self.draws, self.preview, self.export = draws, preview, export
+        self.output = Path(run.output_dir)
+        self.networks = objective.networks
+        for network in (*self.networks.values(), *objective.frozen.values()):
+            network.to(accelerator.device, memory_format=torch.channels_last)
+        for network in objective.frozen.values():
+            network.requires_grad_(False)
+        self.parameters = {role: list(trained_parameters(net).values()) for role, net in self.networks.items()}
+        if accelerator.num_processes > 1:
+            for parameter in (p for group in self.parameters.values() for p in group):
+                parameter.data = broadcast(parameter.data)
+        self.optimizer_configs = optimizers
+        self.optimizers = {
+            role: torch.optim.AdamW(
+                self.parameters[role], lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
+            )
+            for role, c in optimizers.items()
+        }
+        self.ema = Ema(self.networks[primary], run.ema_decay)
+        self.step = self.warmup_done = 0
+        self.seconds = 0.0
+        self.calls: Counter[str] = Counter()
+        for role, network in (self.networks | objective.frozen).items():
+            network.register_forward_pre_hook(self._counting(role), with_kwargs=True)
+        self.log = RunLog(accelerator, self.output, run.steps, objective.health)
+        self._stop_requested = self._stop_agreed = False
+
+    # The run ---------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> bool:
+        """Train to run.steps. Returns False if a signal ended the run early, after saving; True if it is complete."""
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._resume()
+            self._warm_up()
+            while self.step < self.run.steps and not self._stop_agreed:
+                self._one_step()
+            complete = self.step >= self.run.steps
+            if self.run.checkpoint_every or not complete:
+                self._save()
+            if complete or self.step:
+                self._export()
+            if not complete:
+                self.log.say(f"Stopped by a signal at step {self.step}; saved. Continue with resume=latest.")
+            return complete
+        finally:
+            self.log.bar.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def _warm_up(self) -> None:
+        updates = [(phase, i) for phase in self.objective.warmup for i in range(phase.repeats)]
+        for phase, i in updates[self.warmup_done :]:
+            if self._stop_agreed:
+                return
+            self.log.bar.set_description(f"warm-up {phase.name} {i + 1}/{phase.repeats}", refresh=False)
+            self.log.bar.update(0)
+            values = self._timed_update(phase, ("warmup", phase.name, i))
+            self.warmup_done += 1
+            if i + 1 == phase.repeats:
+                shown = ", ".join(f"{n} {v:.3g}" for n, v in values.items())
+                self.log.say(f"warm-up of {phase.name} done: {shown}")
+        if updates and self.step == 0 and self.run.checkpoint_every:
+            self._save()
+        self.log.bar.set_description("")
+
+    def _one_step(self) -> None:
+        for phase in self.objective.phases:
+            for repeat in range(phase.repeats):
+                values = self._timed_update(phase, ("step", self.step, phase.name, repeat))
+                self.log.add(values)
+        self.step += 1
+        run = self.run
+        if self.step % run.log_every == 0 or self.step == run.steps:
+            rates = {f"{r}/lr": learning_rate(c, self.step - 1, run.steps) for r, c in self.optimizer_configs.items()}
+            self.log.write(self.step, self.seconds, rates)
+        self.log.bar.update()
+        if run.sample_every and self.step % run.sample_every == 0 and self.accelerator.is_main_process:
+            with self.ema.swapped():
+                self.preview(self.output / "samples" / f"step_{self.step:08d}.png")
+        if run.checkpoint_every and self.step % run.checkpoint_every == 0 and self.step < run.steps:
+            self._save()
+
+    # One update ------------------------------------------------------------------------------------------------------
+
+    def _timed_update(self, phase: Phase, key: tuple[int | str, ...]) -> dict[str, float]:
+        start = time.perf_counter()
+        values = self._update(phase, key)
+        self.seconds += time.perf_counter() - start
+        return values
+
+    def _update(self, phase: Phase, key: tuple[int | str, ...]) -> dict[str, float]:
+        """Accumulate, average, check, clip and step the networks of phase.updates."""
+        draws = self.draws.batch(key, progress=self.step / self.run.steps)
+        parameters = [p for role in phase.updates for p in self.parameters[role]]
+        terms = []
+        with self.accelerator.autocast():
+            contexts = [None] * len(draws)
+            if phase.prepare and len(draws) * self.accelerator.num_processes > 1:
+                contexts = phase.prepare(draws, self.accelerator.gather)
+        for draw, context in zip(draws, contexts, strict=True):
+            torch.manual_seed(draw.seed)
+            with self.accelerator.autocast():
+                loss, metrics = phase.loss(draw, context)
+            mean = loss.mean() / len(draws)
+            # `inputs` keeps the gradients of networks that this phase only passes through from being touched
+            mean.backward(inputs=parameters)
+            terms.append({"loss": mean.detach()} | {n: v.detach() / len(draws) for n, v in metrics.items()})
+        summed = {name: sum(t[name] for t in terms) for name in terms[0]}
+        values = self._average_over_processes(parameters, summed)
+
+        norms = {role: nn.utils.get_total_norm(_gradients(self.parameters[role])) for role in phase.updates}
+        values |= {f"{role}_grad_norm": float(norm) for role, norm in norms.items()}
+        self._check_finite(phase, values)
+        for role in phase.updates:
+            config = self.optimizer_configs[role]
+            if config.clip is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip, norms[role])
+            for group in self.optimizers[role].param_groups:
+                group["lr"] = learning_rate(config, self.step, self.run.steps)
+            self.optimizers[role].step()
+            self.optimizers[role].zero_grad()
+            if role == self.primary:
+                self.ema.update()
+        return {f"{phase.name}/{name}": value for name, value in values.items()}
+
+    def _average_over_processes(self, parameters: list[Tensor], scalars: dict[str, Tensor]) -> dict[str, float]:
+        """Mean of gradients (in place) and scalars over processes; also lets all agree on a request to stop."""
+        device = self.accelerator.device
+        stop = torch.tensor(float(self._stop_requested), device=device)
+        numbers = torch.stack([v.float().to(device) for v in (*scalars.values(), stop)])
+        if self.accelerator.num_processes > 1:
+            gradients = _gradients(parameters)
+            flat = torch.cat([*(g.flatten().float() for g in gradients), numbers])
+            flat = self.accelerator.reduce(flat, reduction="mean")
+            sizes = [g.numel() for g in gradients]
+            for gradient, mean in zip(gradients, flat[: -len(numbers)].split(sizes), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+            numbers = flat[-len(numbers) :]
+        *values, stop = numbers.tolist()
+        self._stop_agreed = stop > 0
+        return dict(zip(scalars, values, strict=True))
+
+    def _check_finite(self, phase: Phase, values: dict[str, float]) -> None:
+        bad = {name: v for name, v in values.items() if not math.isfinite(v) and (name == "loss" or "grad_norm" in name)}
+        if bad:
+            saved = checkpoint.list_checkpoints(self.output / "checkpoints")
+            last = f"the last checkpoint is {str(saved[-1])!r}" if saved else "no checkpoint has been written"
+            raise NonFiniteError(
+                f"phase {phase.name!r} at step {self.step}: {', '.join(f'{n} = {v}' for n, v in bad.items())}. No weight was "
+                f"changed; {last}. Lower the learning rate or the clip threshold, or raise the lowest noise level."
+            )
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "networks": checkpoint.network_tensors(self.networks),
+            "ema": self.ema.average,
+            "optimizers": checkpoint.optimizer_tensors(self.optimizers, self.networks),
+        }
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "warmup_done": self.warmup_done,
+                "ema_updates": self.ema.updates,
+                "seconds": self.seconds,
+                "calls": dict(self.calls),
+                "log": self.log.state,
+            }
+            folder = self.output / "checkpoints"
+            checkpoint.save(folder, self.step, self._tensors(), state, self.run.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        path = find_checkpoint(self.run)
+        if path is None:
+            self.log.resume({}, step=0)
+            return
+        tensors, state = checkpoint.load(path)
+        mine = self._tensors()
+        checkpoint.restore_tensors(mine["networks"], tensors["networks"], str(path))
+        checkpoint.restore_tensors(mine["ema"], tensors["ema"], str(path))
+        checkpoint.restore_optimizers(self.optimizers, self.networks, tensors["optimizers"], str(path))
+        self.step, self.warmup_done, self.seconds = state["step"], state["warmup_done"], state["seconds"]
+        self.ema.updates, self.calls = state["ema_updates"], Counter(state["calls"])
+        self.log.resume(state["log"], self.step)
+        self.log.say(f"Resumed from {path} at step {self.step}.")
+
+    def _export(self) -> None:
+        if self.accelerator.is_main_process:
+            calls = {role: n * self.accelerator.num_processes for role, n in sorted(self.calls.items())}
+            with self.ema.swapped():
+                self.export({"steps": self.step, "train_seconds": round(self.seconds, 2), "calls": calls})
+        self.accelerator.wait_for_everyone()
+
+    # Small things ----------------------------------------------------------------------------------------------------
+
+    def _counting(self, role: str):
+        def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.calls[role] += len(args[0])
+
+        return count
+
+    def _on_signal(self, number: int, frame) -> None:
+        self._stop_requested = True
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        self.log.say(f"{signal.Signals(number).name}: finishing the step and saving; once more stops at once.")
+
+
+def find_checkpoint(run: Run) -> Path | None:
+    """What run.resume means: None to start afresh, or the folder of a checkpoint. FileNotFoundError if it is not there."""
+    if run.resume == "no":
+        return None
+    if run.resume == "latest":
+        saved = checkpoint.list_checkpoints(Path(run.output_dir) / "checkpoints")
+        return saved[-1] if saved else None
+    if not Path(run.resume).is_dir():
+        raise FileNotFoundError(f"resume: no such checkpoint folder {run.resume!r}; give 'latest', 'no' or a folder")
+    return Path(run.resume)
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Each parameter's gradient; zeros where a phase did not reach it, so that all processes agree on the shapes."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [p.grad for p in parameters]

@@ -1,0 +1,103 @@
+"""What an objective is to the training loop, and the pure per-sample losses that several objectives share.
+
+b samples in a micro-batch; images (b, c, h, w); every loss is per sample, (b,); the loop takes the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.denoiser import Condition
+from pipelines.noise import Level, Schedule, score
+
+
+class Draw(Protocol):
+    """Everything random in one micro-batch, a function of (seed, step, phase) alone."""
+
+    z: Tensor  # (b, c, h, w) ~ N(0, I), the student's input
+    eps: Tensor  # (b, c, h, w) ~ N(0, I), the noise of the forward process
+    u: Tensor  # (b,) ~ U(0, 1), turned into noise levels by the objective's sampler
+    shared_u: Tensor  # () ~ U(0, 1), the same for every sample of the whole batch
+    x0: Tensor | None  # (b, c, h, w) data, for objectives with needs_data
+    condition: Condition
+    progress: float  # share of the run that is done, in [0, 1]
+    first_row: int  # where this process's rows begin in the whole batch
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """More standard normal numbers, (b, *shape), independent for each name."""
+
+
+class LossTerms(NamedTuple):
+    loss: Tensor  # (b,)
+    metrics: dict[str, Tensor]  # scalars for the log
+
+
+LevelSampler = Callable[[Tensor, float], Tensor]  # (u, progress) -> t
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of update: `loss(draw, context)` is differentiated in the networks named by `updates`, then they step.
+
+    `prepare(draws, gather)`, where given, sees all micro-batches of the update before any graph is built and returns a
+    context for each; `gather` concatenates a tensor over processes. It runs only when there is more than one micro-batch.
+    """
+
+    name: str
+    updates: tuple[str, ...]
+    loss: Callable[[Draw, Any], LossTerms]
+    repeats: int = 1
+    prepare: Callable[[Sequence[Draw], Callable[[Tensor], Tensor]], list[Any]] | None = None
+
+
+class Objective(Protocol):
+    networks: dict[str, nn.Module]  # everything that is trained, by role
+    frozen: dict[str, nn.Module]  # everything that is only called, by role
+    warmup: tuple[Phase, ...]  # run once before the first step
+    phases: tuple[Phase, ...]  # run in order at every step
+    needs_data: bool
+    health: tuple[HealthCheck, ...]  # metrics that say when a run has gone wrong
+
+
+@dataclass(frozen=True)
+class HealthCheck:
+    """Warn when the logged mean of `metric` is below `minimum`."""
+
+    metric: str
+    minimum: float
+    message: str
+
+
+def sample_level(u: Tensor, sampler: LevelSampler, progress: float, schedule: Schedule) -> Level:
+    """Levels for uniform numbers u (b,)."""
+    return schedule.level(sampler(u, progress))
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample's images: (b, ...) x (b, ...) -> (b,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def score_difference_loss(x_t: Tensor, score_student: Tensor, score_teacher: Tensor, w: Tensor) -> Tensor:
+    """A loss whose gradient is w (s_student - s_teacher) . d x_t/d theta: Diff-Instruct's, VSD's (VarFlow paper Eq. 6).
+
+    x_t (b, c, h, w) with a graph; both scores are constants; w (b, 1, 1, 1). Its value is not the KL.
+    """
+    return dot(w * (score_student - score_teacher).detach(), x_t)
+
+
+def denoising_loss(x0_hat: Tensor, x0: Tensor, w: Tensor) -> Tensor:
+    """Denoising score matching in x0: w mean((x0_hat - x0)^2) for each sample (Karras et al. 2022, Eq. 8)."""
+    return (w * (x0_hat - x0).square()).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def teacher_score(teacher: nn.Module, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor]:
+    """(x0_hat, score) of the teacher at x_t; the teacher never sees a backward pass."""
+    x0_hat = teacher(x_t.detach(), level, condition)
+    return x0_hat, score(x0_hat, x_t.detach(), level)

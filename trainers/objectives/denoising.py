@@ -1,0 +1,29 @@
+"""Denoising score matching: how a teacher is trained (Karras et al. 2022, Eq. 8, weights of Table 1)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pipelines.noise import add_noise, weight
+
+from .base import Draw, LevelSampler, LossTerms, Phase, denoising_loss, sample_level
+
+
+class Denoising:
+    """min E w(sigma) |D(x0 + sigma eps; sigma) - x0|^2 over data x0."""
+
+    needs_data = True
+    warmup: tuple[Phase, ...] = ()
+    health = ()
+
+    def __init__(self, teacher: nn.Module, levels: LevelSampler, weighting: str = "edm") -> None:
+        self.networks = {"teacher": teacher}
+        self.frozen: dict[str, nn.Module] = {}
+        self.teacher, self.levels, self.weighting = teacher, levels, weighting
+        self.phases = (Phase("teacher", ("teacher",), self.loss),)
+
+    def loss(self, draw: Draw, context: None = None) -> LossTerms:
+        level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
+        x0_hat = self.teacher(add_noise(draw.x0, draw.eps, level), level, draw.condition)
+        w = weight(self.weighting, level, draw.x0, x0_hat, self.teacher.sigma_data)
+        return LossTerms(denoising_loss(x0_hat, draw.x0, w), {})

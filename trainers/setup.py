@@ -1,0 +1,152 @@
+"""What both training commands do before and after the loop: read the configuration, check the ground, build parts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torchvision.utils import save_image
+
+from pipelines import images
+from pipelines.edm import EDMPipeline, EDMUNet
+from pipelines.images import ImageSet
+
+from . import checkpoint
+from .config import ConfigError, Data, Network, Run, load_config
+from .draws import derive_seed
+from .loop import NonFiniteError, find_checkpoint
+
+PACKAGES = ("torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
+# What a user can mend; anything else is a defect of ours and keeps its traceback.
+USER_ERRORS = (ConfigError, FileNotFoundError, ValueError, checkpoint.CheckpointError, NonFiniteError)
+
+R = TypeVar("R", bound=Run)
+
+
+def parse(model: type[R], description: str, argv: list[str] | None) -> R:
+    """--config FILE [a.b=value ...] -> a validated configuration."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="a YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replace single values of it")
+    args = parser.parse_args(argv)
+    return load_config(model, args.config, args.overrides)
+
+
+def fail(error: Exception) -> NoReturn:
+    """One clear message, no traceback, exit status 2."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def make_accelerator(run: Run) -> Accelerator:
+    project = ProjectConfiguration(project_dir=run.output_dir)
+    accelerator = Accelerator(log_with=run.trackers or None, project_config=project)
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed precision {accelerator.mixed_precision!r} is not supported: a run must stop at the first non-finite number, "
+            "and loss scaling makes such numbers on purpose. Use --mixed_precision bf16 or no"
+        )
+    return accelerator
+
+
+def prepare_output(run: Run, accelerator: Accelerator) -> None:
+    """Refuse a folder that cannot be written or holds another run; then write config.yaml and environment.json there."""
+    folder = Path(run.output_dir)
+    find_checkpoint(run)  # a resume path that is not there is an error now, not after the data are loaded
+    used = (folder / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(folder / "checkpoints"))
+    if used and run.resume == "no":
+        raise ValueError(
+            f"output_dir {run.output_dir!r} already holds a run; continue it with resume=latest or name another folder"
+        )
+    accelerator.wait_for_everyone()  # every process has looked before the first one writes
+    if accelerator.is_main_process:
+        try:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"output_dir {run.output_dir!r} cannot be written: {error}") from error
+        _write(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+        _write(folder / "environment.json", json.dumps(environment(accelerator), indent=1) + "\n")
+    if run.trackers:
+        accelerator.init_trackers("one-step-distill", config={"config": json.dumps(run.model_dump(mode="json"))})
+
+
+def environment(accelerator: Accelerator) -> dict:
+    """Library versions, git commit (None outside a checkout), device and number of processes."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    return {
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "git_commit": git.stdout.strip() or None,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def project_version() -> str | None:
+    """The installed version of this project; None when it runs uninstalled."""
+    try:
+        return version("one-step-distill")
+    except PackageNotFoundError:
+        return None
+
+
+def load_data(data: Data) -> ImageSet:
+    """The image set a `data` section names; labels only where the section asks for them."""
+    if data.name == "digits":
+        digits = images.load_digits()
+        return digits if data.labels else ImageSet(digits.pixels)
+    if data.name == "folder":
+        folder = images.load_folder(data.path, data.image_size, data.channels)
+        if data.labels and folder.labels is None:
+            raise ValueError(f"data.labels: {data.path!r} has images outside sub-folders, so it has no classes")
+        return folder if data.labels else ImageSet(folder.pixels)
+    columns = (data.image_column, data.label_column, data.image_size, data.channels)
+    if data.name == "parquet":
+        return images.load_parquet(data.files, *columns)
+    return images.load_hub(data.id, data.split, *columns)
+
+
+def build_unet(network: Network, seed: int, role: str, sample_size: int, **shape: int) -> EDMUNet:
+    """An EDMUNet whose initial weights depend on the seed and its role alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "init", role))
+        return EDMUNet(sample_size=sample_size, **shape, **network.model_dump())
+
+
+def write_preview(pipeline: EDMPipeline, path: Path, count: int, seed: int) -> None:
+    """A grid of images from fixed noise, so that pictures of one run can be compared."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "preview"))
+    num_classes = pipeline.unet.config.num_classes
+    labels = torch.arange(count) % num_classes if num_classes else None
+    drawn = pipeline(count, class_labels=labels, generator=generator, output_type="pt").images
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 32 // drawn.shape[-1])
+    save_image(drawn.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=max(1, round(count**0.5)))
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".partial_{file.name}")
+    partial.write_text(text)
+    os.replace(partial, file)
