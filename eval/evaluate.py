@@ -101,7 +101,7 @@ class Evaluation:
         p = self.protocol
         forced = "" if p.is_standard else f" (not the {p.standard_images:,} of the protocol)"
         return (
-            f"Frechet distance between {p.num_images:,} generated images{forced}, one seed each from seed {p.seed}, "
+            f"Fréchet distance between {p.num_images:,} generated images{forced}, one seed each from seed {p.seed}, "
             f"and all {len(self.reference.images):,} real images of {p.dataset}, on the {self.extractor.dim} features "
             f"of {p.extractor}."
         )
@@ -195,7 +195,7 @@ def load_pipeline(folder: Path, role: Role) -> Any:
     else:
         from pipelines.edm import EDMPipeline
 
-        pipe = EDMPipeline.from_pretrained(folder)
+        pipe = EDMPipeline.from_pretrained(folder, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -88,9 +88,7 @@ def svg(figure: Figure) -> bytes:
 
 def loss_chart(series: Sequence[tuple[str, str, list[int], list[float]]]) -> Figure:
     """(title, colour, steps, values) -> one small chart each, since losses of different objectives share no scale."""
-    columns = min(3, len(series))
-    rows = math.ceil(len(series) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.2 * rows), layout="constrained")
+    figure, columns, rows = _small_multiples(len(series), height=2.0)
     for i, (title, colour, steps, values) in enumerate(series):
         axes = figure.add_subplot(rows, columns, i + 1)
         smooth_steps, smooth = _running_mean(steps, values)
@@ -120,16 +118,15 @@ def fd_chart(series: Sequence[tuple[str, str, list[int], list[float]]], base: fl
         axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
     axes.axhline(base, color=REAL, linewidth=1, linestyle=(0, (4, 3)), label=base_label)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    _style(axes, "FD while training (logarithmic)", "step")
+    _style(axes, "FD (logarithmic)", "step")
     return figure
 
 
 def balance_chart(shares: Sequence[tuple[str, str, list[float]]], class_names: Sequence[str]) -> Figure:
     """(label, colour, share of each class): one row of bars a set; the first set's shares are the ticks on all."""
-    columns = min(3, len(shares))
-    rows = math.ceil(len(shares) / columns)
-    figure = Figure(figsize=(3.4 * columns, 1.7 * rows), layout="constrained")
+    figure, columns, rows = _small_multiples(len(shares), height=1.7)
     top = 100 * max(max(values) for _, _, values in shares)
     x = np.arange(len(class_names))
     for i, (label, colour, values) in enumerate(shares):
@@ -159,10 +156,17 @@ def distance_chart(series: Sequence[tuple[str, str, Tensor]], threshold: float) 
     return figure
 
 
+def _small_multiples(n: int, height: float) -> tuple[Figure, int, int]:
+    """A figure of the page's width for n charts in rows of at most four: figure, columns, rows."""
+    columns = min(n, 3 if n % 3 == 0 else 4)
+    rows = math.ceil(n / columns)
+    return Figure(figsize=(10.8 / max(columns, 3) * columns, height * rows), layout="constrained"), columns, rows
+
+
 def _style(axes: Axes, title: str, xlabel: str) -> None:
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.set_xlabel(xlabel, fontsize=8, color=REAL)
-    axes.tick_params(labelsize=8, colors=REAL, length=0)
+    axes.tick_params(which="both", labelsize=8, colors=REAL, length=0)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -9,7 +9,7 @@ from typing import Any
 STYLE = """
 :root { --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --best: #ecfdf5; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 40px 24px 80px; max-width: 1080px; color: var(--ink); background: #fff;
+body { margin: 0 auto; padding: 40px 24px 80px; max-width: 1240px; color: var(--ink); background: #fff;
        font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 44px 0 10px; }
@@ -21,10 +21,9 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: right; font-weight: 600; color: var(--soft); font-size: 13px; vertical-align: bottom; }
 th, td { padding: 8px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td { text-align: right; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11em; }
 tr.best td { background: var(--best); font-weight: 600; }
 img { max-width: 100%; height: auto; }
-img.pixels { image-rendering: pixelated; }
 figure { margin: 0 0 18px; }
 dt { font-weight: 600; margin-top: 10px; }
 dd { margin: 0; color: var(--soft); max-width: 78ch; }
@@ -44,10 +43,10 @@ COLUMNS = (
     "Calls / image",
     "Sampling / image",
 )
-
+NOTHING = "&ndash;"  # in a cell without a value; a column of nothing else is left out
 
 SECTIONS = (
-    ("samples", "Samples", "The first 64 of each set in the order of their seeds, none picked."),
+    ("samples", "Samples", "The first 64 of each set (generated: in the order of their seeds), none picked."),
     ("fd", "FD while training", "As logged by each run; its images and their number need not be this report's."),
     ("loss", "Losses", "Pale: as logged. Dark: running mean. Losses of different objectives share no scale."),
     (
@@ -101,34 +100,29 @@ def _section(title: str, note: str, pictures: list[Picture]) -> str:
     parts = [f'<h2>{title}</h2><p class="soft">{note}</p>']
     for caption, content, media_type in pictures:
         shown = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        kind = "pixels" if media_type == "image/png" else "chart"
-        image = f'<img class="{kind}" alt="{escape(caption or title)}" src="{data_uri(content, media_type)}">'
+        image = f'<img alt="{escape(caption or title)}" src="{data_uri(content, media_type)}">'
         parts.append(f"<figure>{shown}{image}</figure>")
     return "".join(parts)
 
 
 def _table(report: dict[str, Any]) -> str:
     floor, students = report["floor"], report["students"]
-    rows = [
-        (
-            "",
-            [
-                "Real images, two halves",
-                f"{floor['fd']:.3f} &plusmn; {floor['fd_std']:.3f}",
-                "",
-                f"{floor['energy_distance']:.4f}",
-                f"{report['protocol']['reference']['pixel_std']:.3f}",
-                *[""] * (len(COLUMNS) - 5),
-            ],
-        ),
-        ("", _row("Teacher", report["teacher"])),
+    real = [
+        "Real images, two halves",
+        f"{floor['fd']:.3f} &plusmn; {floor['fd_std']:.3f}",
+        "",
+        f"{floor['energy_distance']:.4f}",
+        f"{report['protocol']['reference']['pixel_std']:.3f}",
+        *[""] * (len(COLUMNS) - 5),
     ]
+    rows = [("", real), ("", _row("Teacher", report["teacher"]))]
     best = min(students, key=lambda name: students[name]["fd"], default=None)
     for name, numbers in students.items():
         mark = ' class="best"' if name == best and len(students) > 1 else ""
         rows.append((mark, _row(escape(name), numbers)))
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
-    lines = "".join(f"<tr{mark}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for mark, cells in rows)
+    used = [i for i in range(len(COLUMNS)) if any(cells[i] not in ("", NOTHING) for _, cells in rows)]
+    head = "".join(f"<th>{COLUMNS[i]}</th>" for i in used)
+    lines = "".join(f"<tr{mark}>{''.join(f'<td>{cells[i]}</td>' for i in used)}</tr>" for mark, cells in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
@@ -140,9 +134,9 @@ def _row(name: str, numbers: dict[str, Any]) -> list[str]:
         f"{numbers['fd_over_base']:.2f}",
         f"{numbers['energy_distance']:.4f}",
         f"{numbers['pixel_std']:.3f}",
-        f"{numbers['label_accuracy']:.1%}" if "label_accuracy" in numbers else "&ndash;",
-        "&ndash;" if numbers["train_seconds"] is None else _duration(numbers["train_seconds"]),
-        "&ndash;" if not calls else _count(sum(calls.values())),
+        f"{numbers['label_accuracy']:.1%}" if "label_accuracy" in numbers else NOTHING,
+        NOTHING if numbers["train_seconds"] is None else _duration(numbers["train_seconds"]),
+        NOTHING if not calls else _count(sum(calls.values())),
         f"{numbers['calls_per_image']:g}",
         _duration(numbers["seconds_per_image"]),
     ]
@@ -188,9 +182,9 @@ def _notes(report: dict[str, Any]) -> str:
         ),
         "Floor": (
             "Equal distributions do not measure zero either, with finitely many images. Two random halves of the "
-            f"real images ({half:,} each, mean of {floor['splits']} splits) are {floor['fd']:.3f} apart. A perfect "
-            f"generator would read about {perfect:.3f} in this table, because more images are compared, and one "
-            "that repeats its training images still less: see the nearest real images."
+            f"real images ({half:,} each, mean of {floor['splits']} splits) are {floor['fd']:.3f} apart. With the numbers "
+            f"of images compared in this table ({n:,} and {m:,}) a perfect generator would read about {perfect:.3f}, and "
+            "one that repeats its training images still less: see the nearest real images."
         ),
         "× base": (
             "FD divided by the larger of the teacher's FD and the floor: 1 is as good as the teacher. Differences "
@@ -202,9 +196,6 @@ def _notes(report: dict[str, Any]) -> str:
             f"spread of {floor['energy_distance_std']:.4f}."
         ),
         "Pixel std": ("How much the images of one set differ from one another. Well below the real images' value: less variety."),
-        "Right class": (
-            "How often the classifier sees the class that was asked for, where a model takes one; labels are drawn evenly."
-        ),
         "Training, training calls": (
             "Seconds the training loop took on its own machine, and how often any network in it was evaluated on one image."
         ),
@@ -217,6 +208,10 @@ def _notes(report: dict[str, Any]) -> str:
             "new images from the same distribution about 1% are nearer than the 1st percentile of real to real."
         ),
     }
+    if any("label_accuracy" in numbers for numbers in (report["teacher"], *report["students"].values())):
+        notes["Right class"] = (
+            "How often the classifier sees the class that was asked for, where a model takes one; labels are drawn evenly."
+        )
     items = "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in notes.items())
     return f"<dl>{items}</dl>"
 

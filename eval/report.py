@@ -23,7 +23,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     report = evaluation.report()
     samples = figures.png(samples_image(evaluation))
     html = page(report, _pictures(evaluation, samples))
-    contents = (samples, html.encode(), (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    contents = (samples, html.encode(), (json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, contents, strict=True):
         write_atomically(folder / name, content)
@@ -83,7 +83,7 @@ def _pictures(evaluation: Evaluation, samples: bytes) -> dict[str, list[tuple[st
     neighbours += [(label, colour, measured.neighbours.distances) for label, measured, colour in models]
     return {
         "samples": [("", samples, "image/png")],
-        "fd": chart(figures.fd_chart(distances, numbers["base_fd"], "base")) if distances else [],
+        "fd": chart(figures.fd_chart(distances, numbers["base_fd"], "base of this report")) if distances else [],
         "loss": chart(figures.loss_chart(losses)) if losses else [],
         "balance": chart(figures.balance_chart(shares, reference["class_names"])),
         "neighbours": chart(figures.distance_chart(neighbours, real.close_threshold))

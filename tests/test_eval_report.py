@@ -57,7 +57,7 @@ def runs(tmp_path_factory) -> Path:
 def reported(runs) -> Path:
     """The folder that `python -m eval run` left."""
     output = runs / "out" / "deeper"
-    students = ["--student", f"VarDiU <K=16>={runs}/a", "--student", f"b={runs}/b/student"]
+    students = ["--student", f"<b>VarDiU={runs}/a", "--student", f"b={runs}/b/student"]
     force = ["--num-images", "67", "--force", "--seed", "3", "--output", str(output)]
     assert main(["run", "--protocol", "digits-10k", "--teacher", f"{runs}/teacher", *students, *force]) == 0
     return output
@@ -74,14 +74,14 @@ def test_report_json(reported):
     assert (report["protocol"]["n"], report["protocol"]["standard"], report["protocol"]["seed"]) == (67, False, 3)
     assert "67 generated images (not the 10,000 of the protocol)" in report["protocol"]["computed"]
     assert report["protocol"]["reference"]["n"] == 1797
-    assert list(report["students"]) == ["VarDiU <K=16>", "b"]
+    assert list(report["students"]) == ["<b>VarDiU", "b"]
     assert report["base_fd"] == max(report["teacher"]["fd"], report["floor_fd"])
     assert 0 < report["floor_fd"] < 1
     assert report["extractor"]["accuracy"] >= 0.975
     assert len(report["extractor"]["sha256"]) == 64
     assert set(report["versions"]) >= {"python", "torch", "diffusers"}
     assert report["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", report["git_commit"])
-    for model, calls in ((report["teacher"], 5), (report["students"]["VarDiU <K=16>"], 1), (report["students"]["b"], 2)):
+    for model, calls in ((report["teacher"], 5), (report["students"]["<b>VarDiU"], 1), (report["students"]["b"], 2)):
         assert model["fd"] > report["floor_fd"]
         assert model["fd_over_base"] == pytest.approx(model["fd"] / report["base_fd"])
         assert model["calls_per_image"] == calls
@@ -90,17 +90,17 @@ def test_report_json(reported):
         assert model["nearest_neighbour"]["exact_duplicates"] == 0
         assert sum(model["class_balance"]) == pytest.approx(1)
         assert {key: model[key] for key in INFO} == INFO
-    assert "label_accuracy" in report["students"]["VarDiU <K=16>"]
+    assert "label_accuracy" in report["students"]["<b>VarDiU"]
     assert "label_accuracy" not in report["students"]["b"]
 
 
 def test_report_html_is_self_contained(reported):
     html = (reported / "report.html").read_text()
     sources = re.findall(r'src="([^"]*)"', html)
-    assert len(sources) == 7  # samples, FD, losses, balance, distances and pairs of three models: see below
+    assert len(sources) == 8  # samples, FD, losses, balance, distances; nearest pairs of three models
     assert all(source.startswith("data:image/") for source in sources)
-    assert "VarDiU &lt;K=16&gt;" in html
-    assert "<K=16>" not in html
+    assert "&lt;b&gt;VarDiU" in html
+    assert "<b>V" not in html
     assert "http" not in re.sub(r'src="[^"]*"', "", html)
     assert "Not the protocol" in html
     for heading in ("Samples", "FD while training", "Losses", "Class balance", "Nearest real images"):
@@ -134,11 +134,12 @@ def test_a_model_that_copies_is_found_out(tmp_path):
     protocol = PROTOCOLS["digits-10k"].adjusted(1797, force=True)
     run = Run("copier", tmp_path)
     lines = []
+    pipes = iter([Copier(), Copier(), Copier(flip=True)])
     evaluation = evaluate(
         protocol,
         Run("teacher", tmp_path),
         [run, replace(run, name="mirrored")],
-        load=lambda folder, role, count=iter(range(3)): Copier(flip=next(count) == 2),
+        load=lambda folder, role: next(pipes),
         say=lines.append,
     )
     report = evaluation.report()
@@ -222,7 +223,7 @@ def test_protocols():
 ERRORS = {
     "protocol": ({"--protocol": "digits-10"}, ["unknown protocol 'digits-10'", "did you mean 'digits-10k'?"]),
     "teacher": ({"--teacher": "{runs}/none"}, ["teacher 'teacher': no such folder: {runs}/none"]),
-    "not a run": ({"--teacher": "{runs}"}, ["neither teacher/ nor model_index.json", "trainers.train_teacher"]),
+    "not a run": ({"--teacher": "{runs}/a"}, ["neither teacher/ nor model_index.json", "trainers.train_teacher"]),
     "student": ({"--student": "x={runs}/none"}, ["student 'x': no such folder: {runs}/none"]),
     "no student": ({"--student": "x={runs}/teacher"}, ["neither student/ nor student.json", "trainers.distill"]),
     "no name": ({"--student": "{runs}/a"}, ["expected NAME=RUN"]),
