@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipelines.images import ImageSet, to_unit
+from pipelines.provenance import git_commit, versions
 
 from .features import EXTRACTORS, FeatureExtractor
 from .frechet import GaussianStats, frechet_distance
@@ -34,6 +32,7 @@ from .runs import Role, Run
 
 PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")
 FLOOR_SPLITS = 10
+CURVE_IMAGES = 2000  # for each snapshot: enough to see the trend, and labelled as what it is
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Evaluation:
             "teacher": {**self.teacher.numbers, "fd_over_base": teacher_fd / base},
             "students": students,
             "extractor": self.extractor.describe(),
-            "versions": versions(),
+            "versions": versions(PACKAGES),
             "git_commit": git_commit(),
         }
 
@@ -165,6 +164,14 @@ def evaluate(
     reference = measure_reference(DATASETS[protocol.dataset](), extractor)
     say(f"real images against themselves (halves): FD {reference.floor['fd']:.3f} +- {reference.floor['fd_std']:.3f}")
 
+    def point(snapshot: Run, role: Role, name: str) -> dict[str, Any]:
+        pipe = load(snapshot.model, role)
+        n = min(CURVE_IMAGES, protocol.num_images)
+        label = f"{name} at step {snapshot.info['steps']}"
+        generated = generate(pipe, n, protocol.seed, protocol.batch_size, pipe.unet.config.num_classes, label)
+        fd = frechet_distance(GaussianStats.of(extractor(generated.pixels)), reference.stats)
+        return {"step": snapshot.info["steps"], "seconds": snapshot.info["train_seconds"], "fd": fd, "n": n}
+
     def one(run: Run, role: Role) -> Measured:
         pipe = load(run.model, role)
         generated = generate(
@@ -176,6 +183,7 @@ def evaluate(
             progress=run.name,
         )
         measured = measure(run, generated, reference, extractor)
+        measured.numbers["curve"] = [point(snapshot, role, run.name) for snapshot in run.snapshots]
         say(
             f"{run.name}: FD {measured.numbers['fd']:.3f}, {generated.calls:g} network calls and "
             f"{1000 * generated.seconds_per_image:.2f} ms an image"
@@ -198,30 +206,6 @@ def load_pipeline(folder: Path, role: Role) -> Any:
         pipe = EDMPipeline.from_pretrained(folder, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on; "not installed" where one is missing."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit this code is at, with "-dirty" where tracked files differ from it; None outside a repository."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _balance(images: ImageSet) -> list[float]:

@@ -110,17 +110,17 @@ def _running_mean(steps: list[int], values: list[float]) -> tuple[list[int], lis
     return steps[half : half + len(means)], means.tolist()
 
 
-def fd_chart(series: Sequence[tuple[str, str, list[int], list[float]]], base: float, base_label: str) -> Figure:
-    """(label, colour, steps, FD) in one chart, FD logarithmic, with a line at `base`."""
+def fd_chart(series: Sequence[tuple[str, str, list[float], list[float]]], base: float, base_label: str) -> Figure:
+    """(label, colour, seconds of training, FD) in one chart, FD logarithmic, with a line at `base`."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    for label, colour, steps, values in series:
-        axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+    for label, colour, seconds, values in series:
+        axes.plot(seconds, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
     axes.axhline(base, color=REAL, linewidth=1, linestyle=(0, (4, 3)), label=base_label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    _style(axes, "FD (logarithmic)", "step")
+    _style(axes, "FD (logarithmic)", "seconds of training")
     return figure
 
 

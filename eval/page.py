@@ -47,7 +47,7 @@ NOTHING = "&ndash;"  # in a cell without a value; a column of nothing else is le
 
 SECTIONS = (
     ("samples", "Samples", "The first 64 of each set (generated: in the order of their seeds), none picked."),
-    ("fd", "FD while training", "As logged by each run; its images and their number need not be this report's."),
+    ("fd", "FD while training", "Of each run's snapshots, on 2,000 images each (so a little above the table's figures)."),
     ("loss", "Losses", "Pale: as logged. Dark: running mean. Losses of different objectives share no scale."),
     (
         "balance",

@@ -70,10 +70,9 @@ def _pictures(evaluation: Evaluation, samples: bytes) -> dict[str, list[tuple[st
         for key, series in curves(measured.run.metrics, "loss").items()
     ]
     distances = [
-        (f"{s.run.name}" + (f" {key}" if len(found) > 1 else ""), colour, *series)
+        (s.run.name, colour, [p["seconds"] for p in s.numbers["curve"]], [p["fd"] for p in s.numbers["curve"]])
         for s, colour in students
-        for found in [curves(s.run.metrics, "fd")]
-        for key, series in found.items()
+        if s.numbers["curve"]
     ]
     reference = numbers["protocol"]["reference"]
     shares = [("Real", figures.REAL, reference["class_balance"])]

@@ -12,12 +12,14 @@ Role = Literal["teacher", "student"]
 
 @dataclass(frozen=True)
 class Run:
-    """A model to evaluate. model: its folder; info: teacher.json or student.json; metrics: rows of metrics.jsonl."""
+    """A model to evaluate. model: its folder; info: teacher.json or student.json; metrics: rows of metrics.jsonl;
+    snapshots: the same model earlier in its training, oldest first."""
 
     name: str
     model: Path
     info: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: list[Run] = field(default_factory=list)
 
 
 def find_run(name: str, path: Path, role: Role) -> Run:
@@ -35,8 +37,10 @@ def find_run(name: str, path: Path, role: Role) -> Run:
         raise FileNotFoundError(
             f"{role} {name!r}: {where}; give the output folder of a finished run of {train}, or its {role}/ folder"
         )
-    log = (path if model != path else path.parent) / "metrics.jsonl"
-    return Run(name, model, _read_info(model / f"{role}.json"), read_metrics(log) if log.is_file() else [])
+    folder = path if model != path else path.parent
+    log = folder / "metrics.jsonl"
+    snapshots = [Run(name, f, _read_info(f / f"{role}.json")) for f in sorted(folder.glob("snapshots/step_*"))]
+    return Run(name, model, _read_info(model / f"{role}.json"), read_metrics(log) if log.is_file() else [], snapshots)
 
 
 def _read_info(file: Path) -> dict[str, Any]:

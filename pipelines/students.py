@@ -33,6 +33,7 @@ def save_model(folder: Path, pipeline: DiffusionPipeline, kind: str, info: dict[
     """Write the pipeline, <kind>.json and README.md to `folder`, replacing it whole. kind: "student" or "teacher"."""
     partial = folder.with_name(f".partial_{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(partial)
     (partial / f"{kind}.json").write_text(json.dumps(info, indent=1) + "\n")
     facts = "\n".join(f"- {key}: {value}" for key, value in info.items())

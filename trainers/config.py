@@ -172,7 +172,8 @@ class Run(Strict):
     log_every: PositiveInt = 50
     sample_every: PositiveInt | None = None
     num_samples: PositiveInt = 64
-    checkpoint_every: PositiveInt | None = None
+    checkpoint_every: PositiveInt | None = None  # to resume from
+    snapshot_every: PositiveInt | None = None  # loadable models, to measure progress
     keep_checkpoints: PositiveInt = 2
     resume: str = "no"  # "no", "latest", or the path of a checkpoint
     trackers: list[str] = []  # any that accelerate knows, e.g. tensorboard

@@ -6,11 +6,13 @@ Writes <output_dir>/{config.yaml, environment.json, metrics.jsonl, timings.jsonl
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+
+import torch
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.images import ImageSet
+from pipelines.provenance import versions
 from pipelines.students import save_model
 
 from . import setup
@@ -61,7 +63,6 @@ def run(config: DistillConfig) -> None:
         world_size=accelerator.num_processes,
         micro_batch_size=config.micro_batch_size,
     )
-    output = Path(config.output_dir)
     facts = {
         "family": "edm",
         "base_model": config.teacher.path,
@@ -69,7 +70,9 @@ def run(config: DistillConfig) -> None:
         "estimator": getattr(config.objective, "estimator", None),
         "readout_sigma": config.student.sigma_init,
         "seed": config.seed,
-        "trainer_version": setup.project_version(),
+        "device": str(accelerator.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(setup.PACKAGES),
     }
     trainer = Trainer(
         config,
@@ -79,7 +82,7 @@ def run(config: DistillConfig) -> None:
         {"student": config.student.optimizer} | optimizers,
         draws,
         preview=lambda path: setup.write_preview(pipeline, path, config.num_samples, config.seed),
-        export=lambda info: save_model(output / "student", pipeline, "student", facts | info),
+        export=lambda folder, info: save_model(folder, pipeline, "student", facts | info),
     )
     trainer.fit()
     accelerator.end_training()
@@ -94,7 +97,7 @@ def check_data(config: DistillConfig, teacher: EDMPipeline, data: ImageSet | Non
     if tuple(data.pixels.shape[1:]) != expected:
         raise ValueError(
             f"data: images are {tuple(data.pixels.shape[1:])} (channels, height, width), the teacher {config.teacher.path!r} "
-            f"makes {expected}; set data.image_size={unet.sample_size} and data.channels={unet.in_channels}, or choose another teacher"
+            f"makes {expected}; set data.image_size={unet.sample_size} and data.channels={unet.in_channels}, or another teacher"
         )
     if config.objective.name == "varflow" and (unet.num_classes or 0) != len(data.class_names):
         raise ValueError(

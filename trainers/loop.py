@@ -48,7 +48,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class Trainer:
     """primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
 
-    preview(path) writes a picture and export(folder, info) the result, both called with the EMA weights in place.
+    preview(file) writes a picture and export(folder, info) the model, both called with the EMA weights in place. The result goes
+    to <output_dir>/<primary>/, a snapshot every run.snapshot_every steps to <output_dir>/snapshots/step_<step>/.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Trainer:
         optimizers: dict[str, OptimizerConfig],
         draws: DrawSource,
         preview: Callable[[Path], None],
-        export: Callable[[dict], None],
+        export: Callable[[Path, dict], None],
     ) -> None:
         self.run, self.accelerator, self.objective, self.primary = run, accelerator, objective, primary
         self.draws, self.preview, self.export = draws, preview, export
@@ -103,8 +104,8 @@ class Trainer:
             complete = self.step >= self.run.steps
             if self.run.checkpoint_every or not complete:
                 self._save()
-            if complete or self.step:
-                self._export()
+            if self.step:
+                self._export(self.output / self.primary)
             if not complete:
                 self.log.say(f"Stopped by a signal at step {self.step}; saved. Continue with resume=latest.")
             return complete
@@ -143,6 +144,8 @@ class Trainer:
         if run.sample_every and self.step % run.sample_every == 0 and self.accelerator.is_main_process:
             with self.ema.swapped():
                 self.preview(self.output / "samples" / f"step_{self.step:08d}.png")
+        if run.snapshot_every and self.step % run.snapshot_every == 0:
+            self._export(self.output / "snapshots" / f"step_{self.step:08d}")
         if run.checkpoint_every and self.step % run.checkpoint_every == 0 and self.step < run.steps:
             self._save()
 
@@ -254,11 +257,11 @@ class Trainer:
         self.log.resume(state["log"], self.step)
         self.log.say(f"Resumed from {path} at step {self.step}.")
 
-    def _export(self) -> None:
+    def _export(self, folder: Path) -> None:
         if self.accelerator.is_main_process:
             calls = {role: n * self.accelerator.num_processes for role, n in sorted(self.calls.items())}
             with self.ema.swapped():
-                self.export({"steps": self.step, "train_seconds": round(self.seconds, 2), "calls": calls})
+                self.export(folder, {"steps": self.step, "train_seconds": round(self.seconds, 2), "calls": calls})
         self.accelerator.wait_for_everyone()
 
     # Small things ----------------------------------------------------------------------------------------------------

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -20,13 +18,14 @@ from torchvision.utils import save_image
 from pipelines import images
 from pipelines.edm import EDMPipeline, EDMUNet
 from pipelines.images import ImageSet
+from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
 from .config import ConfigError, Data, Network, Run, load_config
 from .draws import derive_seed
 from .loop import NonFiniteError, find_checkpoint
 
-PACKAGES = ("torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
+PACKAGES = ("one-step-distill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ConfigError, FileNotFoundError, ValueError, checkpoint.CheckpointError, NonFiniteError)
 
@@ -84,32 +83,15 @@ def prepare_output(run: Run, accelerator: Accelerator) -> None:
 
 
 def environment(accelerator: Accelerator) -> dict:
-    """Library versions, git commit (None outside a checkout), device and number of processes."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    """Library versions, git commit (None outside a checkout), device, processes and threads."""
     return {
-        "python": sys.version.split()[0],
-        "versions": versions,
-        "git_commit": git.stdout.strip() or None,
+        "versions": versions(PACKAGES),
+        "git_commit": git_commit(),
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
     }
-
-
-def project_version() -> str | None:
-    """The installed version of this project; None when it runs uninstalled."""
-    try:
-        return version("one-step-distill")
-    except PackageNotFoundError:
-        return None
 
 
 def load_data(data: Data) -> ImageSet:

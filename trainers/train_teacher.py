@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.students import save_model
 
@@ -60,8 +62,7 @@ def run(config: TeacherConfig) -> None:
         accelerator.num_processes,
         config.micro_batch_size,
     )
-    output = Path(config.output_dir)
-    facts = {
+    facts = {"device": str(accelerator.device), "threads": torch.get_num_threads()} | {
         "objective": "denoising",
         "data": config.data.name,
         "image_size": size,
@@ -81,7 +82,7 @@ def run(config: TeacherConfig) -> None:
         {"teacher": config.optimizer},
         draws,
         preview,
-        export=lambda info: save_model(output / "teacher", pipeline, "teacher", facts | info),
+        export=lambda folder, info: save_model(folder, pipeline, "teacher", facts | info),
     )
     trainer.fit()
     accelerator.end_training()

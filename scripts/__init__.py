@@ -1,0 +1,1 @@
+"""Entry points and tools; run from the repository, `python -m scripts.<name>`."""
