@@ -78,19 +78,40 @@ class Denoiser(nn.Module):
         return out.to(torch.promote_types(out.dtype, torch.float32))  # autocast may hand back half precision
 
 
-class OneStepGenerator(nn.Module):
-    """g(z, condition) = D(noise(z); t): a denoiser read out once, at one fixed high noise level t."""
+class ClampToImageRange(torch.autograd.Function):
+    """Forward: clamp to [-1, 1]. Backward: projected gradient, which stops only what would push a value further out."""
 
-    def __init__(self, denoiser: Denoiser, readout_t: float) -> None:
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        outward = ((x > 1) & (gradient < 0)) | ((x < -1) & (gradient > 0))  # descent moves against the gradient
+        return gradient.masked_fill(outward, 0)
+
+
+class OneStepGenerator(nn.Module):
+    """g(z, condition) = D(noise(z); t): a denoiser read out once, at one fixed high noise level t.
+
+    image_range: x0 is an image in [-1, 1], and every pipeline ends by clamping it. With it the clamp is part of g, so that the
+    distribution that is trained is the one that is seen: pixels that are black in the data can be exactly black.
+    """
+
+    def __init__(self, denoiser: Denoiser, readout_t: float, image_range: bool = False) -> None:
         super().__init__()
         low, high = denoiser.schedule.t_range
         if not low <= readout_t <= high:
             raise ValueError(f"the readout level t={readout_t} is outside the schedule's range [{low}, {high}]")
         self.denoiser = denoiser
         self.readout_t = readout_t
+        self.image_range = image_range
 
     def forward(self, z: Tensor, condition: Condition = None) -> Tensor:
         """z ~ N(0, I) (b, c, h, w) -> x0 (b, c, h, w)."""
         t = torch.full((z.shape[0],), self.readout_t, device=z.device, dtype=z.dtype)
         level = self.denoiser.schedule.level(t)
-        return self.denoiser(self.denoiser.schedule.initial_noise(z, level), level, condition)
+        x0 = self.denoiser(self.denoiser.schedule.initial_noise(z, level), level, condition)
+        return ClampToImageRange.apply(x0) if self.image_range else x0

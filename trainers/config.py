@@ -204,6 +204,7 @@ class Teacher(Strict):
 
 class Student(Strict):
     sigma_init: PositiveFloat = 2.5  # the noise level of the one step
+    image_range: bool = True  # train the clamped image, which is what the pipeline gives; see OneStepGenerator
     optimizer: Optimizer
 
 
@@ -216,10 +217,12 @@ class FakeScore(Strict):
 
 
 class Posterior(Strict):
-    network: Network
+    """network "teacher" starts the posterior's U-Net as a copy of the teacher's, with a new last layer."""
+
+    network: Network | Literal["teacher"]
     covariance: Literal[tuple(COVARIANCES)] = "linear"
     optimizer: Optimizer
-    updates: Annotated[int, Field(ge=0)] = 1
+    updates: Annotated[int, Field(ge=0)] = 0  # of the posterior alone, before each joint update
     warmup_updates: Annotated[int, Field(ge=0)] = 500
     min_information: float = 0.05  # nats; below it the run is reported as collapsed
 
@@ -243,17 +246,12 @@ class VarDiUConfig(Strict):
     name: Literal["vardiu"]
     estimator: Literal["bound", "multi_sample", "resampled_score"] = "resampled_score"
     num_samples: PositiveInt = 16
+    jackknife: bool = True  # resampled_score only: take the order 1/K bias out of the weighted average
     levels: Levels
     weighting: Weight = "sigma2"
     antithetic: bool = True
     control_variate: bool = True
     posterior: Posterior
-
-    @model_validator(mode="after")
-    def _posterior_trains(self):
-        if self.estimator == "resampled_score" and self.posterior.updates == 0:
-            raise ValueError("posterior.updates must be at least 1 with estimator='resampled_score', which has no joint step")
-        return self
 
 
 class DistillConfig(Run):

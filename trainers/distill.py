@@ -10,13 +10,13 @@ import copy
 import torch
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
-from pipelines.edm import EDMPipeline, EDMScheduler
+from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
 from pipelines.images import ImageSet
 from pipelines.provenance import versions
 from pipelines.students import save_model
 
 from . import setup
-from .config import DistillConfig
+from .config import DistillConfig, Network
 from .config import Optimizer as OptimizerConfig
 from .draws import DrawSource
 from .loop import Trainer
@@ -50,7 +50,7 @@ def run(config: DistillConfig) -> None:
     )
     pipeline = EDMPipeline(student_unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    student = OneStepGenerator(pipeline.denoiser(), config.student.sigma_init)
+    student = OneStepGenerator(pipeline.denoiser(), config.student.sigma_init, config.student.image_range)
     objective, optimizers = build_objective(config, student, teacher)
     draws = DrawSource(
         config.seed,
@@ -111,7 +111,7 @@ def build_objective(
 ) -> tuple[Objective, dict[str, OptimizerConfig]]:
     """The objective and the optimisers of its networks other than the student. The only place that lists objectives."""
     o = config.objective
-    levels, sigma_data, unet = o.levels.sampler(), teacher.sigma_data, teacher.network.config
+    levels, sigma_data = o.levels.sampler(), teacher.sigma_data
     if o.name == "varflow":
         return VarFlow(student, teacher.schedule, levels, o.weighting, o.beta, o.cross, sigma_data), {}
     if o.name == "diff_instruct":
@@ -130,15 +130,7 @@ def build_objective(
         )
         return objective, {"fake_score": f.optimizer}
     p = o.posterior
-    network = setup.build_unet(
-        p.network,
-        config.seed,
-        "posterior",
-        unet.sample_size,
-        in_channels=unet.in_channels,
-        out_channels=2 * unet.in_channels,
-        num_classes=unet.num_classes,
-    )
+    network = build_posterior_unet(config, teacher.network)
     objective = VarDiU(
         student,
         teacher,
@@ -147,6 +139,7 @@ def build_objective(
         o.weighting,
         o.estimator,
         o.num_samples,
+        o.jackknife,
         o.antithetic,
         o.control_variate,
         p.updates,
@@ -154,6 +147,26 @@ def build_objective(
         p.min_information,
     )
     return objective, {"posterior": p.optimizer}
+
+
+def build_posterior_unet(config: DistillConfig, teacher: EDMUNet) -> EDMUNet:
+    """A U-Net with twice the teacher's output channels whose last layer starts at zero: q starts as the prior."""
+    network, shape = config.objective.posterior.network, teacher.config
+    warm = network == "teacher"
+    unet = setup.build_unet(
+        Network(**{k: shape[k] for k in Network.model_fields}) if warm else network,
+        config.seed,
+        "posterior",
+        shape.sample_size,
+        in_channels=shape.in_channels,
+        out_channels=2 * shape.in_channels,
+        num_classes=shape.num_classes,
+    )
+    if warm:
+        weights = {k: v for k, v in teacher.state_dict().items() if not k.startswith("conv_out.")}
+        missing = unet.load_state_dict(weights, strict=False).missing_keys
+        assert set(missing) == {"conv_out.weight", "conv_out.bias"}, missing
+    return unet
 
 
 if __name__ == "__main__":

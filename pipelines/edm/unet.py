@@ -1,10 +1,8 @@
 """A small convolutional U-Net for 8x8 to 32x32 images, sized to train on a CPU in minutes.
 
-Stock UNet2DModel costs about four times as much for these image sizes; working on `patch_size` x `patch_size` blocks
-(space-to-depth) and narrow 1x1 skip projections buys that back.
+Stock UNet2DModel costs 1.7 times as much for the same widths; narrow 1x1 convolutions at the skip connections and, where it is
+wanted, work on `patch_size` x `patch_size` blocks (space-to-depth) make the difference.
 """
-
-from __future__ import annotations
 
 import math
 

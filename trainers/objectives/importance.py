@@ -41,3 +41,15 @@ def log_standard_normal(x: Tensor) -> Tensor:
 def effective_sample_size(log_v: Tensor) -> Tensor:
     """1 / sum of squared normalised weights, (b, K) -> (b,) in [1, K]."""
     return torch.exp(-(2 * log_v.log_softmax(1)).logsumexp(1))
+
+
+def jackknife_weights(log_v: Tensor) -> Tensor:
+    """Weights of the jackknifed self-normalised average, (b, K) -> (b, K); they sum to 1 and may be negative.
+
+    sum_k v_k g_k / sum_k v_k is off by order 1/K. With m_-k the average without sample k, K m - (K-1)/K sum_k m_-k is off by
+    order 1/K^2 (Quenouille 1956), at no further network call. Every m_-k is a convex average, so nothing can blow up.
+    """
+    k = log_v.shape[1]
+    alone = torch.eye(k, dtype=torch.bool, device=log_v.device)
+    without = log_v[:, None, :].masked_fill(alone, -torch.inf).softmax(2)  # row k: the weights that leave k out
+    return k * log_v.softmax(1) - (k - 1) / k * without.sum(1)

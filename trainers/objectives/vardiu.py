@@ -23,7 +23,14 @@ from pipelines.denoiser import Condition, Denoiser, OneStepGenerator, repeat_con
 from pipelines.noise import Level, add_noise, score, weight
 
 from .base import Draw, HealthCheck, LevelSampler, LossTerms, Phase, sample_level, score_difference_loss, teacher_score
-from .importance import bound_loss, effective_sample_size, log_importance, log_standard_normal, multi_sample_loss
+from .importance import (
+    bound_loss,
+    effective_sample_size,
+    jackknife_weights,
+    log_importance,
+    log_standard_normal,
+    multi_sample_loss,
+)
 
 Estimator = Literal["bound", "multi_sample", "resampled_score"]
 
@@ -38,7 +45,7 @@ class Noised(NamedTuple):
 
 
 class VarDiU:
-    """Phases: bound: [posterior x n,] joint; multi_sample: the same; resampled_score: posterior x n, student."""
+    """Phases: [posterior alone, posterior_updates times,] then student and posterior jointly on one batch."""
 
     needs_data = False
 
@@ -51,6 +58,7 @@ class VarDiU:
         weighting: str = "sigma2",
         estimator: Estimator = "resampled_score",
         num_samples: int = 16,
+        jackknife: bool = True,
         antithetic: bool = True,
         control_variate: bool = True,
         posterior_updates: int = 1,
@@ -61,13 +69,12 @@ class VarDiU:
         self.frozen: dict[str, nn.Module] = {"teacher": teacher}
         self.student, self.teacher, self.posterior = student, teacher, posterior
         self.levels, self.weighting, self.estimator, self.num_samples = levels, weighting, estimator, num_samples
+        self.jackknife = jackknife and num_samples > 1
         self.antithetic, self.control_variate = antithetic, control_variate
         self.warmup = (Phase("posterior", ("posterior",), self.posterior_loss, warmup_updates),)
         extra = (Phase("posterior", ("posterior",), self.posterior_loss, posterior_updates),) if posterior_updates else ()
-        if estimator == "resampled_score":
-            self.phases = (*extra, Phase("student", ("student",), self.resampled_score_loss))
-        else:
-            self.phases = (*extra, Phase("joint", ("student", "posterior"), self.joint_loss))
+        joint = self.resampled_score_loss if estimator == "resampled_score" else self.bound_loss
+        self.phases = (*extra, Phase("joint", ("student", "posterior"), joint))
         message = (
             "the posterior has learned nothing of z from x_t: the student has collapsed or the posterior is not warm yet; "
             "raise objective.warmup_updates or posterior_updates, or lower the student's learning rate"
@@ -97,7 +104,8 @@ class VarDiU:
         log_q = self.posterior(n.x_t, n.level, n.condition, z=n.z[:, None]).log_q[:, 0]
         return LossTerms(self._pairs(-log_q), {"information": self._information(log_q, n.z)})
 
-    def joint_loss(self, draw: Draw, context: None = None) -> LossTerms:
+    def bound_loss(self, draw: Draw, context: None = None) -> LossTerms:
+        """The bound of one (Eq. 12) or of K + 1 samples, differentiated in theta and phi."""
         n = self.noised(draw)
         score_d, w = self.data_score(n)
         noise = None
@@ -114,16 +122,23 @@ class VarDiU:
         return LossTerms(self._pairs(multi_sample_loss(n.x_t, score_d, log_v, w)), metrics)
 
     def resampled_score_loss(self, draw: Draw, context: None = None) -> LossTerms:
+        """theta: the resampled score against the teacher's; phi: -log q(z | x_t), on the same x_t and in the same call of q."""
         n = self.noised(draw)
         x0_hat, score_d = teacher_score(self.teacher, n.x_t, n.level, n.condition)
         w = weight(self.weighting, n.level, n.x0, x0_hat, self.teacher.sigma_data)
+        q = self.posterior(n.x_t.detach(), n.level, n.condition, z=n.z[:, None], noise=self._proposal_noise(draw, n))
         with torch.no_grad():
-            q = self.posterior(n.x_t, n.level, n.condition, noise=self._proposal_noise(draw, n))
             x0_k = self._students(q.z, n.condition)
             log_v = log_importance(n.x_t, x0_k, q.z, q.log_q_z, n.level)
-            score_student = score(torch.einsum("bk,bkchw->bchw", log_v.softmax(1), x0_k), n.x_t, n.level)
-        loss = score_difference_loss(n.x_t, score_student, score_d, w)
-        metrics = {"ess": effective_sample_size(log_v).mean(), "x0_std": n.x0.detach().std()}
+            weights = jackknife_weights(log_v) if self.jackknife else log_v.softmax(1)
+            score_student = score(torch.einsum("bk,bkchw->bchw", weights, x0_k), n.x_t, n.level)
+        log_q = q.log_q[:, 0]
+        loss = score_difference_loss(n.x_t, score_student, score_d, w) - log_q
+        metrics = {
+            "information": self._information(log_q, n.z),
+            "ess": effective_sample_size(log_v).mean(),
+            "x0_std": n.x0.detach().std(),
+        }
         return LossTerms(self._pairs(loss), metrics)
 
     def _students(self, z_k: Tensor, condition: Condition) -> Tensor:
