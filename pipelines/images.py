@@ -5,6 +5,7 @@ Pixels are uint8 (n, c, h, w) everywhere outside a network; networks see float32
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,31 +69,59 @@ def load_rows(dataset, image_column: str, label_column: str | None, image_size: 
             f"data: {len(dataset)} images of {channels}x{image_size}x{image_size} take {need / 2**30:.0f} GiB decoded, "
             f"more than {MAX_BYTES / 2**30:.0f}; choose a smaller split, e.g. data.split='train[:10%]'"
         )
-    pixels = torch.empty(len(dataset), channels, image_size, image_size, dtype=torch.uint8)
-    for i, row in enumerate(tqdm(dataset.select_columns([image_column]), desc="decoding images", unit="image")):
-        pixels[i] = _decode(row[image_column], image_size, channels)
     labels, names = None, ()
     if label_column is not None:
-        labels = torch.as_tensor(dataset[label_column][:], dtype=torch.long)
-        feature = dataset.features[label_column]
-        names = tuple(getattr(feature, "names", None) or map(str, range(int(labels.max()) + 1)))
+        labels, names = _labels(dataset, label_column)
+    pixels = torch.empty(len(dataset), channels, image_size, image_size, dtype=torch.uint8)
+    # undecoded, so that a damaged image is met here, where its row is known
+    undecoded = dataset.select_columns([image_column]).cast_column(image_column, _image_feature(dataset, image_column))
+    for i, row in enumerate(tqdm(undecoded, desc="decoding images", unit="image")):
+        source = row[image_column]
+        if source is None:
+            raise ValueError(f"data.image_column: row {i} of {image_column!r} is empty; mend or remove it")
+        file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]
+        pixels[i] = _read_image(file, image_size, channels, f"data.image_column: cannot decode row {i} of {image_column!r}")
     return ImageSet(pixels, labels, names)
+
+
+def _image_feature(dataset, column: str):
+    from datasets import Image
+
+    if not isinstance(dataset.features[column], Image):
+        raise ValueError(f"data.image_column: column {column!r} holds {dataset.features[column]}, not images")
+    return Image(decode=False)
+
+
+def _labels(dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Class numbers 0, 1, ... and their names (the numbers themselves where the column has none)."""
+    values = dataset[column][:]
+    if not all(isinstance(v, int) and v >= 0 for v in values):
+        wrong = next(v for v in values if not (isinstance(v, int) and v >= 0))
+        raise ValueError(f"data.label_column: {column!r} must hold class numbers 0, 1, ...; it holds {wrong!r}")
+    labels = torch.tensor(values, dtype=torch.long)
+    names = getattr(dataset.features[column], "names", None) or map(str, range(int(labels.max()) + 1))
+    return labels, tuple(names)
 
 
 def load_parquet(files: list[str], image_column: str, label_column: str | None, image_size: int, channels: int):
     """Local parquet files with the `datasets` image feature. FileNotFoundError names the file that is missing."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
 
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"data.files: no such file {file!r}; give the path of a parquet file")
-    rows = load_dataset("parquet", data_files=files, split="train")  # the builder calls every local set "train"
+    try:
+        rows = load_dataset("parquet", data_files=files, split="train")  # the builder calls every local set "train"
+    except (DatasetGenerationError, ArrowInvalid) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"data.files: cannot read {', '.join(files)}: {reason}") from error
     return load_rows(rows, image_column, label_column, image_size, channels)
 
 
 def load_folder(path: str, image_size: int, channels: int) -> ImageSet:
     """A folder of images, searched recursively; sub-folders directly below it are the classes if there are any."""
-    from PIL import Image
     from tqdm import tqdm
 
     root = Path(path)
@@ -103,11 +132,7 @@ def load_folder(path: str, image_size: int, channels: int) -> ImageSet:
         raise FileNotFoundError(f"data.path: no images ({', '.join(IMAGE_SUFFIXES)}) below {path!r}")
     pixels = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
     for i, file in enumerate(tqdm(files, desc="decoding images", unit="image")):
-        try:
-            with Image.open(file) as image:
-                pixels[i] = _decode(image, image_size, channels)
-        except OSError as error:
-            raise ValueError(f"data.path: cannot decode {str(file)!r}: {error}; mend or remove it") from error
+        pixels[i] = _read_image(file, image_size, channels, f"data.path: cannot decode {str(file)!r}")
     parents = [f.relative_to(root).parts[0] if len(f.relative_to(root).parts) > 1 else None for f in files]
     if any(p is None for p in parents):
         return ImageSet(pixels)
@@ -122,15 +147,22 @@ def load_hub(name: str, split: str, image_column: str, label_column: str | None,
     return load_rows(load_dataset(name, split=split), image_column, label_column, image_size, channels)
 
 
-def _decode(image, image_size: int, channels: int) -> Tensor:
-    """PIL image -> uint8 (channels, image_size, image_size): centre crop of the shorter side, then Lanczos."""
+def _read_image(file, image_size: int, channels: int, fault: str) -> Tensor:
+    """A file (path or stream) -> uint8 (channels, image_size, image_size): centre crop to a square, then Lanczos.
+
+    ValueError starting with `fault` for whatever PIL raises on damaged files.
+    """
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    image = image.convert("L" if channels == 1 else "RGB")
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{fault}: {error}; mend or remove it") from error
     side = min(image.size)
-    if image.size != (image_size, image_size):
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != image_size:
+        image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
     return pil_to_tensor(image)

@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 # Noise levels -------------------------------------------------------------------------------------------------------
@@ -217,9 +217,7 @@ class FakeScore(Strict):
 
 
 class Posterior(Strict):
-    """network "teacher" starts the posterior's U-Net as a copy of the teacher's, with a new last layer."""
-
-    network: Network | Literal["teacher"]
+    network: Network | None = None  # None: the teacher's own network, started from its weights but for the last layer
     covariance: Literal[tuple(COVARIANCES)] = "linear"
     optimizer: Optimizer
     updates: Annotated[int, Field(ge=0)] = 0  # of the posterior alone, before each joint update
@@ -246,7 +244,8 @@ class VarDiUConfig(Strict):
     name: Literal["vardiu"]
     estimator: Literal["bound", "multi_sample", "resampled_score"] = "resampled_score"
     num_samples: PositiveInt = 16
-    jackknife: bool = True  # resampled_score only: take the order 1/K bias out of the weighted average
+    calibrated: bool = True  # resampled_score only: regress the bias of the weighted average out of it
+    calibration_weight: PositiveFloat = 8.0  # of that regression against log q, whose trunk it shares
     levels: Levels
     weighting: Weight = "sigma2"
     antithetic: bool = True
@@ -273,14 +272,16 @@ class DistillConfig(Run):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML keeps the last of two equal keys; here it is an error."""
+    """Plain YAML keeps the last of two equal keys; here it is an error. Merge keys (`<<: *anchor`) may be overridden."""
 
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep) for key, _ in node.value]
-        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
-        if twice:
-            raise ConfigError(f"line {node.start_mark.line + 1}: key {twice[0]!r} stands twice in one section")
-        return super().construct_mapping(node, deep)
+    def flatten_mapping(self, node):  # called first for every mapping, and again for one that an anchor brings in once more
+        if not hasattr(node, "checked"):
+            node.checked = True
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} stands twice in one section")
+        super().flatten_mapping(node)
 
 
 def load_config(model: type[T], path: str, overrides: list[str]) -> T:
@@ -288,12 +289,7 @@ def load_config(model: type[T], path: str, overrides: list[str]) -> T:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"--config: no such file {path!r}")
-    try:
-        raw = yaml.load(file.read_text(), _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    raw = _read_yaml(file.read_text(), path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not {type(raw).__name__}")
     for override in overrides:
@@ -319,23 +315,30 @@ def _apply(raw: dict, override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-    node[last] = yaml.safe_load(text)
+    node[last] = _read_yaml(text, f"override {override!r}")
+
+
+def _read_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:
     """One line for one pydantic error; misspelt keys get a suggestion from the section they stand in."""
     names, candidates = [], [model]
-    for part in error["loc"]:
+    for i, part in enumerate(error["loc"]):
+        unknown = error["type"] == "extra_forbidden" and i + 1 == len(error["loc"])
         fields = {k: f for c in candidates for k, f in c.model_fields.items()}
-        tagged = (
-            [c for c in candidates if part in typing.get_args(c.model_fields["name"].annotation)]
-            if (all("name" in c.model_fields for c in candidates))
-            else []
-        )
+        variants = [c for c in candidates if "name" in c.model_fields]
+        tagged = [c for c in variants if part in typing.get_args(c.model_fields["name"].annotation)]
         if part in fields:
             names.append(str(part))
             candidates = _models_in(fields[part].annotation)
-        elif tagged and part != error["loc"][-1]:
+        elif tagged and not unknown:
             candidates = tagged  # pydantic puts a union's tag into the path; the user's file has none there
         else:
             names.append(str(part))

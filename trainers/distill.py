@@ -16,7 +16,7 @@ from pipelines.provenance import versions
 from pipelines.students import save_model
 
 from . import setup
-from .config import DistillConfig, Network
+from .config import DistillConfig, Network, VarDiUConfig
 from .config import Optimizer as OptimizerConfig
 from .draws import DrawSource
 from .loop import Trainer
@@ -134,12 +134,12 @@ def build_objective(
     objective = VarDiU(
         student,
         teacher,
-        UNetPosterior(network, p.covariance, sigma_data),
+        UNetPosterior(network, p.covariance, sigma_data, is_calibrated(o)),
         levels,
         o.weighting,
         o.estimator,
         o.num_samples,
-        o.jackknife,
+        o.calibration_weight,
         o.antithetic,
         o.control_variate,
         p.updates,
@@ -149,20 +149,23 @@ def build_objective(
     return objective, {"posterior": p.optimizer}
 
 
+def is_calibrated(objective: VarDiUConfig) -> bool:
+    return objective.estimator == "resampled_score" and objective.calibrated
+
+
 def build_posterior_unet(config: DistillConfig, teacher: EDMUNet) -> EDMUNet:
-    """A U-Net with twice the teacher's output channels whose last layer starts at zero: q starts as the prior."""
+    """A U-Net with the posterior's output channels, whose last layer starts at zero: q starts as the prior."""
     network, shape = config.objective.posterior.network, teacher.config
-    warm = network == "teacher"
     unet = setup.build_unet(
-        Network(**{k: shape[k] for k in Network.model_fields}) if warm else network,
+        network or Network(**{k: shape[k] for k in Network.model_fields}),
         config.seed,
         "posterior",
         shape.sample_size,
         in_channels=shape.in_channels,
-        out_channels=2 * shape.in_channels,
+        out_channels=UNetPosterior.num_channels(shape.in_channels, is_calibrated(config.objective)),
         num_classes=shape.num_classes,
     )
-    if warm:
+    if network is None:
         weights = {k: v for k, v in teacher.state_dict().items() if not k.startswith("conv_out.")}
         missing = unet.load_state_dict(weights, strict=False).missing_keys
         assert set(missing) == {"conv_out.weight", "conv_out.bias"}, missing

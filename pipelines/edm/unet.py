@@ -4,6 +4,8 @@ Stock UNet2DModel costs 1.7 times as much for the same widths; narrow 1x1 convol
 wanted, work on `patch_size` x `patch_size` blocks (space-to-depth) make the difference.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
@@ -118,9 +120,12 @@ class EDMUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True):
-        h = self.features(sample, timestep, class_labels)
-        out = F.pixel_shuffle(self.conv_out(h), self.config.patch_size)
+        out = self.head(self.features(sample, timestep, class_labels))
         return UNet2DOutput(sample=out) if return_dict else (out,)
+
+    def head(self, features: Tensor) -> Tensor:
+        """`features` -> the output, (b, out_channels, s, s)."""
+        return F.pixel_shuffle(self.conv_out(features), self.config.patch_size)
 
     def features(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """What the output convolution sees: (b, channels, s/patch_size, s/patch_size)."""

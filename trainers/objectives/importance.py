@@ -43,13 +43,15 @@ def effective_sample_size(log_v: Tensor) -> Tensor:
     return torch.exp(-(2 * log_v.log_softmax(1)).logsumexp(1))
 
 
-def jackknife_weights(log_v: Tensor) -> Tensor:
-    """Weights of the jackknifed self-normalised average, (b, K) -> (b, K); they sum to 1 and may be negative.
+def calibrated_mean(x0_mean: Tensor, x0_hat: Tensor, calibration: Tensor, level: Level, sigma_data: float) -> Tensor:
+    """E[g(z) | x_t] ~ D + (1 + gate) (m - D) + c_out residual, (b, c, h, w); gradients reach `calibration` only.
 
-    sum_k v_k g_k / sum_k v_k is off by order 1/K. With m_-k the average without sample k, K m - (K-1)/K sum_k m_-k is off by
-    order 1/K^2 (Quenouille 1956), at no further network call. Every m_-k is a convex average, so nothing can blow up.
+    m (b, c, h, w) is the self-normalised average over K proposals: biased where few of them carry the weight. D is the teacher's
+    x0_hat. calibration (b, 2 c, h, w) = (gate, residual) from the posterior's network, fitted by regressing g(z_0) on x_t, whose
+    regression function is E[g(z) | x_t] itself: so it learns the bias of m, and how far to trust m at all. m does not depend on
+    z_0 given x_t, which is what makes the regression fair. At 0 this is m. c_out is EDM's output scale for the level.
     """
-    k = log_v.shape[1]
-    alone = torch.eye(k, dtype=torch.bool, device=log_v.device)
-    without = log_v[:, None, :].masked_fill(alone, -torch.inf).softmax(2)  # row k: the weights that leave k out
-    return k * log_v.softmax(1) - (k - 1) / k * without.sum(1)
+    gate, residual = calibration.chunk(2, dim=1)
+    ratio = level.sigma / level.alpha
+    c_out = ratio * sigma_data * (ratio.square() + sigma_data**2).rsqrt()
+    return x0_hat + (1 + gate) * (x0_mean - x0_hat) + c_out * residual

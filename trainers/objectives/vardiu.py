@@ -1,15 +1,21 @@
 """VarDiU: a variational upper bound on the diffusive KL (Wang et al. 2025, arXiv 2508.20646), and two relatives.
 
-    x_t = alpha g(z) + sigma eps,   q_phi(z | x_t, t, c) a tractable posterior, s_d the teacher's score
+x_t = alpha g(z) + sigma eps;   q_phi(z | x_t, t, c): a tractable posterior;   s_d: the teacher's score.
 
-bound            -E w(t) [ x_t . sg(s_d(x_t)) + log q(z | x_t) ]                                      (the paper, Eq. 12)
-multi_sample      E w(t) [ log 1/(K+1) sum_{k=0..K} v_k - x_t . sg(s_d) ],  z_0 = z, z_k ~ q(. | x_t)  (ours; K=0 is the bound)
-                  v_k = N(x_t; alpha g(z_k), sigma^2) p(z_k) / q(z_k | x_t)     (Sobolev & Vetrov 2019, hierarchical models)
-resampled_score   grad = E w(t) (s_theta - s_d) . d x_t/d theta,   s_theta = sum_{k=1..K} v_k/sum(v) (alpha g(z_k) - x_t)/sigma^2
-                  (ours; q is trained by the bound; z_0 is left out: it made x_t, so its share would only shrink s_theta)
+bound: the paper's Eq. 12,
+    -E w(t) [ x_t . sg(s_d(x_t)) + log q(z | x_t) ]
 
-Variance reductions, both unbiased: antithetic eps -> +-eps sharing z; the control variate s_d -> s_d + eps/sigma, which has
-mean zero given z and turns alpha D(x_t) - x_t into alpha (D(x_t) - g(z)).
+multi_sample: ours, after Sobolev & Vetrov 2019 (hierarchical models); z_0 = z, z_k ~ q(. | x_t); K = 0 is the bound,
+    E w(t) [ log 1/(K+1) sum_{k=0..K} v_k - x_t . sg(s_d) ],    v_k = N(x_t; alpha g(z_k), sigma^2) p(z_k) / q(z_k | x_t)
+
+resampled_score: ours; q is trained by the bound and proposes latents for the student's own score,
+    grad_theta = E w(t) (s_theta - s_d) . d x_t / d theta,    s_theta = (alpha m - x_t) / sigma^2,    m ~ E[g(z) | x_t]
+    m = sum_{k=1..K} v_k g(z_k) / sum_k v_k.  z_0 is left out: it made x_t, so its share would only shrink s_theta.
+    calibrated: m is biased where few proposals carry the weight; two more maps of q's network regress that bias out
+    (importance.calibrated_mean), which mixes the resampled score with a denoiser learned as in Diff-Instruct.
+
+Variance reductions, all unbiased: antithetic eps -> +-eps sharing z; the control variate s_d -> s_d + eps/sigma of the bounds,
+which has mean zero given z and turns alpha D(x_t) - x_t into alpha (D(x_t) - g(z)); proposals in pairs +-noise.
 """
 
 from __future__ import annotations
@@ -22,11 +28,21 @@ from torch import Tensor, nn
 from pipelines.denoiser import Condition, Denoiser, OneStepGenerator, repeat_condition
 from pipelines.noise import Level, add_noise, score, weight
 
-from .base import Draw, HealthCheck, LevelSampler, LossTerms, Phase, sample_level, score_difference_loss, teacher_score
+from .base import (
+    Draw,
+    HealthCheck,
+    LevelSampler,
+    LossTerms,
+    Phase,
+    denoising_loss,
+    sample_level,
+    score_difference_loss,
+    teacher_score,
+)
 from .importance import (
     bound_loss,
+    calibrated_mean,
     effective_sample_size,
-    jackknife_weights,
     log_importance,
     log_standard_normal,
     multi_sample_loss,
@@ -58,7 +74,7 @@ class VarDiU:
         weighting: str = "sigma2",
         estimator: Estimator = "resampled_score",
         num_samples: int = 16,
-        jackknife: bool = True,
+        calibration_weight: float = 1.0,
         antithetic: bool = True,
         control_variate: bool = True,
         posterior_updates: int = 1,
@@ -69,7 +85,7 @@ class VarDiU:
         self.frozen: dict[str, nn.Module] = {"teacher": teacher}
         self.student, self.teacher, self.posterior = student, teacher, posterior
         self.levels, self.weighting, self.estimator, self.num_samples = levels, weighting, estimator, num_samples
-        self.jackknife = jackknife and num_samples > 1
+        self.calibration_weight = calibration_weight
         self.antithetic, self.control_variate = antithetic, control_variate
         self.warmup = (Phase("posterior", ("posterior",), self.posterior_loss, warmup_updates),)
         extra = (Phase("posterior", ("posterior",), self.posterior_loss, posterior_updates),) if posterior_updates else ()
@@ -130,24 +146,29 @@ class VarDiU:
         with torch.no_grad():
             x0_k = self._students(q.z, n.condition)
             log_v = log_importance(n.x_t, x0_k, q.z, q.log_q_z, n.level)
-            weights = jackknife_weights(log_v) if self.jackknife else log_v.softmax(1)
-            score_student = score(torch.einsum("bk,bkchw->bchw", weights, x0_k), n.x_t, n.level)
+            x0_mean = torch.einsum("bk,bkchw->bchw", log_v.softmax(1), x0_k)
         log_q = q.log_q[:, 0]
-        loss = score_difference_loss(n.x_t, score_student, score_d, w) - log_q
-        metrics = {
-            "information": self._information(log_q, n.z),
-            "ess": effective_sample_size(log_v).mean(),
-            "x0_std": n.x0.detach().std(),
-        }
-        return LossTerms(self._pairs(loss), metrics)
+        loss = -log_q
+        metrics = {"information": self._information(log_q, n.z), "ess": effective_sample_size(log_v).mean()}
+        if q.calibration is not None:
+            x0_mean = calibrated_mean(x0_mean, x0_hat, q.calibration, n.level, self.teacher.sigma_data)
+            error = denoising_loss(x0_mean, n.x0.detach(), weight("edm", n.level, n.x0, x0_hat, self.teacher.sigma_data))
+            loss = loss + self.calibration_weight * n.x_t[0].numel() * error  # a sum over coordinates, as log q is
+            metrics |= {"gate": 1 + q.calibration.detach().chunk(2, 1)[0].mean(), "calibration_error": error.detach().mean()}
+        loss = loss + score_difference_loss(n.x_t, score(x0_mean, n.x_t, n.level), score_d, w)
+        return LossTerms(self._pairs(loss), metrics | {"x0_std": n.x0.detach().std()})
 
     def _students(self, z_k: Tensor, condition: Condition) -> Tensor:
         """g at K latents for each sample: (b, K, c, h, w) -> the same."""
         return self.student(z_k.flatten(0, 1), repeat_condition(condition, z_k.shape[1])).unflatten(0, z_k.shape[:2])
 
     def _proposal_noise(self, draw: Draw, n: Noised) -> Tensor:
-        noise = draw.normal("proposals", (2 if self.antithetic else 1) * self.num_samples, *n.z.shape[1:])
-        return torch.cat(noise.split(self.num_samples, 1))
+        """Standard normal (b, K, c, h, w); with an even K in pairs +-noise, which cancels what is linear in z."""
+        k, shape = self.num_samples, n.z.shape[1:]
+        fresh = k // 2 if k % 2 == 0 else k
+        noise = draw.normal("proposals", (2 if self.antithetic else 1) * fresh, *shape)
+        noise = torch.cat(noise.split(fresh, 1))
+        return noise if fresh == k else torch.cat([noise, -noise], 1)
 
     def _pairs(self, loss: Tensor) -> Tensor:
         """Average an antithetic pair back to one number for each z."""
