@@ -232,5 +232,4 @@ def weight(name: str, level: Level, x0: Tensor, x0_hat: Tensor, sigma_data: floa
     """w(t) by name, (b, 1, 1, 1), detached: a weight is a number, never a path for gradients."""
     if name not in WEIGHTINGS:
         raise ValueError(f"weighting {name!r} is unknown; expected one of {', '.join(WEIGHTINGS)}")
-    with torch.no_grad():
-        return WEIGHTINGS[name](level, x0, x0_hat, sigma_data)
+    return WEIGHTINGS[name](level, x0, x0_hat, sigma_data).detach()

@@ -162,7 +162,9 @@ def build_posterior_unet(config: DistillConfig, teacher: EDMUNet) -> EDMUNet:
         "posterior",
         shape.sample_size,
         in_channels=shape.in_channels,
-        out_channels=UNetPosterior.num_channels(shape.in_channels, is_calibrated(config.objective)),
+        out_channels=UNetPosterior.num_channels(
+            shape.in_channels, config.objective.posterior.covariance, is_calibrated(config.objective)
+        ),
         num_classes=shape.num_classes,
     )
     if network is None:

@@ -65,7 +65,8 @@ class EDMPipeline(DiffusionPipeline):
 
         denoiser = self.denoiser(guidance_scale)
         if sigmas is None:
-            grid = self.scheduler.sigmas(num_inference_steps or self.scheduler.config.num_inference_steps)
+            default = self.scheduler.config.num_inference_steps
+            grid = self.scheduler.sigmas(default if num_inference_steps is None else num_inference_steps)
         else:
             grid = torch.tensor(sigmas, dtype=torch.float64)
         sample = _heun if self.scheduler.config.sampler == "heun" else _renoise

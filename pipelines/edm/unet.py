@@ -17,15 +17,21 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """At most `groups` groups of at least 4 channels: a group of one would take the noise embedding out again."""
+    most = max(1, min(groups, channels // 4))
+    return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + embedding))), the last convolution starting at zero."""
 
     def __init__(self, in_channels: int, channels: int, embedding_channels: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(math.gcd(groups, in_channels), in_channels)
+        self.norm1 = group_norm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.embed = nn.Linear(embedding_channels, channels)
-        self.norm2 = nn.GroupNorm(math.gcd(groups, channels), channels)
+        self.norm2 = group_norm(groups, channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
@@ -42,7 +48,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(math.gcd(groups, channels), channels)
+        self.norm = group_norm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.proj.weight)
@@ -114,21 +120,12 @@ class EDMUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
                         self.up.append(SelfAttention(c, norm_groups))
             if level:
                 self.up.append(nn.Upsample(scale_factor=2, mode="nearest"))
-        self.norm_out = nn.GroupNorm(math.gcd(norm_groups, c), c)
+        self.norm_out = group_norm(norm_groups, c)
         self.conv_out = nn.Conv2d(c, out_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True):
-        out = self.head(self.features(sample, timestep, class_labels))
-        return UNet2DOutput(sample=out) if return_dict else (out,)
-
-    def head(self, features: Tensor) -> Tensor:
-        """`features` -> the output, (b, out_channels, s, s)."""
-        return F.pixel_shuffle(self.conv_out(features), self.config.patch_size)
-
-    def features(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """What the output convolution sees: (b, channels, s/patch_size, s/patch_size)."""
         embedding = self.embed_noise(fourier_features(timestep, self.config.channels).to(sample.dtype))
         if self.embed_class is not None:
             if class_labels is None:
@@ -151,7 +148,8 @@ class EDMUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 h = layer(torch.cat([h, skips.pop()], dim=1))
             else:
                 h = self._run(layer, h, embedding)
-        return F.silu(self.norm_out(h))
+        out = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
+        return UNet2DOutput(sample=out) if return_dict else (out,)
 
     def _run(self, layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         if not isinstance(layer, ResidualBlock | SelfAttention):

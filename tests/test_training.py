@@ -1,0 +1,542 @@
+"""Whole training runs on tiny networks: what they change, what they leave, and that neither micro-batches nor processes show.
+
+Runs that are stopped, resumed, damaged or refused are in test_training_stops.py.
+"""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipelines.images import load_folder, to_unit
+from pipelines.students import load_student, read_info
+from trainers import checkpoint, distill, train_teacher
+from trainers.config import DistillConfig, Optimizer, load_config
+from trainers.draws import DrawSource
+from trainers.ema import Ema
+from trainers.loop import Trainer, learning_rate
+from trainers.posteriors.gaussian import COVARIANCES
+from trainers.setup import write_preview
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_2 = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
+
+# Adam divides by the gradient's own size, so a gradient that is zero but for rounding (a bias before a normalisation) becomes
+# a full step of random sign; a larger eps keeps comparisons between two orders of summation about the sums.
+ADAM = {"lr": 1e-3, "betas": [0.0, 0.99], "eps": 1e-4}
+LEVELS = {"name": "log_uniform", "low": 0.3, "high": 3.0}
+B, STEPS, WARMUP, UPDATES, K = 6, 3, 2, 2, 3
+
+
+def vardiu(estimator: str, antithetic: bool) -> dict:
+    posterior = {"network": {"channels": 8, "num_blocks": 1}, "optimizer": ADAM, "updates": UPDATES, "warmup_updates": WARMUP}
+    fixed = {"name": "vardiu", "levels": LEVELS, "num_samples": K, "posterior": posterior}
+    return fixed | {"estimator": estimator, "antithetic": antithetic}
+
+
+FAKE_SCORE = {"levels": LEVELS, "optimizer": ADAM, "updates": UPDATES, "warmup_updates": WARMUP}
+OBJECTIVES = {
+    "varflow": {"name": "varflow", "levels": LEVELS, "cross": "full"},
+    "diff_instruct": {"name": "diff_instruct", "levels": LEVELS, "fake_score": FAKE_SCORE},
+    "bound": vardiu("bound", antithetic=True),
+    "multi_sample": vardiu("multi_sample", antithetic=False),
+    "resampled_score": vardiu("resampled_score", antithetic=True),
+}
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+
+# phase -> (networks it updates, what it logs beside loss and gradient norms), in the order of one step
+PHASES = {
+    "varflow": {"student": (["student"], ["x0_std"])},
+    "diff_instruct": {"fake_score": (["fake_score"], []), "student": (["student"], ["x0_gap", "x0_std"])},
+    "bound": {
+        "posterior": (["posterior"], ["information"]),
+        "joint": (["student", "posterior"], ["information", "x0_std"]),
+    },
+    "multi_sample": {
+        "posterior": (["posterior"], ["information"]),
+        "joint": (["student", "posterior"], ["information", "x0_std", "ess"]),
+    },
+    "resampled_score": {
+        "posterior": (["posterior"], ["information"]),
+        "joint": (["student", "posterior"], ["information", "x0_std", "ess"]),
+    },
+}
+EXTRA = WARMUP + UPDATES * STEPS  # updates of the posterior or the fake score
+PAIRS = 2  # antithetic
+CALLS = {  # samples sent through each network
+    "varflow": {"student": B * STEPS},
+    "diff_instruct": {"student": B * (EXTRA + STEPS), "fake_score": B * (EXTRA + STEPS), "teacher": B * STEPS},
+    "bound": {
+        "student": B * (EXTRA + STEPS),
+        "posterior": PAIRS * B * (EXTRA + STEPS),
+        "teacher": PAIRS * B * STEPS,
+    },
+    "multi_sample": {
+        "student": B * (EXTRA + STEPS + K * STEPS),
+        "posterior": B * (EXTRA + STEPS),
+        "teacher": B * STEPS,
+    },
+    "resampled_score": {
+        "student": B * (EXTRA + STEPS + PAIRS * K * STEPS),
+        "posterior": PAIRS * B * (EXTRA + STEPS),
+        "teacher": PAIRS * B * STEPS,
+    },
+}
+
+
+# Tools ----------------------------------------------------------------------------------------------------------------
+
+
+class Lab:
+    """A class-conditional teacher of 3x5x5 images, trained once, and configurations that distil it."""
+
+    def __init__(self, root: Path) -> None:
+        rng = np.random.default_rng(0)
+        for i in range(11):
+            folder = root / "images" / ("ant" if i < 7 else "bee")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        self.data = {"name": "folder", "path": str(root / "images"), "image_size": 5, "channels": 3, "labels": True}
+        self.teacher = root / "teacher"
+        config = {
+            "output_dir": str(self.teacher),
+            "data": self.data,
+            "network": {"channels": 8, "num_blocks": 1},
+            "levels": {"name": "log_normal"},
+            "optimizer": {"lr": 5e-3},
+            "steps": 30,
+            "batch_size": 7,
+        }
+        (root / "teacher.yaml").write_text(yaml.safe_dump(config))
+        train_teacher.main(["--config", str(root / "teacher.yaml")])
+
+    def config(self, objective: str, output: Path, **changes) -> str:
+        """The path of a configuration that writes to `output`."""
+        config = {
+            "output_dir": str(output),
+            "teacher": {"path": str(self.teacher)},
+            "student": {"sigma_init": 2.0, "optimizer": ADAM},
+            "objective": copy.deepcopy(OBJECTIVES[objective]),
+            "steps": STEPS,
+            "batch_size": B,
+            "ema_decay": 0.9,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "num_samples": 4,
+        }
+        config |= {"data": self.data} if objective == "varflow" else {}
+        file = output.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(config | changes))
+        return str(file)
+
+    def distil(self, objective: str, output: Path, *overrides: str, **changes) -> Path:
+        distill.main(["--config", self.config(objective, output, **changes), *overrides])
+        return output
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that more only wait for each other
+    yield Lab(tmp_path_factory.mktemp("lab"))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its settings for the life of a process; each test starts without."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The trainers that distill makes; each lists its updates as (phase, roles that changed, logged values)."""
+
+    made = []
+
+    class Watched(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.updates = []
+            made.append(self)
+
+        def _update(self, phase, key):
+            roles = self.networks | self.objective.frozen
+            before = {role: copy.deepcopy(net.state_dict()) for role, net in roles.items()}
+            values = super()._update(phase, key)
+            changed = {
+                r for r, net in roles.items() if any(not torch.equal(v, before[r][n]) for n, v in net.state_dict().items())
+            }
+            self.updates.append((phase, changed, values))
+            return values
+
+    monkeypatch.setattr(distill, "Trainer", Watched)
+    return made
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def last_checkpoint(output: Path) -> Path:
+    return checkpoint.list_checkpoints(output / "checkpoints")[-1]
+
+
+def weights_gap(a: Path, b: Path) -> float:
+    """The largest difference between the trained networks and averages of two runs."""
+    gap = 0.0
+    for name in ("networks", "ema"):
+        mine, other = (load_file(last_checkpoint(run) / f"{name}.safetensors") for run in (a, b))
+        assert mine.keys() == other.keys()
+        gap = max(gap, *((mine[n] - other[n]).abs().max().item() for n in mine))
+    return gap
+
+
+# What a run does ------------------------------------------------------------------------------------------------------
+
+
+@every_objective
+def test_only_the_networks_of_a_phase_change(objective, lab, watched, tmp_path):
+    lab.distil(objective, tmp_path / "run")
+    (trainer,) = watched
+    extra, *final = PHASES[objective].items()
+    order = [extra] * WARMUP + ([extra] * UPDATES + final) * STEPS if final else [extra] * STEPS
+    assert [(phase.name, changed) for phase, changed, _ in trainer.updates] == [(n, set(roles)) for n, (roles, _) in order]
+    assert trainer.ema.updates == STEPS  # the student's updates and no others
+
+    # the frozen teacher in memory and its file are what they were
+    file = load_file(lab.teacher / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
+    for denoiser in trainer.objective.frozen.values():
+        memory = denoiser.network.state_dict()
+        assert memory.keys() == file.keys()
+        assert all(torch.equal(memory[n], file[n]) for n in file)
+        assert not any(p.requires_grad or p.grad is not None for p in denoiser.parameters())
+    assert bool(trainer.objective.frozen) == (objective != "varflow")
+
+
+@every_objective
+def test_what_a_run_leaves(objective, lab, watched, tmp_path, monkeypatch):
+    output = lab.distil(objective, tmp_path / "run", sample_every=STEPS, log_every=2, snapshot_every=2)
+    (trainer,) = watched
+
+    assert load_config(DistillConfig, str(output / "config.yaml"), []) == trainer.run
+    assert json.loads((output / "environment.json").read_text())["processes"] == 1
+    assert [f.name for f in checkpoint.list_checkpoints(output / "checkpoints")] == ["step_00000002", "step_00000003"]
+
+    # metrics.jsonl: means over the steps since the line before; warm-up is not among them
+    logged = lines(output / "metrics.jsonl")
+    assert [line["step"] for line in logged] == [2, 3] == [line["step"] for line in lines(output / "timings.jsonl")]
+    expected = {"step", *(f"{role}/lr" for role in trainer.networks)}
+    for phase, (roles, metrics) in PHASES[objective].items():
+        expected |= {f"{phase}/{name}" for name in ["loss", *metrics, *(f"{role}_grad_norm" for role in roles)]}
+    assert all(line.keys() == expected for line in logged)
+    a_step = len(trainer.updates[WARMUP if len(PHASES[objective]) > 1 else 0 :]) // STEPS
+    for line, updates in zip(logged, [trainer.updates[-3 * a_step : -a_step], trainer.updates[-a_step:]], strict=True):
+        for name in expected - {"step"} - {f"{role}/lr" for role in trainer.networks}:
+            values = [v[name] for _, _, v in updates if name in v]
+            assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-12)
+
+    # student/ is the average in memory: the same weights and, through stock loading, exactly the same images
+    info = read_info(output / "student", "student")
+    assert info["calls"] == CALLS[objective]
+    assert (info["steps"], info["readout_sigma"], info["base_model"]) == (STEPS, 2.0, str(lab.teacher))
+    pipeline, labels = load_student(output), torch.tensor([0, 1, 1, 0, 2])  # 2: no label
+    z = torch.randn(5, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    with trainer.ema.swapped() as student, torch.no_grad():
+        x0 = (student(z, {"class_labels": labels}) / 2 + 0.5).clamp(0, 1)
+    assert (pipeline(5, class_labels=labels, latents=z, output_type="pt").images - x0).abs().max() < 1e-6
+    pipeline.unet.to(memory_format=torch.channels_last)  # the trainer's; convolutions then add in the same order
+    assert torch.equal(pipeline(5, class_labels=labels, latents=z, output_type="pt").images, x0)
+    write_preview(pipeline, tmp_path / "again.png", 4, trainer.run.seed)
+    assert (tmp_path / "again.png").read_bytes() == (output / "samples" / "step_00000003.png").read_bytes()
+    snapshot = read_info(output / "snapshots" / "step_00000002", "student")
+    assert snapshot["steps"] == 2
+    assert load_student(output / "snapshots" / "step_00000002").unet.config.num_classes == 2
+
+    # the model card's three lines run as they stand
+    card = (output / "student" / "README.md").read_text()
+    monkeypatch.chdir(output)
+    names = {}
+    exec(re.search("```python\n(.*?)```", card, re.DOTALL)[1], names)
+    assert [i.size for i in names["images"]] == [(5, 5)] * 16
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("digits_*.yaml")), ids=lambda f: f.stem)
+def test_recipes_run_when_shrunk(recipe, tmp_path):
+    small = [f"output_dir={tmp_path / 'run'}", "steps=2", "batch_size=5", "num_samples=3", "sample_every=1"]
+    tiny = ["network.channels=8", "network.num_blocks=1"]
+    teacher = ["--config", str(ROOT / "configs" / "digits_teacher.yaml"), *small, *tiny, f"output_dir={tmp_path / 'teacher'}"]
+    train_teacher.main(teacher)
+    if recipe.stem == "digits_teacher":
+        assert (tmp_path / "teacher" / "teacher" / "README.md").is_file()
+        return
+    small.append(f"teacher.path={tmp_path / 'teacher'}")
+    if yaml.safe_load(recipe.read_text())["objective"]["name"] == "vardiu":
+        small += ["objective.posterior.network={channels: 8, num_blocks: 1}", "objective.posterior.warmup_updates=1"]
+    distill.main(["--config", str(recipe), *small])
+    assert load_student(tmp_path / "run")(2, output_type="np").images.shape == (2, 8, 8, 1)
+
+
+# Splitting the batch --------------------------------------------------------------------------------------------------
+
+
+def test_every_process_and_micro_batch_takes_its_rows_of_one_draw(lab):
+    data = load_folder(str(lab.teacher.parent / "images"), 5, 3)
+    key = ("step", 3, "student", 0)
+
+    def draws(world_size: int, micro: int | None, seed: int = 1) -> dict[str, torch.Tensor]:
+        parts = [
+            draw
+            for rank in range(world_size)
+            for draw in DrawSource(seed, 12, (3, 5, 5), torch.device("cpu"), data, 2, 0.5, rank, world_size, micro).batch(
+                key, 0.5
+            )
+        ]
+        assert len(parts) == (12 // micro if micro else world_size)
+        names = {"z": "z", "eps": "eps", "u": "u", "x0": "x0"}
+        joined = {name: torch.cat([getattr(d, name) for d in parts]) for name in names}
+        joined |= {"labels": torch.cat([d.condition["class_labels"] for d in parts])}
+        joined |= {
+            "more": torch.cat([d.normal("more", 2, 3) for d in parts]),
+            "data": torch.cat([d.normal("z", 3, 5, 5) for d in parts]),
+        }
+        assert {float(d.shared_u) for d in parts} == {float(joined["u"][0])}
+        return joined
+
+    whole = draws(1, None)
+    assert torch.equal(whole["data"], whole["z"])  # a name is a stream of its own
+    assert not torch.equal(whole["z"], whole["eps"])
+    assert set(whole["labels"].tolist()) == {0, 1, 2}  # half of them dropped
+    assert set(whole["x0"].flatten(1).sum(1).tolist()) <= set(to_unit(data.pixels).flatten(1).sum(1).tolist())
+    for world_size, micro in ((1, 4), (2, None), (2, 3), (3, 2), (12, 1)):
+        assert all(torch.equal(v, whole[n]) for n, v in draws(world_size, micro).items())
+    assert not any(torch.equal(v, whole[n]) for n, v in draws(1, None, seed=2).items())
+
+
+@every_objective
+def test_accumulating_micro_batches_is_one_pass(objective, lab, tmp_path):
+    whole = lab.distil(objective, tmp_path / "whole")
+    first = lines(whole / "metrics.jsonl")[0]
+    for micro in (B // 2, B // 3):
+        split = lab.distil(objective, tmp_path / f"micro_{micro}", micro_batch_size=micro)
+        assert weights_gap(split, whole) < 1e-5
+        for name, value in lines(split / "metrics.jsonl")[0].items():
+            if not name.endswith(("x0_std", "x0_gap")):  # a standard deviation over fewer samples is another number
+                assert value == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
+    assert weights_gap(whole, lab.distil(objective, tmp_path / "other", seed=1)) > 1e-4  # what a difference looks like
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+import torch
+from accelerate.state import AcceleratorState
+from trainers import distill, draws
+from trainers.config import DistillConfig, load_config
+from trainers.loop import NonFiniteError
+
+torch.distributed.destroy_process_group = lambda group=None: None  # one group serves all the runs below
+rank, folder = os.environ["RANK"], Path(sys.argv[1])
+config = ["--config", str(folder / "diff_instruct.yaml")]
+
+def status(*overrides):
+    try:
+        distill.main([*config, *overrides])
+    except SystemExit as stopped:
+        return str(stopped.code)
+    return "0"
+
+make = draws.DrawSource.batch
+def one_bad_number(self, key, progress):
+    batch = make(self, key, progress)
+    if rank == "1" and key[:3] == ("step", 1, "student"):
+        batch[0].z[0, 0, 0, 0] = float("nan")
+    return batch
+
+draws.DrawSource.batch = one_bad_number
+try:
+    distill.run(load_config(DistillConfig, config[1], [f"output_dir={folder / 'nan'}", "checkpoint_every=1"]))
+except NonFiniteError as error:
+    (folder / f"nan_{rank}").write_text(str(error))
+draws.DrawSource.batch = make
+
+(folder / f"odd_{rank}").write_text(status(f"output_dir={folder / 'odd'}", "batch_size=7"))
+(folder / f"pair_{rank}").write_text(status(f"output_dir={folder / 'pair'}"))
+
+AcceleratorState._reset_state(reset_partial_state=True)
+os.environ["ACCELERATE_USE_CPU"] = "false"
+(folder / f"strangers_{rank}").write_text(status(f"output_dir={folder / 'strangers'}"))
+"""
+
+
+def launch(*command: str) -> None:
+    """Two processes on this CPU; accelerate looks for GPUs in both unless ACCELERATE_USE_CPU says otherwise."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
+ACCELERATE = ("accelerate.commands.launch", f"--config_file={CPU_2}")
+
+
+def assert_two_processes_equal_one(pair: Path, one: Path) -> None:
+    assert json.loads((pair / "environment.json").read_text())["processes"] == 2
+    assert weights_gap(pair, one) < 1e-5
+    for mine, other in zip(lines(pair / "metrics.jsonl"), lines(one / "metrics.jsonl"), strict=True):
+        for name, value in mine.items():
+            if not name.endswith(("x0_std", "x0_gap")):
+                assert value == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
+    calls, expected = (read_info(run / "student", "student")["calls"] for run in (pair, one))
+    if len(expected) == 1:  # VarFlow: the whole batch is drawn once more, without a graph, before it is split
+        expected = {"student": 2 * expected["student"]}
+    assert calls == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "launcher"), [("resampled_score", ACCELERATE), ("varflow", TORCHRUN)])
+def test_two_processes_are_one_with_the_same_batch(objective, launcher, lab, tmp_path):
+    one = lab.distil(objective, tmp_path / "one")
+    launch(*launcher, "-m", "trainers.distill", "--config", lab.config(objective, tmp_path / "pair"))
+    assert_two_processes_equal_one(tmp_path / "pair", one)
+
+
+@pytest.fixture(scope="module")
+def two_processes(lab, tmp_path_factory):
+    """The folder in which TWO_PROCESSES has run, and what each of the two wrote there under a name."""
+    folder = tmp_path_factory.mktemp("two")
+    lab.config("diff_instruct", folder / "diff_instruct")
+    (folder / "script.py").write_text(TWO_PROCESSES)
+    launch(*TORCHRUN, str(folder / "script.py"), str(folder))
+    return folder, lambda name: [(folder / f"{name}_{rank}").read_text() for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_processes_of_diff_instruct(two_processes, lab, tmp_path):
+    folder, read = two_processes
+    assert read("pair") == ["0", "0"]
+    assert_two_processes_equal_one(folder / "pair", lab.distil("diff_instruct", tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_a_nan_that_one_process_sees_stops_both(two_processes):
+    folder, read = two_processes
+    first, second = read("nan")
+    assert first.startswith("phase 'student' at step 1: loss = nan")
+    assert first == second
+    assert f"the last checkpoint is '{folder / 'nan' / 'checkpoints' / 'step_00000001'}'" in first
+
+
+@pytest.mark.slow
+def test_a_batch_that_two_processes_cannot_share_is_refused_by_both(two_processes):
+    folder, read = two_processes
+    assert read("odd") == ["2", "2"]
+    assert not (folder / "odd" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="without ACCELERATE_USE_CPU two processes on a machine with GPUs take those"
+)
+def test_processes_that_would_not_know_of_each_other_are_refused(two_processes):
+    """Without ACCELERATE_USE_CPU, accelerate takes each of several processes on a CPU for the only one."""
+    folder, read = two_processes
+    assert read("strangers") == ["2", "2"]
+    assert not (folder / "strangers" / "metrics.jsonl").exists()
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+@every_objective
+def test_bf16_autocast_stays_close_to_fp32(objective, lab, tmp_path, monkeypatch):
+    full = lines(lab.distil(objective, tmp_path / "fp32", steps=2) / "metrics.jsonl")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    output = lab.distil(objective, tmp_path / "bf16", steps=2)
+    assert json.loads((output / "environment.json").read_text())["mixed_precision"] == "bf16"
+    half = lines(output / "metrics.jsonl")
+    assert len(half) == 2
+    assert all(np.isfinite(v) for line in half for v in line.values())
+    assert half[0] != full[0]  # autocast was on
+    for name, value in half[0].items():
+        if "loss" in name:
+            assert value == pytest.approx(full[0][name], rel=0.02, abs=0.02), name
+    weights = load_file(last_checkpoint(output) / "networks.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_log_q_is_exact_under_bf16_autocast(covariance):
+    """It is exponentiated into importance weights: the network may run in half precision, the density may not."""
+    generator = torch.Generator().manual_seed(0)
+    make = COVARIANCES[covariance](11)
+    with torch.no_grad():
+        for parameter in make.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    shapes = ((5, make.num_outputs), (5, 3, 11), (5, 3, 11))
+    output, z, noise = (torch.randn(*s, generator=generator) * 0.3 for s in shapes)
+    log_q, (sample, log_q_z) = make(output).log_prob(z), make(output).sample(noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        density = make(output)
+        torch.testing.assert_close(density.log_prob(z), log_q, rtol=0, atol=1e-5)
+        torch.testing.assert_close(density.sample(noise), (sample, log_q_z), rtol=0, atol=1e-5)
+
+
+def test_ema_is_its_closed_form_and_swaps_exactly():
+    module = torch.nn.Linear(3, 2, dtype=torch.float64)
+    module.bias.requires_grad_(False)
+    values = [torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(14)]
+    module.weight.data = values[0].clone()
+    ema = Ema(module, decay=0.5)
+    expected = values[0]
+    for n, value in enumerate(values[1:]):
+        module.weight.data.copy_(value)
+        ema.update()
+        d = min(0.5, (1 + n) / (10 + n))  # 0.1, 2/11, ... until 0.5 at n = 8
+        expected = d * expected + (1 - d) * value
+    assert ema.updates == 13
+    assert list(ema.average) == ["weight"]  # what is not trained is not averaged
+    torch.testing.assert_close(ema.average["weight"], expected, rtol=1e-14, atol=1e-14)
+    average = ema.average["weight"].clone()
+
+    def fail_inside():
+        with ema.swapped() as swapped:
+            assert torch.equal(swapped.weight, average)
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail_inside()
+    assert torch.equal(module.weight, values[-1])
+    assert torch.equal(ema.average["weight"], average)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_at_its_ends(schedule):
+    config = Optimizer(lr=0.6, warmup_steps=4, schedule=schedule, final_ratio=0.25)
+    rates = [learning_rate(config, step, 100) for step in range(101)]
+    at_half = {"constant": 1.0, "linear": 0.625, "cosine": 0.625}[schedule]
+    assert rates[50] == pytest.approx(0.6 * at_half)
+    assert rates[100] == pytest.approx(0.6 * (1.0 if schedule == "constant" else 0.25))
+    full = [learning_rate(config.model_copy(update={"warmup_steps": 0}), step, 100) for step in range(101)]
+    assert full[0] == 0.6
+    assert rates[:4] == pytest.approx([f * w for f, w in zip(full, (0.25, 0.5, 0.75, 1.0), strict=False)])
+    assert rates[3:] == full[3:]
+    assert full == sorted(full, reverse=True)
+    if schedule == "cosine":
+        assert full[25] == pytest.approx(0.6 * (0.25 + 0.75 * (1 + 2**-0.5) / 2))

@@ -1,0 +1,312 @@
+"""VarFlow: the energy loss against loops and closed forms, its memory, and batches cut into micro-batches."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from scipy.special import gamma, hyp1f1
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipelines.images import ImageSet
+from pipelines.noise import EDMSchedule, RectifiedFlowSchedule
+from trainers.draws import DrawSource
+from trainers.objectives.varflow import VarFlow, energy_loss, pairwise_power
+
+BETAS = (0.5, 1.0, 1.5, 1.9)
+SHAPE = (5, 2, 3, 7)  # K = 5 samples
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return math.dist(a.double().flatten().tolist(), b.double().flatten().tolist())
+
+
+def naive(x: Tensor, y: Tensor, beta: float, cross: str) -> list[float]:
+    """Each sample's share, pair by pair in float64; 0^beta = 0."""
+    k = len(x)
+    shares = []
+    for i in range(k):
+        between = [distance(x[i], y[j]) ** beta for j in range(k)]
+        within = math.fsum(distance(x[i], x[j]) ** beta for j in range(k) if j != i) / (k - 1)
+        shares.append((math.fsum(between) / k if cross == "full" else between[i]) - within / 2)
+    return shares
+
+
+def naive_gradient(x: Tensor, y: Tensor, beta: float, cross: str) -> Tensor:
+    """Of the sum of all shares: beta |d|^(beta-2) d for every pair, nothing for pairs that coincide."""
+
+    def pull(a: Tensor, b: Tensor) -> Tensor:
+        r = distance(a, b)
+        return torch.zeros_like(a) if r == 0 else beta * r ** (beta - 2) * (a - b)
+
+    k, gradient = len(x), torch.zeros_like(x)
+    for i in range(k):
+        for j in range(k):
+            if cross == "full" or i == j:
+                gradient[i] += pull(x[i], y[j]) / (k if cross == "full" else 1)
+            gradient[i] -= pull(x[i], x[j]) / (k - 1)  # 1/2 for x_i in its own share, 1/2 in x_j's
+    return gradient
+
+
+def gradient_of(x: Tensor, y: Tensor, beta: float, cross: str) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(energy_loss(x, y, beta, cross).sum(), x)[0]
+
+
+# The loss ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cross", ["full", "paired"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_energy_loss_against_loops(beta, cross, randn):
+    x, y = randn(*SHAPE), 0.7 * randn(*SHAPE) + 0.5
+    loss = energy_loss(x, y, beta, cross)
+    assert loss.shape == (5,)
+    expected = naive(x, y, beta, cross)
+    assert loss.tolist() == pytest.approx(expected, rel=1e-11)
+    assert float(loss.mean()) == pytest.approx(math.fsum(expected) / 5, rel=1e-11)
+    assert_close(gradient_of(x, y, beta, cross), naive_gradient(x, y, beta, cross), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("cross", ["full", "paired"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradient_against_finite_differences(beta, cross, randn):
+    """Of each share in both arguments."""
+    x, y = randn(3, 1, 2, 1).requires_grad_(), randn(3, 1, 2, 1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: energy_loss(x, y, beta, cross), (x, y), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("cross", ["full", "paired"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_coincident_samples(beta, cross, offset, dtype, randn):
+    """Twins among the students, and students that equal data: no distance, no force, no NaN, at any distance from zero."""
+    x, y = (randn(*SHAPE) + offset).to(dtype), (randn(*SHAPE) + offset).to(dtype)
+    x[3] = x[1]
+    y[4], y[2] = x[4], x[0]
+    loss, gradient = energy_loss(x, y, beta, cross), gradient_of(x, y, beta, cross)
+    assert loss.tolist() == pytest.approx(naive(x, y, beta, cross), rel=1e-9)
+    assert gradient.dtype == dtype
+    # gradients come back in the input's precision
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    expected = naive_gradient(x.double(), y.double(), beta, cross)
+    assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("cross", ["full", "paired"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_autocast_does_not_reach_the_loss(beta, cross, randn):
+    x, y = randn(*SHAPE).float(), randn(*SHAPE).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = energy_loss(x, y, beta, cross)
+    assert_close(loss, energy_loss(x, y, beta, cross), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.5, 3.7])  # centring is exact for the first two, rounds for the third
+@pytest.mark.parametrize("cross", ["full", "paired"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_one_point_is_no_loss(beta, cross, value):
+    x = torch.full(SHAPE, value)
+    assert not energy_loss(x, x, beta, cross).any()
+    assert not gradient_of(x, x, beta, cross).any()
+
+
+@pytest.mark.parametrize("offset", [1e3, -3e4])
+@pytest.mark.parametrize("beta", BETAS)
+def test_float32_far_from_the_origin(beta, offset, randn):
+    """The loss is as exact as its inputs: they are rounded by adding the offset, nothing is rounded after that."""
+    x, y = (randn(*SHAPE) + offset).float(), (randn(*SHAPE) + offset).float()
+    for cross in ("full", "paired"):
+        loss = energy_loss(x, y, beta, cross)
+        assert loss.dtype == torch.float64
+        assert loss.tolist() == pytest.approx(naive(x, y, beta, cross), rel=1e-9)
+    power = pairwise_power(x, y, beta)
+    assert power.shape == (5, 5)
+    for i in range(5):
+        for j in range(5):
+            assert float(power[i, j]) == pytest.approx(distance(x[i], y[j]) ** beta, rel=1e-10)
+
+
+def test_close_pairs_are_not_lost(randn):
+    """Samples that differ by a hundred-thousandth of their size still push each other by the right amount."""
+    x, step = randn(*SHAPE), 1e-5 * randn(*SHAPE)
+    power = pairwise_power(x, x + step, 1.0)
+    for i in range(5):
+        assert float(power[i, i]) == pytest.approx(distance(x[i], x[i] + step[i]), rel=1e-4)
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (3, 5), (5, 3), (0, 0)])
+def test_too_few_samples(k, m):
+    with pytest.raises(ValueError, match=f"at least 2; got {m}, {k}$"):
+        energy_loss(torch.zeros(k, 2, 3, 7), torch.zeros(m, 2, 3, 7), 1.0, "full")
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any tensor made under it keeps in memory, forward and backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return out
+
+
+@pytest.mark.parametrize(("k", "d"), [(127, 1009), (211, 53), (512, 20011)])
+def test_memory_is_quadratic_in_samples_or_linear_in_pixels(k, d, generator):
+    """No (K, K, D) tensor is ever made: for the last pair it would take 21 GB."""
+    x = torch.randn(k, 1, d, 1, generator=generator).requires_grad_()
+    y = torch.randn(k, 1, d, 1, generator=generator)
+    with LargestTensor() as largest:
+        energy_loss(x, y, 1.0, "full").mean().backward()
+    assert largest.elements == max(k * k, k * d)
+    assert bool(torch.isfinite(x.grad).all())
+    assert float(x.grad.abs().max()) > 0
+
+
+def mean_power_of_normal(shift: float, std: float, beta: float) -> float:
+    """E|N(shift, std^2)|^beta."""
+    moment = std**beta * 2 ** (beta / 2) * gamma((1 + beta) / 2) / math.sqrt(math.pi)
+    return moment * hyp1f1(-beta / 2, 0.5, -((shift / std) ** 2) / 2)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_unbiased_for_two_gaussians(beta, randn):
+    """E loss = E|S - T|^beta - 1/2 E|S - S'|^beta already for K = 2, where counting i = j would halve the second term."""
+    mean_s, std_s, mean_t, std_t, n, k = 0.4, 0.7, -0.3, 1.1, 3000, 2
+    expected = mean_power_of_normal(mean_s - mean_t, math.hypot(std_s, std_t), beta)
+    within = mean_power_of_normal(0, math.sqrt(2) * std_s, beta)
+    expected -= within / 2
+    assert mean_power_of_normal(0.4, 0.7, 2.0) == pytest.approx(0.4**2 + 0.7**2)  # the closed form itself
+    students, data = mean_s + std_s * randn(n, k, 1, 1, 1), mean_t + std_t * randn(n, k, 1, 1, 1)
+    for cross in ("full", "paired"):
+        losses = torch.stack([energy_loss(x, y, beta, cross).mean() for x, y in zip(students, data, strict=True)])
+        error = float(losses.std()) / math.sqrt(n)
+        assert within / 4 > 6 * error  # half of the second term would show
+        assert float(losses.mean()) == pytest.approx(expected, abs=4 * error)
+
+
+# The objective -----------------------------------------------------------------------------------------------------------
+
+
+def test_noised_at_one_level(make_draw, randn):
+    """alpha x0 + sigma eps for students and data, at the level of the shared number, with its weight."""
+    schedule, t = RectifiedFlowSchedule(), 0.3
+    shift = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    student = nn.Module()
+    student.forward = lambda z, condition: z * 2 + shift
+    draw = make_draw(randn(*SHAPE), randn(*SHAPE), torch.tensor([t, 0.9, 0.8, 0.7, 0.6], dtype=torch.float64), x0=randn(*SHAPE))
+    draw.normals["data_eps"] = randn(*SHAPE)
+    objective = VarFlow(student, schedule, lambda u, progress: u, "sigma2", 1.5, "paired")
+    terms = objective.loss(draw)
+    x = (1 - t) * (2 * draw.z + 0.5) + t * draw.eps
+    y = (1 - t) * draw.x0 + t * draw.normals["data_eps"]
+    assert terms.loss.tolist() == pytest.approx([t**2 * share for share in naive(x, y, 1.5, "paired")], rel=1e-10)
+    assert float(terms.metrics["x0_std"]) == pytest.approx(float((2 * draw.z).std()), rel=1e-10)
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), shift)
+    assert float(gradient) == pytest.approx(t**2 * (1 - t) * float(naive_gradient(x, y, 1.5, "paired").sum()), rel=1e-8)
+
+
+def test_matching_samples_are_a_minimum(make_draw, generator):
+    """A one-parameter student of Gaussian data: over many samples the loss falls to its least value at the right scale."""
+    losses = []
+    z, eps, x0, eps_data = (torch.randn(401, 1, 1, 1, generator=generator, dtype=torch.float64) for _ in range(4))
+    for scale in (0.4, 0.7, 1.0, 1.4, 2.0):
+        student = nn.Module()
+        student.forward = lambda z, condition, scale=scale: scale * z
+        objective = VarFlow(student, EDMSchedule(), lambda u, progress: u, cross="full")
+        draw = make_draw(z, eps, torch.full((401,), 0.3, dtype=torch.float64), x0=x0, normals={"data_eps": eps_data})
+        losses.append(float(objective.loss(draw).loss.mean()))
+    assert all(a > b for a, b in pairwise(losses[:3]))
+    assert all(a < b for a, b in pairwise(losses[2:]))
+
+
+def test_phases():
+    student = nn.Linear(2, 2)
+    objective = VarFlow(student, EDMSchedule(), lambda u, progress: u)
+    (phase,) = objective.phases
+    assert (phase.name, phase.updates, phase.loss, phase.repeats) == ("student", ("student",), objective.loss, 1)
+    assert phase.prepare == objective.prepare
+    assert (objective.warmup, objective.health, objective.needs_data) == ((), (), True)
+    assert objective.networks == {"student": student}
+    assert objective.frozen == {}
+
+
+class TinyStudent(nn.Module):
+    """A network over (z, class) in its own precision, so that a whole run can be in float64."""
+
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, 2, 3, padding=1))
+        self.label = nn.Embedding(3, 2)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        self.to(dtype)
+
+    def forward(self, z: Tensor, condition) -> Tensor:
+        dtype = self.label.weight.dtype
+        return self.net(z.to(dtype)) + self.label(condition["class_labels"])[:, :, None, None]
+
+
+@pytest.fixture
+def image_set(generator):
+    pixels = torch.randint(0, 256, (17, 2, 5, 7), dtype=torch.uint8, generator=generator)
+    return ImageSet(pixels, torch.randint(3, (17,), generator=generator), ("a", "b", "c"))
+
+
+def update(objective: VarFlow, source: DrawSource, gather) -> tuple[list[Tensor], Tensor]:
+    """The mean loss's gradient and every sample's loss, accumulated over one process's micro-batches as the loop does."""
+    draws = source.batch(("step", 3, "student", 0), 0.25)
+    contexts = objective.prepare(draws, gather) if gather else [None] * len(draws)
+    objective.student.zero_grad()
+    losses = []
+    for draw, context in zip(draws, contexts, strict=True):
+        loss = objective.loss(draw, context).loss
+        (loss.mean() / len(draws)).backward()
+        losses.append(loss.detach())
+    return [p.grad.clone() for p in objective.student.parameters()], torch.cat(losses)
+
+
+PRECISIONS = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-10, 1e-10)}
+
+
+@pytest.mark.parametrize("weighting", ["sigma2", "dmd"])
+@pytest.mark.parametrize("cross", ["full", "paired"])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_micro_batches_give_the_gradient_of_the_batch(dtype, cross, weighting, image_set, generator):
+    """Cut into micro-batches of 5, 3 and 1, and over three processes: the update of one pass over all 15."""
+    student = TinyStudent(generator, dtype)
+    objective = VarFlow(student, EDMSchedule(), lambda u, progress: 0.1 + u + progress, weighting, 1.0, cross)
+    rtol, atol = PRECISIONS[dtype]
+
+    def source(micro: int | None, rank: int = 0, world: int = 1) -> DrawSource:
+        return DrawSource(5, 15, (2, 5, 7), torch.device("cpu"), image_set, 3, 0.0, rank, world, micro)
+
+    (whole,) = source(None).batch(("step", 3, "student", 0), 0.25)
+    assert len(whole.z) == 15
+    expected, losses = update(objective, source(None), None)
+    assert max(float(g.abs().max()) for g in expected) > 1e-3
+    for micro in (5, 3, 1):
+        gradient, values = update(objective, source(micro), lambda t: t)
+        assert_close(values, losses, rtol=rtol, atol=atol)
+        for a, b in zip(gradient, expected, strict=True):
+            assert_close(a, b, rtol=rtol, atol=atol)
+
+    # three processes: a first pass notes what each sends to `gather`, in order; a second gathers that, rank by rank
+    sent = [[], [], []]
+    for rank in range(3):
+        update(objective, source(1, rank, 3), lambda t, mine=sent[rank]: (mine.append(t.clone()), torch.cat([t] * 3))[1])
+    results = []
+    for rank in range(3):
+        calls = zip(*sent, strict=True)
+        results.append(update(objective, source(1, rank, 3), lambda t, calls=calls: torch.cat(next(calls))))
+    assert_close(torch.cat([values for _, values in results]), losses, rtol=rtol, atol=atol)
+    for a, *parts in zip(expected, *[gradient for gradient, _ in results], strict=True):
+        assert_close(sum(parts) / 3, a, rtol=rtol, atol=atol)
