@@ -125,8 +125,11 @@ def restore_optimizers(
         if name not in parameters:
             raise CheckpointError(f"{source}: the optimiser state of {name!r} fits no parameter of this configuration")
         role, parameter = parameters[name]
-        device = "cpu" if moment == "step" else parameter.device  # Adam keeps its step count on the CPU
-        optimizers[role].state[parameter][moment] = value.to(device)
+        # The file holds contiguous tensors; a moment must have its parameter's strides (channels_last), since fused kernels walk
+        # both in memory order.
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter).copy_(value)
+        optimizers[role].state[parameter][moment] = value.to(parameter.device)
 
 
 def _sha256(file: Path) -> str:
