@@ -111,7 +111,8 @@ class OneStepGenerator(nn.Module):
 
     def forward(self, z: Tensor, condition: Condition = None) -> Tensor:
         """z ~ N(0, I) (b, c, h, w) -> x0 (b, c, h, w)."""
-        t = torch.full((z.shape[0],), self.readout_t, device=z.device, dtype=z.dtype)
+        # bfloat16 would round a readout at t = 999 to 1000
+        t = torch.full((z.shape[0],), self.readout_t, device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
         level = self.denoiser.schedule.level(t)
-        x0 = self.denoiser(self.denoiser.schedule.initial_noise(z, level), level, condition)
+        x0 = self.denoiser(self.denoiser.schedule.initial_noise(z, level).to(z.dtype), level, condition)
         return ClampToImageRange.apply(x0) if self.image_range else x0

@@ -217,7 +217,7 @@ def test_posterior_of_each_sample(name, inputs, randomise):
         for other in (one(i, x_t=x_t + 0.1), one(i, t=0.05), one(i, label=1)):
             assert (other.log_q - alone.log_q).abs().item() > 1e-4
     unlabelled = posterior(x_t, level, None, z=z)  # None is the null label
-    assert float((unlabelled.log_q - whole.log_q).abs().min()) > 1e-4
+    assert (unlabelled.log_q - whole.log_q).abs().min().item() > 1e-4
 
 
 @pytest.mark.parametrize("schedule", [RectifiedFlowSchedule(), EDMSchedule()])

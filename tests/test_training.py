@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,10 +23,11 @@ from safetensors.torch import load_file
 from pipelines.images import load_folder, to_unit
 from pipelines.students import load_student, read_info
 from trainers import checkpoint, distill, train_teacher
-from trainers.config import DistillConfig, Optimizer, load_config
+from trainers.config import DistillConfig, Optimizer, Run, load_config
 from trainers.draws import DrawSource
 from trainers.ema import Ema
 from trainers.loop import Trainer, learning_rate
+from trainers.objectives.base import LossTerms, Phase
 from trainers.posteriors.gaussian import COVARIANCES
 from trainers.setup import write_preview
 
@@ -69,7 +71,7 @@ PHASES = {
     },
     "resampled_score": {
         "posterior": (["posterior"], ["information"]),
-        "joint": (["student", "posterior"], ["information", "x0_std", "ess"]),
+        "joint": (["student", "posterior"], ["information", "x0_std", "ess", "gate", "calibration_error"]),
     },
 }
 EXTRA = WARMUP + UPDATES * STEPS  # updates of the posterior or the fake score
@@ -170,7 +172,7 @@ def watched(monkeypatch):
     class Watched(Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.updates = []
+            self.updates, self.keys = [], []
             made.append(self)
 
         def _update(self, phase, key):
@@ -181,6 +183,7 @@ def watched(monkeypatch):
                 r for r, net in roles.items() if any(not torch.equal(v, before[r][n]) for n, v in net.state_dict().items())
             }
             self.updates.append((phase, changed, values))
+            self.keys.append(key)
             return values
 
     monkeypatch.setattr(distill, "Trainer", Watched)
@@ -216,6 +219,7 @@ def test_only_the_networks_of_a_phase_change(objective, lab, watched, tmp_path):
     order = [extra] * WARMUP + ([extra] * UPDATES + final) * STEPS if final else [extra] * STEPS
     assert [(phase.name, changed) for phase, changed, _ in trainer.updates] == [(n, set(roles)) for n, (roles, _) in order]
     assert trainer.ema.updates == STEPS  # the student's updates and no others
+    assert len(set(trainer.keys)) == len(order)  # no two updates draw the same numbers
 
     # the frozen teacher in memory and its file are what they were
     file = load_file(lab.teacher / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -225,6 +229,33 @@ def test_only_the_networks_of_a_phase_change(objective, lab, watched, tmp_path):
         assert all(torch.equal(memory[n], file[n]) for n in file)
         assert not any(p.requires_grad or p.grad is not None for p in denoiser.parameters())
     assert bool(trainer.objective.frozen) == (objective != "varflow")
+
+
+def test_a_network_that_a_phase_only_passes_through_keeps_its_gradients(tmp_path):
+    """Two scalars a, b and the loss a b x: a phase of a alone must not leave a gradient behind for b's next step."""
+
+    class Product:
+        networks = {role: torch.nn.Linear(1, 1, bias=False) for role in ("a", "b")}  # noqa: RUF012
+        frozen, warmup, health, needs_data = {}, (), (), False
+
+        def loss(self, draw, context=None):
+            return LossTerms(self.networks["b"](self.networks["a"](draw.z.flatten(1))).flatten(), {})
+
+        @property
+        def phases(self):
+            return (Phase("first", ("a",), self.loss, repeats=2), Phase("second", ("b",), self.loss))
+
+    objective = Product()
+    run = Run(output_dir=str(tmp_path), steps=1, batch_size=3)
+    optimizer = Optimizer(lr=0.1, clip=None)
+    draws = DrawSource(0, 3, (1, 1, 1), torch.device("cpu"))
+    trainer = Trainer(run, Accelerator(cpu=True), objective, "a", {"a": optimizer, "b": optimizer}, draws, print, print, print)
+    for phase in objective.phases:
+        for repeat in range(phase.repeats):
+            values = trainer._update(phase, ("step", 0, phase.name, repeat))
+    x = draws.batch(("step", 0, "second", 0), 0.0)[0].z.mean()
+    expected = (objective.networks["a"].weight * x).abs().item()
+    assert values["second/b_grad_norm"] == pytest.approx(expected, rel=1e-5)
 
 
 @every_objective
@@ -295,14 +326,13 @@ def test_recipes_run_when_shrunk(recipe, tmp_path):
 
 def test_every_process_and_micro_batch_takes_its_rows_of_one_draw(lab):
     data = load_folder(str(lab.teacher.parent / "images"), 5, 3)
-    key = ("step", 3, "student", 0)
 
-    def draws(world_size: int, micro: int | None, seed: int = 1) -> dict[str, torch.Tensor]:
+    def draws(world_size: int, micro: int | None, seed: int = 1, step: int = 3) -> dict[str, torch.Tensor]:
         parts = [
             draw
             for rank in range(world_size)
             for draw in DrawSource(seed, 12, (3, 5, 5), torch.device("cpu"), data, 2, 0.5, rank, world_size, micro).batch(
-                key, 0.5
+                ("step", step, "student", 0), 0.5
             )
         ]
         assert len(parts) == (12 // micro if micro else world_size)
@@ -323,7 +353,8 @@ def test_every_process_and_micro_batch_takes_its_rows_of_one_draw(lab):
     assert set(whole["x0"].flatten(1).sum(1).tolist()) <= set(to_unit(data.pixels).flatten(1).sum(1).tolist())
     for world_size, micro in ((1, 4), (2, None), (2, 3), (3, 2), (12, 1)):
         assert all(torch.equal(v, whole[n]) for n, v in draws(world_size, micro).items())
-    assert not any(torch.equal(v, whole[n]) for n, v in draws(1, None, seed=2).items())
+    for other in (draws(1, None, seed=2), draws(1, None, step=4)):
+        assert not any(torch.equal(v, whole[n]) for n, v in other.items())
 
 
 @every_objective

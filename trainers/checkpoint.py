@@ -29,7 +29,7 @@ class CheckpointError(RuntimeError):
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Write folder/step_<step> atomically, then remove all but the newest `keep`.
+    """Write folder/step_<step> atomically, then remove all others but the newest keep - 1.
 
     tensors: one safetensors file for each key. A checkpoint of the same step is replaced.
     """
@@ -48,7 +48,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         shutil.rmtree(final)
     os.replace(partial, final)
     _fsync(folder)
-    for old in list_checkpoints(folder)[:-keep]:
+    others = [c for c in list_checkpoints(folder) if c != final]  # resumed from an older one, this may not be the highest number
+    for old in others[: max(0, len(others) - (keep - 1))]:
         shutil.rmtree(old)
     return final
 

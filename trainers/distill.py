@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(config: DistillConfig) -> None:
     accelerator = setup.make_accelerator(config)
     teacher_pipeline = load_edm_teacher(config.teacher.path)
-    setup.prepare_output(config, accelerator)
+    setup.check_output(config, accelerator)
     data = setup.load_data(config.data) if config.data else None
     check_data(config, teacher_pipeline, data)
     teacher = teacher_pipeline.denoiser(config.teacher.guidance_scale).eval()
@@ -83,6 +83,7 @@ def run(config: DistillConfig) -> None:
         draws,
         preview=lambda path: setup.write_preview(pipeline, path, config.num_samples, config.seed),
         export=lambda folder, info: save_model(folder, pipeline, "student", facts | info),
+        record=lambda: setup.record(config, accelerator),
     )
     trainer.fit()
     accelerator.end_training()

@@ -46,7 +46,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class Trainer:
-    """primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
+    """record() is called once, when the run is known to be able to start: before that nothing is written.
+
+    primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
 
     preview(file) writes a picture and export(folder, info) the model, both called with the EMA weights in place. The result goes
     to <output_dir>/<primary>/, a snapshot every run.snapshot_every steps to <output_dir>/snapshots/step_<step>/.
@@ -62,9 +64,10 @@ class Trainer:
         draws: DrawSource,
         preview: Callable[[Path], None],
         export: Callable[[Path, dict], None],
+        record: Callable[[], None],
     ) -> None:
         self.run, self.accelerator, self.objective, self.primary = run, accelerator, objective, primary
-        self.draws, self.preview, self.export = draws, preview, export
+        self.draws, self.preview, self.export, self.record = draws, preview, export, record
         self.output = Path(run.output_dir)
         self.networks = objective.networks
         for network in (*self.networks.values(), *objective.frozen.values()):
@@ -98,6 +101,7 @@ class Trainer:
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._resume()
+            self.record()
             self._warm_up()
             while self.step < self.run.steps and not self._stop_agreed:
                 self._one_step()

@@ -50,6 +50,12 @@ def fail(error: Exception) -> NoReturn:
 def make_accelerator(run: Run) -> Accelerator:
     project = ProjectConfiguration(project_dir=run.output_dir)
     accelerator = Accelerator(log_with=run.trackers or None, project_config=project)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but accelerate takes each for the only one; on a CPU set ACCELERATE_USE_CPU=true "
+            "(or launch with configs/accelerate/cpu_2.yaml)"
+        )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed precision {accelerator.mixed_precision!r} is not supported: a run must stop at the first non-finite number, "
@@ -58,24 +64,26 @@ def make_accelerator(run: Run) -> Accelerator:
     return accelerator
 
 
-def prepare_output(run: Run, accelerator: Accelerator) -> None:
-    """Refuse a folder that cannot be written or holds another run; then write config.yaml and environment.json there."""
+def check_output(run: Run, accelerator: Accelerator) -> None:
+    """Refuse an output_dir that cannot be written or that holds another run. Writes nothing."""
     folder = Path(run.output_dir)
     find_checkpoint(run)  # a resume path that is not there is an error now, not after the data are loaded
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "may not be written" if existing.is_dir() else "is a file"
+        raise ValueError(f"output_dir {run.output_dir!r} cannot be written: {str(existing)!r} {reason}; name another folder")
     used = (folder / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(folder / "checkpoints"))
     if used and run.resume == "no":
         raise ValueError(
             f"output_dir {run.output_dir!r} already holds a run; continue it with resume=latest or name another folder"
         )
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
+
+
+def record(run: Run, accelerator: Accelerator) -> None:
+    """Write config.yaml and environment.json, and start the trackers; called once a run is known to be able to start."""
     if accelerator.is_main_process:
-        try:
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(f"output_dir {run.output_dir!r} cannot be written: {error}") from error
+        folder = Path(run.output_dir)
         _write(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         _write(folder / "environment.json", json.dumps(environment(accelerator), indent=1) + "\n")
     if run.trackers:
@@ -129,6 +137,7 @@ def write_preview(pipeline: EDMPipeline, path: Path, count: int, seed: int) -> N
 
 
 def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".partial_{file.name}")
     partial.write_text(text)
     os.replace(partial, file)

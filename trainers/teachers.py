@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from pipelines.edm import EDMPipeline
+from pipelines.edm import EDMPipeline, EDMUNet
 
 
 def load_edm_teacher(path: str) -> EDMPipeline:
@@ -30,9 +32,24 @@ def load_edm_teacher(path: str) -> EDMPipeline:
         raise FileNotFoundError(
             f"teacher.path: {str(folder)!r} has no weights: expected {weights.name} in unet/ (safetensors; pickles are refused)"
         )
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        try:
+            json.loads((folder / name).read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"teacher.path: {str(folder / name)!r} is not valid JSON ({error}); copy or train it again"
+            ) from error
     try:
-        with safe_open(weights, framework="pt"):
-            pass
+        with safe_open(weights, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"teacher.path: {str(weights)!r} is damaged ({error}); copy or train it again") from error
+    with torch.device("meta"):
+        expected = {n: tuple(t.shape) for n, t in EDMUNet.from_config(EDMUNet.load_config(folder / "unet")).state_dict().items()}
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise ValueError(
+                f"teacher.path: {str(weights)!r} does not fit its config.json: {name} is {stored.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such tensor')}; copy or train it again"
+            )
     return EDMPipeline.from_pretrained(folder, use_safetensors=True)

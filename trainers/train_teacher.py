@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: TeacherConfig) -> None:
     accelerator = setup.make_accelerator(config)
-    setup.prepare_output(config, accelerator)
+    setup.check_output(config, accelerator)
     data = setup.load_data(config.data)
     channels, size = data.pixels.shape[1:3]
     num_classes = len(data.class_names)
@@ -83,6 +83,7 @@ def run(config: TeacherConfig) -> None:
         draws,
         preview,
         export=lambda folder, info: save_model(folder, pipeline, "teacher", facts | info),
+        record=lambda: setup.record(config, accelerator),
     )
     trainer.fit()
     accelerator.end_training()

@@ -15,7 +15,8 @@ resampled_score: ours; q is trained by the bound and proposes latents for the st
     (importance.calibrated_mean), which mixes the resampled score with a denoiser learned as in Diff-Instruct.
 
 Variance reductions, all unbiased: antithetic eps -> +-eps sharing z; the control variate s_d -> s_d + eps/sigma of the bounds,
-which has mean zero given z and turns alpha D(x_t) - x_t into alpha (D(x_t) - g(z)); proposals in pairs +-noise.
+which has mean zero given z and turns alpha D(x_t) - x_t into alpha (D(x_t) - g(z)); for the resampled score,
+proposals in pairs.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class VarDiU:
         self.phases = (*extra, Phase("joint", ("student", "posterior"), joint))
         message = (
             "the posterior has learned nothing of z from x_t: the student has collapsed or the posterior is not warm yet; "
-            "raise objective.warmup_updates or posterior_updates, or lower the student's learning rate"
+            "raise objective.posterior.warmup_updates or objective.posterior.updates, or lower student.optimizer.lr"
         )
         self.health = (HealthCheck("information", min_information, message),)
 
@@ -146,7 +147,8 @@ class VarDiU:
         with torch.no_grad():
             x0_k = self._students(q.z, n.condition)
             log_v = log_importance(n.x_t, x0_k, q.z, q.log_q_z, n.level)
-            x0_mean = torch.einsum("bk,bkchw->bchw", log_v.softmax(1), x0_k)
+            # not einsum, which autocast would run in half precision
+            x0_mean = (log_v.softmax(1)[:, :, None, None, None] * x0_k).sum(1)
         log_q = q.log_q[:, 0]
         loss = -log_q
         metrics = {"information": self._information(log_q, n.z), "ess": effective_sample_size(log_v).mean()}
@@ -163,9 +165,11 @@ class VarDiU:
         return self.student(z_k.flatten(0, 1), repeat_condition(condition, z_k.shape[1])).unflatten(0, z_k.shape[:2])
 
     def _proposal_noise(self, draw: Draw, n: Noised) -> Tensor:
-        """Standard normal (b, K, c, h, w); with an even K in pairs +-noise, which cancels what is linear in z."""
+        """Standard normal (b, K, c, h, w); for the resampled score, with an even K, in pairs +-noise: what is linear in z cancels.
+        The multi-sample bound is one only for independent proposals.
+        """
         k, shape = self.num_samples, n.z.shape[1:]
-        fresh = k // 2 if k % 2 == 0 else k
+        fresh = k // 2 if k % 2 == 0 and self.estimator == "resampled_score" else k
         noise = draw.normal("proposals", (2 if self.antithetic else 1) * fresh, *shape)
         noise = torch.cat(noise.split(fresh, 1))
         return noise if fresh == k else torch.cat([noise, -noise], 1)

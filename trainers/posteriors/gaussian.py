@@ -23,6 +23,12 @@ class Density(Protocol):
         """Standard normal noise (b, k, d) -> z (b, k, d), reparameterised, and log q(z) (b, k)."""
 
 
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype also under autocast: densities are exponentiated, so they are never taken in half precision."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 class DiagonalDensity:
     """N(mean, diag(exp(log_std))^2); mean, log_std (b, d)."""
 
@@ -47,7 +53,7 @@ class CholeskyDensity:
         self.lower = lower.tril(-1) + torch.diag_embed(log_diag.exp())
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return self._log_prob((z - self.mean) @ self.lower)  # L^T (z - mean) is standard normal
+        return self._log_prob(matmul(z - self.mean, self.lower))  # L^T (z - mean) is standard normal
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         z = torch.linalg.solve_triangular(self.lower.mT, noise.mT, upper=True).mT
@@ -65,7 +71,7 @@ class LinearDensity:
         self.log_det = torch.linalg.slogdet(matrix).logabsdet
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return self.base.log_prob(z @ self.matrix.T) + self.log_det
+        return self.base.log_prob(matmul(z, self.matrix.T)) + self.log_det
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         u, log_q = self.base.sample(noise)

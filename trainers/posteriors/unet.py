@@ -66,7 +66,6 @@ class UNetPosterior(nn.Module):
         maps = self.unet(x, (level.sigma / level.alpha).log().flatten() / 4, **(condition or {})).sample
         gaussian, calibration = maps.split([maps.shape[1] - self.num_calibration, self.num_calibration], dim=1)
         outputs = self.head(gaussian.flatten(1))
-        # densities are never taken in half precision
         density = self.covariance(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
         log_q = density.log_prob(z.flatten(2)) if z is not None else None
         sample = log_q_z = None
