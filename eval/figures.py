@@ -43,7 +43,7 @@ def grid(pixels: Tensor, columns: int = 8, gap: int = 2) -> Image.Image:
     return Image.fromarray(canvas.permute(1, 2, 0).numpy())
 
 
-def panels(titled: Sequence[tuple[str, str, Tensor]], columns: int = 5) -> Image.Image:
+def panels(titled: Sequence[tuple[str, str, Tensor]], columns: int = 6) -> Image.Image:
     """(title, subtitle, pixels (n, c, h, w)) side by side, `columns` of them a row."""
     margin, title_height, size = 20, 52, 18
     bold, plain = (ImageFont.truetype(FONTS / name, size) for name in ("DejaVuSans-Bold.ttf", "DejaVuSans.ttf"))

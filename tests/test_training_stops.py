@@ -621,7 +621,7 @@ def test_an_output_folder_that_cannot_be_is_refused(lab, tmp_path, capsys):
     (tmp_path / "file").write_text("a regular file")
     config = lab.config("varflow", tmp_path / "run")
     said = refusal(["--config", config, f"output_dir={tmp_path / 'file' / 'run'}"], capsys)
-    assert f"output_dir {str(tmp_path / 'file' / 'run')!r} cannot be made: {str(tmp_path / 'file')!r} is a file" in said
+    assert f"output_dir {str(tmp_path / 'file' / 'run')!r} cannot be written" in said
     assert (tmp_path / "file").read_text() == "a regular file"
 
 

@@ -165,7 +165,7 @@ class VarDiU:
         return self.student(z_k.flatten(0, 1), repeat_condition(condition, z_k.shape[1])).unflatten(0, z_k.shape[:2])
 
     def _proposal_noise(self, draw: Draw, n: Noised) -> Tensor:
-        """Standard normal (b, K, c, h, w); for the resampled score, with an even K, in pairs +-noise: what is linear in z cancels.
+        """Standard normal (b, K, c, h, w). For the resampled score and even K in pairs +-noise: what is linear in z cancels.
         The multi-sample bound is one only for independent proposals.
         """
         k, shape = self.num_samples, n.z.shape[1:]
