@@ -39,6 +39,13 @@ def save_run(folder: Path, kind: str, sampler: str, steps: int, seed: int, num_c
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
     scheduler = EDMScheduler(sigma_data=0.75, sigma_max=3.0, sampler=sampler, num_inference_steps=steps)
     save_model(folder / kind, EDMPipeline(unet, scheduler), kind, INFO)
+    if kind == "student":
+        for step in (100, 300):  # the later one is the model itself
+            facts = INFO | {"steps": step, "train_seconds": step / 8}
+            save_model(folder / "snapshots" / f"step_{step:08d}", EDMPipeline(unet, scheduler), kind, facts)
+            with torch.no_grad():
+                unet.conv_out.weight.mul_(1 if step == 300 else 0.5)
+        save_model(folder / kind, EDMPipeline(unet, scheduler), kind, INFO)
     rows = [{"step": s, f"{kind}/loss": 1 / s, "posterior/loss": -s, "eval/fd": 50 / s} for s in range(1, 200)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 200, "stu')
     return folder
@@ -92,6 +99,18 @@ def test_report_json(reported):
         assert {key: model[key] for key in INFO} == INFO
     assert "label_accuracy" in report["students"]["<b>VarDiU"]
     assert "label_accuracy" not in report["students"]["b"]
+
+
+def test_curve_is_the_fd_of_the_snapshots(reported):
+    """Fewer images than a curve's 2,000 were asked for, so its last point, the model itself, has the table's figure."""
+    report = json.loads((reported / "report.json").read_text())
+    assert report["teacher"]["curve"] == []
+    for student in report["students"].values():
+        first, last = student["curve"]
+        assert (first["step"], first["seconds"], first["n"]) == (100, 12.5, 67)
+        assert (last["step"], last["seconds"], last["n"]) == (300, 37.5, 67)
+        assert last["fd"] == student["fd"]
+        assert abs(first["fd"] - last["fd"]) > 1e-3
 
 
 def test_report_html_is_self_contained(reported):

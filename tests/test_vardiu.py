@@ -39,10 +39,10 @@ def joint_loss(objective: VarDiU):
 
 
 def proposals_of(objective: VarDiU) -> int:
-    """Latents a draw needs for each sample: an even number of proposals comes in pairs +-noise."""
-    k = objective.num_samples
-    fresh = k if k % 2 else k // 2
-    return 0 if objective.estimator == "bound" else fresh * (2 if objective.antithetic else 1)
+    """Latents a draw needs for each sample: an even number of proposals of the resampled score comes in pairs +-noise."""
+    k = 0 if objective.estimator == "bound" else objective.num_samples
+    paired = objective.estimator == "resampled_score" and k % 2 == 0
+    return (k // 2 if paired else k) * (2 if objective.antithetic else 1)
 
 
 def gradients(loss: Tensor, *networks: nn.Module) -> list[Tensor]:

@@ -310,3 +310,10 @@ def test_micro_batches_give_the_gradient_of_the_batch(dtype, cross, weighting, i
     assert_close(torch.cat([values for _, values in results]), losses, rtol=rtol, atol=atol)
     for a, *parts in zip(expected, *[gradient for gradient, _ in results], strict=True):
         assert_close(sum(parts) / 3, a, rtol=rtol, atol=atol)
+
+
+def test_nan_is_not_taken_for_coincidence(randn):
+    """A network that has diverged must show in the loss, not as a distance of 0."""
+    x = randn(5, 2, 3, 7)
+    x[1, 0, 2, 3] = math.nan
+    assert energy_loss(x, randn(5, 2, 3, 7), 1.0, "full").isnan().any()

@@ -44,9 +44,11 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for file in partial.iterdir():
         _fsync(file)
+    replaced = folder / f".replaced_{final.name}"
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     _fsync(folder)
     others = [c for c in list_checkpoints(folder) if c != final]  # resumed from an older one, this may not be the highest number
     for old in others[: max(0, len(others) - (keep - 1))]:

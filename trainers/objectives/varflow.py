@@ -30,8 +30,8 @@ def pairwise_power(x: Tensor, y: Tensor, beta: float) -> Tensor:
     x, y = x - centre, y - centre
     x2, y2 = x.square().sum(1), y.square().sum(1)
     square = x2[:, None] + y2[None, :] - 2 * x @ y.T
-    apart = square > 1e-12 * (x2[:, None] + y2[None, :])
-    return torch.where(apart, torch.where(apart, square, 1.0).pow(beta / 2), 0.0)
+    coincide = square <= 1e-12 * (x2[:, None] + y2[None, :])  # False for NaN, which must come through
+    return torch.where(coincide, 0.0, torch.where(coincide, 1.0, square).pow(beta / 2))
 
 
 def energy_loss(x_student: Tensor, x_data: Tensor, beta: float, cross: Literal["full", "paired"]) -> Tensor:
