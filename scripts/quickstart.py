@@ -127,4 +127,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on from the last checkpoints.")
+    except (subprocess.CalledProcessError, RuntimeError) as error:
+        sys.exit(f"\nerror: {error}")
