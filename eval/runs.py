@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.students import read_info
+
 Role = Literal["teacher", "student"]
 
 
@@ -39,20 +41,8 @@ def find_run(name: str, path: Path, role: Role) -> Run:
         )
     folder = path if model != path else path.parent
     log = folder / "metrics.jsonl"
-    snapshots = [Run(name, f, _read_info(f / f"{role}.json")) for f in sorted(folder.glob("snapshots/step_*"))]
-    return Run(name, model, _read_info(model / f"{role}.json"), read_metrics(log) if log.is_file() else [], snapshots)
-
-
-def _read_info(file: Path) -> dict[str, Any]:
-    if not file.is_file():  # a converted teacher says nothing about its training
-        return {}
-    try:
-        info = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); save the model again") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{file} holds a {type(info).__name__}, expected an object with steps, train_seconds, calls")
-    return info
+    snapshots = [Run(name, f, read_info(f, role)) for f in sorted(folder.glob("snapshots/step_*"))]
+    return Run(name, model, read_info(model, role), read_metrics(log) if log.is_file() else [], snapshots)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -57,5 +57,14 @@ def load_student(folder: str | Path) -> EDMPipeline:
 
 
 def read_info(folder: str | Path, kind: str) -> dict[str, Any]:
-    """The facts stored beside a model by `save_model`."""
-    return json.loads((Path(folder) / f"{kind}.json").read_text())
+    """The facts stored beside a model by `save_model`; {} where there are none (a converted teacher). ValueError if damaged."""
+    file = Path(folder) / f"{kind}.json"
+    if not file.is_file():
+        return {}
+    try:
+        info = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); save the model again") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{file} holds a {type(info).__name__}, expected an object with steps, train_seconds, calls")
+    return info

@@ -152,6 +152,11 @@ FAULTS = [
         ["objective={name: varflow, levels: {name: uniform, low: 1, high: 2}}"],
         ["data: objective 'varflow' matches samples of data; add a data section, e.g. data.name=digits"],
     ),
+    # an option of another estimator would be ignored without a word
+    (
+        ["objective.estimator=bound", "objective.num_samples=3"],
+        ["objective: num_samples has no effect with estimator='bound'; remove it (it is for multi_sample resampled_score)"],
+    ),
     # several at once, each on a line of its own
     (
         [PARQUET, "seed=-1", "studnt={}"],

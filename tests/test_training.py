@@ -43,7 +43,7 @@ B, STEPS, WARMUP, UPDATES, K = 6, 3, 2, 2, 3
 
 def vardiu(estimator: str, antithetic: bool) -> dict:
     posterior = {"network": {"channels": 8, "num_blocks": 1}, "optimizer": ADAM, "updates": UPDATES, "warmup_updates": WARMUP}
-    fixed = {"name": "vardiu", "levels": LEVELS, "num_samples": K, "posterior": posterior}
+    fixed = {"name": "vardiu", "levels": LEVELS, "posterior": posterior} | ({} if estimator == "bound" else {"num_samples": K})
     return fixed | {"estimator": estimator, "antithetic": antithetic}
 
 

@@ -252,6 +252,15 @@ class VarDiUConfig(Strict):
     control_variate: bool = True
     posterior: Posterior
 
+    @model_validator(mode="after")
+    def _options_fit_the_estimator(self):
+        uses = {"num_samples": "multi_sample resampled_score", "control_variate": "bound multi_sample"}
+        uses |= dict.fromkeys(("calibrated", "calibration_weight"), "resampled_score")
+        for key, estimators in uses.items():
+            if getattr(self, key) != type(self).model_fields[key].default and self.estimator not in estimators.split():
+                raise ValueError(f"{key} has no effect with estimator={self.estimator!r}; remove it (it is for {estimators})")
+        return self
+
 
 class DistillConfig(Run):
     """`accelerate launch -m trainers.distill`."""

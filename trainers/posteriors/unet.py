@@ -11,7 +11,7 @@ from pipelines.denoiser import Condition
 from pipelines.edm import EDMUNet
 from pipelines.noise import Level
 
-from .gaussian import COVARIANCES, Full
+from .gaussian import COVARIANCES, Density, Full
 
 
 class PosteriorOutput(NamedTuple):
@@ -66,7 +66,7 @@ class UNetPosterior(nn.Module):
         maps = self.unet(x, (level.sigma / level.alpha).log().flatten() / 4, **(condition or {})).sample
         gaussian, calibration = maps.split([maps.shape[1] - self.num_calibration, self.num_calibration], dim=1)
         outputs = self.head(gaussian.flatten(1))
-        density = self.covariance(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
+        density: Density = self.covariance(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
         log_q = density.log_prob(z.flatten(2)) if z is not None else None
         sample = log_q_z = None
         if noise is not None:
