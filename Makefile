@@ -11,15 +11,24 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart bench-digits bench-covariances bench-memory test lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(RUNTIME) ## create .venv with the runtime and this project in editable mode
 
 quickstart: $(RUNTIME) ## train a small teacher, distil it, evaluate it: outputs/quickstart/
 	$(BIN)/python -m scripts.quickstart $(ARGS)
+
+bench-digits: $(RUNTIME) ## all objectives on the digits, three seeds, equal time: outputs/bench/digits.{json,png}; under 40 minutes
+	$(BIN)/python -m scripts.bench_images $(ARGS)
+
+bench-covariances: $(RUNTIME) ## what each covariance of the posterior buys (after bench-digits): outputs/bench/covariances.json
+	$(BIN)/python -m scripts.bench_covariances $(ARGS)
+
+bench-memory: $(RUNTIME) ## peak memory of a step of each objective (after bench-digits): outputs/bench/memory.json
+	$(BIN)/python -m scripts.bench_memory $(ARGS)
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

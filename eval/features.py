@@ -169,6 +169,63 @@ def _weights_sha256(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class AreaDownsampled:
+    """Another extractor's features of images averaged down to size x size; images of that size go through unchanged."""
+
+    def __init__(self, extractor: FeatureExtractor, size: int) -> None:
+        self.extractor, self.size = extractor, size
+        self.name, self.dim = f"{extractor.name} at {size}x{size}", extractor.dim
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.extractor(self._small(pixels))
+
+    def classify(self, pixels: Tensor) -> Tensor:
+        return self.extractor.classify(self._small(pixels))
+
+    def describe(self) -> dict[str, Any]:
+        return self.extractor.describe() | {"name": self.name}
+
+    def _small(self, pixels: Tensor) -> Tensor:
+        factor, rest = divmod(pixels.shape[-1], self.size)
+        if rest or pixels.shape[-2] != pixels.shape[-1] or not factor:
+            raise ValueError(f"{self.name} takes square images of a multiple of {self.size} pixels, got {tuple(pixels.shape)}")
+        return F.avg_pool2d(pixels.double(), factor).round().to(torch.uint8) if factor > 1 else pixels
+
+
+class PcaPixels:
+    """Pixels on the leading principal axes of the real images, each axis scaled to unit variance there: no network to trust.
+
+    What a classifier is blind to, background noise for one, counts here. Axes beyond `dim` are left out because whitening
+    would blow up what the real images hardly have. sha256: of the axes, rounded to 1e-6.
+    """
+
+    name = "pca-pixels"
+
+    def __init__(self, real: Tensor, dim: int = 32) -> None:
+        x = to_unit(real).flatten(1).double()
+        self.shape, self.dim = tuple(real.shape[1:]), dim
+        if min(len(x) - 1, x.shape[1]) < dim:
+            raise ValueError(
+                f"{dim} principal axes need more than {dim} images of at least {dim} pixels, got {tuple(real.shape)}"
+            )
+        self.mean = x.mean(0)
+        centred = x - self.mean
+        variances, axes = torch.linalg.eigh(centred.T @ centred / (len(x) - 1))
+        axes, variances = axes[:, -dim:].flip(1), variances[-dim:].flip(0)
+        axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # eigh leaves the signs open
+        self.axes = axes / variances.sqrt()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, c, h, w) -> float64 (n, dim). ValueError for images of another shape."""
+        if tuple(pixels.shape[1:]) != self.shape:
+            raise ValueError(f"{self.name} was made from images {self.shape}, got {tuple(pixels.shape[1:])}")
+        return (to_unit(pixels).flatten(1).double() - self.mean) @ self.axes
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256((self.axes * 1e6).round().numpy().astype("<f8").tobytes()).hexdigest()
+        return {"name": self.name, "dim": self.dim, "sha256": digest}
+
+
 @cache
 def digits_extractor() -> DigitsExtractor:
     """The extractor behind every published digits number, trained once a process."""

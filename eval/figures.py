@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Okabe & Ito's colours, which stay apart for colour-blind readers; grey is for the real images, blue for the teacher.
 REAL, TEACHER = "#6b7280", "#0072b2"
-STUDENTS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b5a2b")
+STUDENTS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b5a2b", "#111827")
 INK, FAINT = "#1f2937", "#e5e7eb"
 TILE = 32  # screen pixels that an image should at least take
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -121,6 +121,46 @@ def fd_chart(series: Sequence[tuple[str, str, list[float], list[float]]], base: 
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     _style(axes, "FD (logarithmic)", "seconds of training")
+    return figure
+
+
+def ess_chart(runs: Sequence[tuple[str, dict[float, tuple[list[int], list[float]]]]]) -> Figure:
+    """(label, {noise level: (steps, effective sample size)}): one small chart a run, dark lines for low noise."""
+    figure, columns, rows = _small_multiples(len(runs), height=2.4)
+    shades = matplotlib.colormaps["viridis"]
+    for i, (label, by_level) in enumerate(runs):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        for j, (level, (steps, values)) in enumerate(by_level.items()):
+            axes.plot(*_running_mean(steps, values), color=shades(j / len(by_level)), linewidth=1.3, label=f"{level:g}")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend(frameon=False, fontsize=6, ncols=2, labelcolor=INK, title="noise level", title_fontsize=6)
+        _style(axes, label, "step")
+    return figure
+
+
+def benchmark_chart(curves: dict[str, dict[str, list[dict[str, float]]]], keys: Sequence[str], floor: dict[str, float]) -> Figure:
+    """method -> seed -> points: for each key one chart against seconds and one against network calls, all axes logarithmic.
+
+    Lines are medians over seeds, bands the range; the dashed line is what two halves of the real images read (`floor`).
+    """
+    figure = Figure(figsize=(11, 3.1 * len(keys) + 0.6), layout="constrained")
+    for row, key in enumerate(keys):
+        for column, x in enumerate(("seconds", "calls")):
+            axes = figure.add_subplot(len(keys), 2, 2 * row + column + 1)
+            for i, (label, by_seed) in enumerate(curves.items()):
+                points = list(zip(*by_seed.values(), strict=True))
+                where = [np.median([p[x] for p in same]) for same in points]
+                low, middle, high = np.array([np.quantile([max(p[key], 1e-4) for p in same], [0, 0.5, 1]) for same in points]).T
+                axes.plot(where, middle, color=student_colour(i), linewidth=1.6, marker="o", markersize=2.5, label=label)
+                axes.fill_between(where, low, high, color=student_colour(i), alpha=0.15, linewidth=0)
+            if key in floor:
+                axes.axhline(floor[key], color=REAL, linewidth=1, linestyle=(0, (4, 3)), label="two halves of the real images")
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            _style(axes, key, "seconds of training on one thread" if x == "seconds" else "network calls in training")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
     return figure
 
 

@@ -50,6 +50,12 @@ SECTIONS = (
     ("fd", "FD while training", "Of each run's snapshots, on 2,000 images each (so a little above the table's figures)."),
     ("loss", "Losses", "Pale: as logged. Dark: running mean. Losses of different objectives share no scale."),
     (
+        "ess",
+        "Effective sample size by noise level",
+        "How many latents share the weight in VarDiU's importance averages (logarithmic). At 1 only one counts: at those levels "
+        "the average says no more than a single sample.",
+    ),
+    (
         "balance",
         "Class balance",
         "Share of each class, by the classifier's verdict on generated images; black marks: the real images.",

@@ -12,7 +12,7 @@ import torch
 from . import figures
 from .evaluate import Evaluation, Measured
 from .page import page
-from .runs import curves
+from .runs import curves, ess_by_level
 
 FILES = ("samples.png", "report.html", "report.json")
 PAIRS = 8  # generated images shown with their nearest real ones
@@ -74,6 +74,8 @@ def _pictures(evaluation: Evaluation, samples: bytes) -> dict[str, list[tuple[st
         for s, colour in students
         if s.numbers["curve"]
     ]
+    sizes = [(s.run.name, ess_by_level(s.run.metrics)) for s, _ in students]
+    sizes = [(label, by_level) for label, by_level in sizes if by_level]
     reference = numbers["protocol"]["reference"]
     shares = [("Real", figures.REAL, reference["class_balance"])]
     shares += [(label, colour, measured.numbers["class_balance"]) for label, measured, colour in models]
@@ -84,6 +86,7 @@ def _pictures(evaluation: Evaluation, samples: bytes) -> dict[str, list[tuple[st
         "samples": [("", samples, "image/png")],
         "fd": chart(figures.fd_chart(distances, numbers["base_fd"], "base of this report")) if distances else [],
         "loss": chart(figures.loss_chart(losses)) if losses else [],
+        "ess": chart(figures.ess_chart(sizes)) if sizes else [],
         "balance": chart(figures.balance_chart(shares, reference["class_names"])),
         "neighbours": chart(figures.distance_chart(neighbours, real.close_threshold))
         + [_pairs(label, measured, evaluation) for label, measured, _ in models],

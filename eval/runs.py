@@ -71,3 +71,19 @@ def curves(rows: list[dict[str, Any]], suffix: str) -> dict[str, tuple[list[int]
                 steps.append(row["step"])
                 values.append(float(value))
     return found
+
+
+def ess_by_level(rows: list[dict[str, Any]]) -> dict[float, tuple[list[int], list[float]]]:
+    """{noise level: (steps, mean effective sample size)} of a run that logs it, levels ascending; {} for others.
+
+    A log holds, for each level, the share of samples drawn there and their summed size: the mean is the ratio.
+    """
+    found: dict[float, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for key, share in row.items():
+            _, marker, level = key.partition("ess_share@")
+            if marker and share > 0:
+                steps, values = found.setdefault(float(level), ([], []))
+                steps.append(row["step"])
+                values.append(row[key.replace("ess_share@", "ess_sum@")] / share)
+    return dict(sorted(found.items()))

@@ -6,20 +6,15 @@ A condition is a dict of tensors whose first axis is the batch, passed to the ne
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .noise import Level, Schedule, to_x0
+from .noise import Level, Schedule, edm_coefficients, to_x0
 
 Condition = dict[str, Tensor] | None
 Parameterization = Literal["edm", "sample", "epsilon", "v_prediction", "flow"]
-
-
-def repeat_condition(condition: Condition, k: int) -> Condition:
-    """Every sample's condition k times in a row, matching Level.repeat_interleave."""
-    return None if condition is None else {name: v.repeat_interleave(k, 0) for name, v in condition.items()}
 
 
 class Denoiser(nn.Module):
@@ -52,30 +47,37 @@ class Denoiser(nn.Module):
         self.guidance_scale = guidance_scale
         self.null_condition = null_condition
 
-    def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> Tensor:
-        """x_t (b, c, h, w) -> x0 (b, c, h, w) in float32 or x_t's dtype if wider."""
+    def forward(self, x_t: Tensor, level: Level, condition: Condition = None, return_features: bool = False) -> Any:
+        """x_t (b, c, h, w) -> x0 (b, c, h, w) in float32 or x_t's dtype if wider.
+
+        With return_features, which the network must know too: (x0, features), under guidance those of the conditional call.
+        """
         if self.guidance_scale == 1.0:
-            return self._denoise(x_t, level, condition)
+            x0, features = self._denoise(x_t, level, condition, return_features)
+            return (x0, features) if return_features else x0
         if condition is None:
             raise ValueError("guidance needs a condition; got None")
         null = {k: self.null_condition[k].to(v).expand_as(v) for k, v in condition.items()}
         both = {k: torch.cat([null[k], v]) for k, v in condition.items()}
-        x0_null, x0_cond = self._denoise(torch.cat([x_t, x_t]), level.repeat(2), both).chunk(2)
-        return x0_null + self.guidance_scale * (x0_cond - x0_null)
+        x0, features = self._denoise(torch.cat([x_t, x_t]), level.repeat(2), both, return_features)
+        x0_null, x0_cond = x0.chunk(2)
+        x0 = x0_null + self.guidance_scale * (x0_cond - x0_null)
+        return (x0, features.second_half()) if return_features else x0
 
-    def _denoise(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
-        condition = condition or {}
+    def _denoise(self, x_t: Tensor, level: Level, condition: Condition, return_features: bool) -> tuple[Tensor, Any]:
+        options = (condition or {}) | ({"return_features": True} if return_features else {})
         if self.parameterization != "edm":
-            return to_x0(self._call(x_t, level.t, condition), x_t, level, self.parameterization)
-        sigma, sd2 = level.sigma, self.sigma_data**2
-        total = sigma.square() + sd2
-        out = self._call(x_t * total.rsqrt(), level.t.log() / 4, condition)
-        return (sd2 / total) * x_t + (sigma * self.sigma_data * total.rsqrt()) * out
+            out, features = self._call(x_t, level.t, options)
+            return to_x0(out, x_t, level, self.parameterization), features
+        c_in, c_skip, c_out = edm_coefficients(level, self.sigma_data)
+        out, features = self._call(c_in * x_t, level.t.log() / 4, options)
+        return c_skip * x_t + c_out * out, features
 
-    def _call(self, x: Tensor, time: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        out = self.network(x, time, **condition)
+    def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> tuple[Tensor, Any]:
+        out = self.network(x, time, **options)
+        features = getattr(out, "features", None)
         out = getattr(out, "sample", out)
-        return out.to(torch.promote_types(out.dtype, torch.float32))  # autocast may hand back half precision
+        return out.to(torch.promote_types(out.dtype, torch.float32)), features  # autocast may hand back half precision
 
 
 class ClampToImageRange(torch.autograd.Function):

@@ -44,12 +44,15 @@ def to_pixels(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_digits() -> ImageSet:
-    """The 1,797 grey 8x8 digits that ship with scikit-learn (0..16 rescaled to 0..255)."""
+def load_digits(image_size: int = 8) -> ImageSet:
+    """The 1,797 grey 8x8 digits that ship with scikit-learn (0..16 rescaled to 0..255), enlarged bilinearly to image_size."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
-    pixels = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)[:, None]
+    grey = torch.from_numpy(digits.images / 16 * 255)[:, None]
+    if image_size != 8:
+        grey = torch.nn.functional.interpolate(grey, (image_size, image_size), mode="bilinear", align_corners=False)
+    pixels = grey.round().to(torch.uint8)
     return ImageSet(pixels, torch.from_numpy(digits.target).long(), tuple(map(str, digits.target_names)))
 
 

@@ -103,6 +103,16 @@ def score(x0: Tensor, x_t: Tensor, level: Level) -> Tensor:
     return (level.alpha * x0 - x_t) / level.sigma.square()
 
 
+def edm_coefficients(level: Level, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(c_in, c_skip, c_out), each (b, 1, 1, 1): D = c_skip x_t + c_out F(c_in x_t) (Karras et al. 2022, Table 1).
+
+    Written for any alpha: with F of unit variance and x0 of standard deviation sigma_data, so are F's input and target.
+    """
+    alpha, sigma = level.alpha, level.sigma
+    total = alpha.square() * sigma_data**2 + sigma.square()
+    return total.rsqrt(), alpha * sigma_data**2 / total, sigma * sigma_data * total.rsqrt()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules: t -> Level
 

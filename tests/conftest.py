@@ -6,15 +6,22 @@ Test modules cannot import one another or this file, so everything here arrives 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+from torch.testing import assert_close
 
-from pipelines.noise import Level, RectifiedFlowSchedule
+from pipelines.noise import Level, RectifiedFlowSchedule, add_noise, score
+from trainers.objectives.amortized import AmortizedScore
+from trainers.objectives.base import LossTerms
+from trainers.objectives.importance import log_importance
+from trainers.objectives.resampled import ResampledScore
+from trainers.objectives.vardiu import VarDiU
 
 # (b, c, h, w) in pairwise different primes: whatever broadcasts over the wrong axis raises.
 SHAPE = (3, 2, 5, 7)
@@ -48,6 +55,27 @@ def randomise(generator) -> Callable[..., nn.Module]:
         return module
 
     return fill
+
+
+@pytest.fixture
+def float64_weights() -> Iterator[None]:
+    """Modules are born in float64: made in float32 and widened, an orthogonal matrix would be one to 1e-7 only."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def assert_all_close() -> Callable[[list[Tensor], list[Tensor], float], None]:
+    """assert_all_close(actual, expected, tolerance) of lists of gradients that are not all zero."""
+
+    def check(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+        assert max(float(g.abs().max()) for g in expected) > 1e-3  # else agreement would say nothing
+        for a, b in zip(actual, expected, strict=True):
+            assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+    return check
 
 
 @dataclass
@@ -127,7 +155,12 @@ class GaussianDenoiser(nn.Module):
 
 
 class GaussianPosterior(nn.Module):
-    """p(z | x_t, c) of a linear student, exact for the matrix and bias it holds; `stretch` scales its standard deviation."""
+    """p(z | x_t, c) of a linear student, exact for the matrix and bias it holds; `stretch` scales its standard deviation.
+
+    x0_mean: that student's mean image under it, so E[g(z) | x_t] where it is exact.
+    """
+
+    on_teacher_features = False
 
     def __init__(self, matrix: Tensor, bias: Tensor, stretch: float = 1.0) -> None:
         super().__init__()
@@ -140,7 +173,7 @@ class GaussianPosterior(nn.Module):
         slope = gain @ self.matrix.T * (1 - t) / t**2
         return slope, -(1 - t) * slope @ self.bias[label], gain * torch.exp(2 * self.log_stretch)
 
-    def forward(self, x_t: Tensor, level: Level, condition=None, z=None, noise=None) -> SimpleNamespace:
+    def forward(self, x_t: Tensor, level: Level, condition=None, features=None, z=None, noise=None) -> SimpleNamespace:
         labels = labels_of(condition, x_t)
         cells = list(zip(labels.tolist(), level.t.tolist(), strict=True))
         each = {cell: self.moments(*cell) for cell in set(cells)}
@@ -152,11 +185,13 @@ class GaussianPosterior(nn.Module):
             white = torch.linalg.solve_triangular(factor, (z - mean).mT, upper=False).mT
             return (-0.5 * (white.square() + math.log(2 * math.pi))).sum(-1) - factor.diagonal(0, 1, 2).log().sum(-1)[:, None]
 
-        log_q = None if z is None else log_prob(z.flatten(2))
-        if noise is None:
-            return SimpleNamespace(log_q=log_q, z=None, log_q_z=None, calibration=None)
-        samples = mean + noise.flatten(2) @ factor.mT
-        return SimpleNamespace(log_q=log_q, z=image(samples), log_q_z=log_prob(samples), calibration=None)
+        samples = None if noise is None else mean + noise.flatten(2) @ factor.mT
+        return SimpleNamespace(
+            log_q=None if z is None else log_prob(z.flatten(2)),
+            z=None if noise is None else image(samples),
+            log_q_z=None if noise is None else log_prob(samples),
+            x0_mean=image(mean[:, 0] @ self.matrix.T + self.bias[labels]),
+        )
 
 
 class LinearGaussian:
@@ -187,28 +222,125 @@ class LinearGaussian:
     def levels(u: Tensor, progress: float) -> Tensor:
         return u
 
-    def _draw(self, nodes: Tensor, proposals: int) -> Draw:
-        """nodes (n, 2d + proposals d), repeated for every cell."""
+    def _draw(self, nodes: Tensor, extra: dict[str, int]) -> Draw:
+        """nodes (n, (2 + images) d), repeated for every cell; a draw's extra normals by name: how many images, 0 for one
+        without an axis of its own.
+        """
         n, cells = len(nodes), len(self.cells)
-        z, eps, more = nodes.repeat(cells, 1).split([D, D, proposals * D], 1)
+        z, eps, *more = nodes.repeat(cells, 1).split([D, D, *(max(k, 1) * D for k in extra.values())], 1)
         label, t = zip(*self.cells, strict=True)
         label, t = torch.tensor(label).repeat_interleave(n), torch.tensor(t, dtype=torch.float64).repeat_interleave(n)
-        return Draw(
-            image(z),
-            image(eps),
-            t,
-            {"class_labels": label} if self.conditional else None,
-            normals={"proposals": image(more.reshape(len(z), proposals, D))},
-        )
+        normals = {name: image(v.unflatten(1, (k, D)) if k else v) for (name, k), v in zip(extra.items(), more, strict=True)}
+        return Draw(image(z), image(eps), t, {"class_labels": label} if self.conditional else None, normals=normals)
 
-    def cubature(self, proposals: int = 0) -> Draw:
+    def cubature(self, proposals: int = 0, **extra: int) -> Draw:
         """Points +-sqrt(n) times the columns of a random rotation: means of polynomials of degree three are exact."""
-        n = (2 + proposals) * D
+        extra = {"proposals": proposals} | extra if proposals else extra
+        n = (2 + sum(max(k, 1) for k in extra.values())) * D
         rotation = torch.linalg.qr(torch.randn(n, n, generator=self.generator, dtype=torch.float64)).Q
-        return self._draw(math.sqrt(n) * torch.cat([rotation, -rotation]), proposals)
+        return self._draw(math.sqrt(n) * torch.cat([rotation, -rotation]), extra)
 
-    def random(self, n: int, proposals: int = 0) -> Draw:
-        return self._draw(torch.randn(n, (2 + proposals) * D, generator=self.generator, dtype=torch.float64), proposals)
+    def random(self, n: int, proposals: int = 0, **extra: int) -> Draw:
+        extra = {"proposals": proposals} | extra if proposals else extra
+        images = 2 + sum(max(k, 1) for k in extra.values())
+        return self._draw(torch.randn(n, images * D, generator=self.generator, dtype=torch.float64), extra)
+
+    def at_one_x_t(self, n: int, **extra: int) -> tuple[Draw, Tensor]:
+        """n draws in every cell that lead to one x_t (cells, d) there: z of the posterior p(z | x_t), eps what is left."""
+        draw = self.random(n, **extra)
+        x_t, z, eps = [], [], []
+        for (label, t), white in zip(self.cells, self.by_cell(draw.z.flatten(1)), strict=True):
+            mean, cov = (v.detach() for v in self.student_moments(label, t))
+            x_t.append(mean + torch.linalg.cholesky(cov) @ torch.randn(D, generator=self.generator, dtype=torch.float64))
+            slope, offset, cov = (v.detach() for v in self.exact.moments(label, t))
+            z.append(slope @ x_t[-1] + offset + white @ torch.linalg.cholesky(cov).T)
+            x0 = z[-1] @ self.student.matrix.detach().T + self.student.bias.detach()[label]
+            eps.append((x_t[-1] - (1 - t) * x0) / t)
+        draw.z, draw.eps = image(torch.cat(z)), image(torch.cat(eps))
+        return draw, torch.stack(x_t)
+
+    def posterior_mean(self, x_t: Tensor) -> Tensor:
+        """E[g(z) | x_t] for one x_t in each cell (cells, d), by conditioning the joint Gaussian of x0 and x_t."""
+        means = []
+        for (label, t), x in zip(self.cells, x_t, strict=True):
+            mean, cov = self.student_moments(label, t)
+            cross = (1 - t) * self.student.matrix @ self.student.matrix.T
+            means.append(self.student.bias[label] + cross @ torch.linalg.solve(cov, x - mean))
+        return torch.stack(means).detach()
+
+    def by_cell(self, value: Tensor) -> list[Tensor]:
+        return list(value.chunk(len(self.cells)))
+
+    # Objectives over it ----------------------------------------------------------------------------------------------
+
+    def objective(self, estimator: str = "bound", posterior: nn.Module | None = None, **options) -> VarDiU:
+        """The estimator by its name in configurations; the amortised one with the batch as its pool and one noised copy."""
+        kind = {"resampled_score": ResampledScore, "amortized_score": AmortizedScore}.get(estimator, VarDiU)
+        defaults = {
+            "amortized_score": {"num_samples": 0, "noise_draws": 1},
+            "bound": {"num_samples": 0, "antithetic": False, "control_variate": False},
+            "multi_sample": {"num_samples": 5, "antithetic": False, "control_variate": False},
+            "resampled_score": {"num_samples": 5, "antithetic": False},
+        }
+        options = defaults[estimator] | {"weighting": "sigma2"} | options
+        return kind(self.student, self.teacher, self.exact if posterior is None else posterior, self.levels, **options)
+
+    @staticmethod
+    def extra_of(objective: VarDiU) -> dict[str, int]:
+        """The extra normals that a joint update draws."""
+        k, pairs = objective.num_samples, 2 if objective.antithetic else 1
+        if isinstance(objective, AmortizedScore):
+            named = {f"eps_{i}": 0 for i in range(1, objective.noise_draws)}
+            return named | ({f"proposals_{i}": k for i in range(objective.noise_draws)} if k else {})
+        if not isinstance(objective, ResampledScore):
+            return {"proposals": k * pairs} if k else {}
+        if objective.moves:
+            return {"proposals": (objective.moves + 1) * k * pairs}  # "moves" are numbers, not images
+        return {"proposals": (k // 2 if k % 2 == 0 else k) * pairs}  # an even number comes in pairs +-noise
+
+    @staticmethod
+    def whole(terms: LossTerms | Iterator[LossTerms]) -> LossTerms:
+        """A loss that comes in parts in one piece: the sum of their means, as the loop sums their gradients."""
+        if isinstance(terms, LossTerms):
+            return terms
+        total, metrics = 0, {}
+        for loss, more in terms:
+            total = total + loss.mean()
+            metrics = {name: metrics.get(name, 0) + more.get(name, 0) for name in (metrics | more)}
+        return LossTerms(total, metrics)
+
+    def joint(self, objective: VarDiU, draw: Draw) -> LossTerms:
+        return self.whole(objective.phases[-1].loss(draw))
+
+    @staticmethod
+    def gradients(loss: Tensor, *networks: nn.Module) -> list[Tensor]:
+        parameters = [p for network in networks for p in network.parameters()]
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True))
+
+    def student_score_seen(self, objective: VarDiU, draw: Draw) -> tuple[Tensor, Tensor]:
+        """(The student's score in the loss, x_t) at every x_t (n, d), read off its gradient in x0: w alpha (s_theta - s_d)."""
+        outputs = []
+        handle = self.student.register_forward_hook(lambda m, args, out: outputs.append(out))
+        loss = self.joint(objective, draw).loss.sum()
+        handle.remove()
+        (gradient,) = torch.autograd.grad(loss, outputs[0])
+        level = RectifiedFlowSchedule().level(draw.u)
+        x_t = add_noise(outputs[0].detach(), draw.eps, level)
+        score_d = score(self.teacher(x_t, level, draw.condition), x_t, level)
+        return (gradient / (level.sigma**2 * level.alpha) + score_d).detach().flatten(1), x_t.detach().flatten(1)
+
+    def importance(self, draw: Draw, posterior: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """(log v of the draw's own z and K proposals (n, K+1), x_t, log p_theta,t(x_t) (n,)) at a draw."""
+        level = RectifiedFlowSchedule().level(draw.u)
+        x0 = self.student(draw.z, draw.condition)
+        x_t = add_noise(x0, draw.eps, level)
+        noise = draw.normals.get("proposals", x0.new_empty(len(x0), 0, D, 1, 1))
+        q = posterior(x_t, level, draw.condition, z=draw.z[:, None], noise=noise)
+        x0_k = torch.stack([x0, *(self.student(z, draw.condition) for z in q.z.unbind(1))], 1)
+        log_v = log_importance(x_t, x0_k, torch.cat([draw.z[:, None], q.z], 1), torch.cat([q.log_q, q.log_q_z], 1), level)
+        cells = zip(self.cells, self.by_cell(x_t.flatten(1)), strict=True)
+        log_p = torch.cat([MultivariateNormal(*self.student_moments(c, t)).log_prob(x) for (c, t), x in cells])
+        return log_v.detach(), x_t.detach(), log_p.detach()
 
     def weight(self, t: float) -> float:
         return t**2

@@ -78,10 +78,35 @@ def test_there_are_recipes():
 
 def test_overrides_replace_single_values(tmp_path):
     file = write(tmp_path, VARDIU)
-    overrides = ["student.optimizer.lr=1e-4", "objective.antithetic=false", "data.name=digits", "micro_batch_size=", "steps=11"]
+    overrides = ["student.optimizer.lr=1e-4", "objective.noise_draws=3", "data.name=digits", "micro_batch_size=", "steps=11"]
     config = load_config(DistillConfig, str(file), overrides)
-    assert (config.student.optimizer.lr, config.objective.antithetic, config.data.name) == (1e-4, False, "digits")
+    assert (config.student.optimizer.lr, config.objective.noise_draws, config.data.name) == (1e-4, 3, "digits")
     assert (config.micro_batch_size, config.steps, config.batch_size) == (None, 11, 7)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "samples"), [("bound", 0), ("multi_sample", 16), ("resampled_score", 16), ("amortized_score", 0)]
+)
+def test_number_of_samples(estimator, samples, tmp_path):
+    """By default what the estimator needs; else what is given."""
+    file = str(write(tmp_path, VARDIU))
+    assert load_config(DistillConfig, file, [f"objective.estimator={estimator}"]).objective.samples == samples
+    if estimator != "bound":
+        given = [f"objective.estimator={estimator}", "objective.num_samples=3"]
+        assert load_config(DistillConfig, file, given).objective.samples == 3
+
+
+def test_options_that_fit_are_taken(tmp_path):
+    file = str(write(tmp_path, VARDIU))
+    resampled = ["objective.estimator=resampled_score", "objective.num_samples=4", "objective.target_ess=4"]
+    assert load_config(DistillConfig, file, [*resampled, "objective.ess_levels=true"]).objective.target_ess == 4
+    for network in ("shared", "copy"):
+        config = load_config(DistillConfig, file, [f"objective.posterior.network={network}"])
+        assert config.objective.posterior.network == network
+    options = {"lowrank": ("rank=3", {"rank": 3}), "learned": ("block=2", {"block": 2}), "diag": ("updates=1", {})}
+    for covariance, (option, expected) in options.items():
+        given = [f"objective.posterior.covariance={covariance}", f"objective.posterior.{option}"]
+        assert load_config(DistillConfig, file, given).objective.posterior.covariance_options() == expected
 
 
 def test_a_configuration_cannot_be_changed(tmp_path):
@@ -119,6 +144,18 @@ FAULTS = [
         ["objective.posterior.network.chanels=8"],
         ["unknown key 'objective.posterior.network.chanels'; did you mean 'channels'?"],
     ),
+    (
+        ["objective.posterior.network=shard"],
+        ["objective.posterior.network: Input should be 'shared' or 'copy', got 'shard'"],
+    ),
+    (
+        ["objective.posterior.network=3"],
+        ["objective.posterior.network: Input should be a valid dictionary or instance of Network, got 3"],
+    ),
+    (
+        ["objective.posterior.network.channels=3"],
+        ["objective.posterior.network.channels: Input should be a multiple of 2, got 3"],
+    ),
     (["objective.levels.lo=1"], ["unknown key 'objective.levels.lo'; did you mean 'low'?"]),
     (["teacher.zzz=1"], ["unknown key 'teacher.zzz'; known here: path, guidance_scale"]),
     # wrong types
@@ -136,7 +173,7 @@ FAULTS = [
     (["student.optimizer.betas=[0, 1]"], ["student.optimizer.betas.1: Input should be less than 1, got 1"]),
     (
         ["objective.estimator=best"],
-        ["objective.estimator: Input should be 'bound', 'multi_sample' or 'resampled_score', got 'best'"],
+        ["objective.estimator: Input should be 'bound', 'multi_sample', 'resampled_score' or 'amortized_score', got 'best'"],
     ),
     (
         ["objective.name=vardi"],
@@ -152,11 +189,60 @@ FAULTS = [
         ["objective={name: varflow, levels: {name: uniform, low: 1, high: 2}}"],
         ["data: objective 'varflow' matches samples of data; add a data section, e.g. data.name=digits"],
     ),
-    # an option of another estimator would be ignored without a word
-    (
-        ["objective.estimator=bound", "objective.num_samples=3"],
-        ["objective: num_samples has no effect with estimator='bound'; remove it (it is for multi_sample resampled_score)"],
+    # an option of another estimator, or of another covariance, would be ignored without a word
+    *(
+        (
+            [f"objective.estimator={estimator}", f"objective.{option}"],
+            [f"objective: {option.split('=')[0]} has no effect with estimator={estimator!r}; remove it (it is for {others})"],
+        )
+        for estimator, option, others in (
+            ("bound", "num_samples=3", "multi_sample resampled_score amortized_score"),
+            ("bound", "target_ess=2", "resampled_score"),
+            ("multi_sample", "moves=1", "resampled_score"),
+            ("amortized_score", "ess_levels=true", "resampled_score"),
+            ("resampled_score", "control_variate=false", "bound multi_sample"),
+            ("amortized_score", "antithetic=false", "bound multi_sample resampled_score"),
+            ("resampled_score", "noise_draws=1", "amortized_score"),
+            ("bound", "regression_weight=1", "amortized_score"),
+        )
     ),
+    *(
+        (
+            [f"objective.posterior.covariance={covariance}", f"objective.posterior.{option}"],
+            [f"objective.posterior: {key} has no effect with covariance={covariance!r}; remove it (it is for {other})"],
+        )
+        for covariance, option, key, other in (
+            ("diag", "rank=3", "rank", "lowrank"),
+            ("lowrank", "block=2", "block", "learned"),
+            ("learned", "flow={blocks: 2}", "flow", "flow"),
+        )
+    ),
+    # values that no estimator could work with
+    *(
+        (
+            ["objective.estimator=resampled_score", *(f"objective.{option}" for option in options)],
+            [f"objective: {message}"],
+        )
+        for options, message in (
+            (["num_samples=0"], "num_samples must be at least 1 for estimator='resampled_score'; got 0"),
+            (["num_samples=3", "target_ess=4"], "target_ess (4) must not be above num_samples (3)"),
+            (["target_ess=17"], "target_ess (17) must not be above num_samples (16)"),
+            (
+                ["target_ess=2", "moves=1"],
+                "target_ess and moves exclude each other: moves are exact for untempered weights only",
+            ),
+            (
+                ["num_samples=1", "ess_levels=true"],
+                "ess_levels needs num_samples of at least 2: a single proposal always counts as one",
+            ),
+        )
+    ),
+    (
+        ["objective.estimator=multi_sample", "objective.num_samples=0"],
+        ["objective: num_samples must be at least 1 for estimator='multi_sample'; got 0"],
+    ),
+    (["objective.noise_draws=0"], ["objective.noise_draws: Input should be greater than 0, got 0"]),
+    (["objective.regression_weight=0"], ["objective.regression_weight: Input should be greater than 0, got 0"]),
     # several at once, each on a line of its own
     (
         [PARQUET, "seed=-1", "studnt={}"],
@@ -171,7 +257,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "lines"), FAULTS, ids=[" ".join(o)[:40] for o, _ in FAULTS])
+@pytest.mark.parametrize(("overrides", "lines"), FAULTS, ids=[" ".join(o)[:60] for o, _ in FAULTS])
 def test_fault_in_a_value(overrides, lines, tmp_path, capsys):
     file = write(tmp_path, VARDIU)
     said = refusal(distill.main, ["--config", str(file), *overrides], tmp_path, capsys)

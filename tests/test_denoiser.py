@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pipelines.denoiser import Denoiser, OneStepGenerator, repeat_condition
+from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
 from pipelines.edm.unet import ResidualBlock, fourier_features
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, score
@@ -153,14 +153,6 @@ def test_guidance_needs_its_conditions(null, randn, shape):
     guided = Denoiser(Recorder(), EDMSchedule(), guidance_scale=2.0, null_condition=null)
     with pytest.raises(ValueError, match="guidance needs a condition; got None"):
         guided(randn(*shape), levels_of(EDMSchedule()), None)
-
-
-def test_repeated_conditions_match_repeated_levels(condition):
-    level = levels_of(EDMSchedule())
-    index = level.repeat_interleave(5).t[:, None] == level.t
-    assert repeat_condition(None, 5) is None
-    for key, value in repeat_condition(condition, 5).items():
-        assert_close(value, condition[key][index.long().argmax(1)], rtol=0, atol=0)
 
 
 # The one-step readout ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from eval.features import EXTRACTORS, digits_extractor, one_thread, train_digits_extractor
+from eval.features import EXTRACTORS, AreaDownsampled, PcaPixels, digits_extractor, one_thread, train_digits_extractor
 from eval.frechet import GaussianStats, frechet_distance
 from eval.metrics import halves_floor
 from pipelines.images import load_digits, to_pixels, to_unit
@@ -118,3 +118,45 @@ def test_distance_sees_what_it_should(extractor, digits):
     assert fd(copy) < floor < fd(digits.pixels[digits.labels != 9]) < fd(noise) < fd(mean)
     assert spread < floor / 2
     assert fd(noise) > 8 * floor
+
+
+def test_pca_pixels_are_white_on_the_real_images_and_ordered():
+    real = torch.randint(0, 256, (211, 2, 3, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    extractor = PcaPixels(real, dim=7)
+    features = extractor(real)
+    assert features.shape == (211, 7)
+    assert features.dtype == torch.float64
+    torch.testing.assert_close(features.mean(0), torch.zeros(7).double(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(features.T @ features / 210, torch.eye(7).double(), rtol=0, atol=1e-10)
+    unit = to_unit(real).flatten(1).double()
+    singular = torch.linalg.svdvals(unit - unit.mean(0))[:7]
+    torch.testing.assert_close(1 / extractor.axes.norm(dim=0), singular / 210**0.5, rtol=1e-10, atol=0)
+    # the Frechet distance of a shift along the first axis by two of its standard deviations
+    shifted = features + 2 * torch.eye(7)[0]
+    assert frechet_distance(GaussianStats.of(shifted), GaussianStats.of(features)) == pytest.approx(4, rel=1e-6)
+    assert PcaPixels(real, dim=7).describe() == extractor.describe()
+    with pytest.raises(ValueError, match="made from images"):
+        extractor(real[:, :1])
+    with pytest.raises(ValueError, match="31 principal axes need more than"):
+        PcaPixels(real, dim=31)
+
+
+def test_area_downsampling_undoes_an_enlargement(extractor, digits):
+    some = digits.pixels[:23]
+    small = AreaDownsampled(extractor, 8)
+    enlarged = some.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    for pixels in (some, enlarged):
+        torch.testing.assert_close(small(pixels), extractor(some), rtol=0, atol=0)
+        assert small.classify(pixels).equal(extractor.classify(some))
+    assert small.describe()["sha256"] == extractor.sha256
+    assert small.dim == 32
+    with pytest.raises(ValueError, match="multiple of 8"):
+        small(enlarged[..., :-1])
+
+
+def test_enlarged_digits_show_the_same_digits(extractor, digits):
+    large = load_digits(16)
+    assert large.pixels.shape == (1797, 1, 16, 16)
+    assert large.labels.equal(digits.labels)
+    seen = AreaDownsampled(extractor, 8).classify(large.pixels)
+    assert (seen == digits.labels).double().mean() > 0.9

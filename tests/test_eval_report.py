@@ -21,7 +21,7 @@ from eval.figures import grid, panels
 from eval.metrics import class_balance
 from eval.protocols import PROTOCOLS, get_protocol
 from eval.report import FILES, write_atomically, write_report
-from eval.runs import Run, curves, find_run, read_metrics
+from eval.runs import Run, curves, ess_by_level, find_run, read_metrics
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
 from pipelines.images import load_digits
 from pipelines.students import save_model
@@ -47,6 +47,9 @@ def save_run(folder: Path, kind: str, sampler: str, steps: int, seed: int, num_c
                 unet.conv_out.weight.mul_(1 if step == 300 else 0.5)
         save_model(folder / kind, EDMPipeline(unet, scheduler), kind, INFO)
     rows = [{"step": s, f"{kind}/loss": 1 / s, "posterior/loss": -s, "eval/fd": 50 / s} for s in range(1, 200)]
+    if sampler == "renoise" and steps == 1:
+        rows[0] |= {"joint/ess_share@2.5": 0.5, "joint/ess_sum@2.5": 1.5, "joint/ess_share@0.3": 0.0, "joint/ess_sum@0.3": 0.0}
+        rows[1] |= {"joint/ess_share@2.5": 0.25, "joint/ess_sum@2.5": 1.0, "joint/ess_share@0.3": 0.5, "joint/ess_sum@0.3": 0.6}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 200, "stu')
     return folder
 
@@ -116,16 +119,22 @@ def test_curve_is_the_fd_of_the_snapshots(reported):
 def test_report_html_is_self_contained(reported):
     html = (reported / "report.html").read_text()
     sources = re.findall(r'src="([^"]*)"', html)
-    assert len(sources) == 8  # samples, FD, losses, balance, distances; nearest pairs of three models
+    assert len(sources) == 9  # samples, FD, losses, sample sizes, balance, distances; nearest pairs of three models
     assert all(source.startswith("data:image/") for source in sources)
     assert "&lt;b&gt;VarDiU" in html
     assert "<b>V" not in html
     assert "http" not in re.sub(r'src="[^"]*"', "", html)
     assert "Not the protocol" in html
-    for heading in ("Samples", "FD while training", "Losses", "Class balance", "Nearest real images"):
+    headings = ("Samples", "FD while training", "Losses", "Effective sample size by noise level", "Class balance")
+    for heading in (*headings, "Nearest real images"):
         assert f"<h2>{heading}</h2>" in html
     assert "22.5 s" in html
     assert "307.2 k" in html  # the training calls of all roles together
+
+
+def test_effective_sample_size_is_a_ratio_of_sums(runs):
+    assert ess_by_level(find_run("a", runs / "a", "student").metrics) == {0.3: ([2], [1.2]), 2.5: ([1, 2], [3.0, 4.0])}
+    assert ess_by_level(find_run("b", runs / "b", "student").metrics) == {}
 
 
 def test_samples_png(reported):

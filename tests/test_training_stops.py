@@ -40,6 +40,8 @@ OBJECTIVES = {
         "posterior": {"network": TINY, "optimizer": ADAM, "updates": 2, "warmup_updates": 7},
     },
 }
+# The state that is no network: running means by which levels are drawn.
+ESS_LEVELS = ["objective.estimator=resampled_score", "objective.num_samples=3", "objective.ess_levels=true"]
 
 
 # Tools ----------------------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def end_state(output: Path) -> dict:
     info = read_info(output / "student", "student")
     assert state.pop("seconds") > 0
     hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    assert len(hashes) == 6
+    assert len(hashes) == 7
     return hashes | {"folder": last.name, "state": state, "calls": info["calls"], "steps": info["steps"]}
 
 
@@ -296,6 +298,22 @@ def test_resuming_from_a_checkpoint_by_its_path(lab, tmp_path):
     assert (output / "checkpoints" / "step_00000004").is_dir()
 
 
+def test_levels_drawn_by_effective_size_go_on_as_they_were(lab, watched, tmp_path):
+    """The running means have moved when the run is stopped, and are no longer equal: with fresh ones it would end otherwise."""
+    whole = end_state(lab.whole_run("vardiu", *ESS_LEVELS))
+    watched.made.clear()
+    watched.at[7 + 3 * 6] = lambda: signal.raise_signal(signal.SIGTERM)
+    output = lab.distil("vardiu", tmp_path / "run", *ESS_LEVELS)
+    means = load_file(output / "checkpoints" / saved(output)[-1] / "objective.safetensors")
+    assert means.keys() == {"ess_by_level"}
+    assert len(set(means["ess_by_level"].tolist())) > 3
+    assert torch.equal(watched.made[0].objective.state["ess_by_level"], means["ess_by_level"])
+    watched.at.clear()
+    resumed = ["--config", str(output.with_suffix(".yaml")), "resume=latest", *ESS_LEVELS]
+    distill.main(resumed)
+    assert end_state(output) == whole
+
+
 def test_a_step_count_raised_later_continues_a_finished_run(lab, tmp_path):
     whole = end_state(lab.distil("vardiu", tmp_path / "whole", steps=5, log_every=1))
     output = lab.distil("vardiu", tmp_path / "run", steps=3, log_every=1)
@@ -313,7 +331,7 @@ def test_the_newest_checkpoints_are_kept(lab, tmp_path):
     assert saved(lab.distil("varflow", tmp_path / "none", checkpoint_every=None)) == []
 
 
-FILES = ["networks.safetensors", "ema.safetensors", "optimizers.safetensors", "state.json"]
+FILES = ["networks.safetensors", "objective.safetensors", "ema.safetensors", "optimizers.safetensors", "state.json"]
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
@@ -352,7 +370,7 @@ def test_a_damaged_checkpoint_is_named_and_the_remedy_works(name, damage, lab, t
     ("objective", "override", "message"),
     [
         ("vardiu", "objective.posterior.network.channels=16", "has shape"),
-        ("vardiu", "objective.posterior.covariance=diagonal", "was written by another configuration: missing [], unexpected"),
+        ("vardiu", "objective.posterior.covariance=diag", "was written by another configuration: missing [], unexpected"),
         ("diff_instruct", None, "was written by another configuration: missing ['fake_score/"),
     ],
 )
@@ -383,7 +401,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(fails_at, lab, tmp_pa
 
         def failing(tensors, file):
             calls.append(file)
-            if len(calls) == 3 * 2 + 2:  # three files at steps 0 and 4; the second one at step 8
+            if len(calls) == 4 * 2 + 2:  # four files at steps 0 and 4; the second one at step 8
                 raise OSError(28, "No space left on device")
             save(tensors, file)
 

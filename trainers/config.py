@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipelines import noise
 
-from .posteriors.gaussian import COVARIANCES
+from .posteriors import COVARIANCES
+from .posteriors.flow import TRANSFORMS
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -98,9 +99,10 @@ Levels = Annotated[UniformLevels | LogUniformLevels | LogNormalLevels | KarrasLe
 
 
 class DigitsData(Strict):
-    """The 8x8 digits that ship with scikit-learn."""
+    """The 8x8 digits that ship with scikit-learn, enlarged bilinearly to image_size."""
 
     name: Literal["digits"]
+    image_size: Annotated[int, Field(ge=8)] = 8
     labels: bool = False
 
 
@@ -177,6 +179,7 @@ class Run(Strict):
     keep_checkpoints: PositiveInt = 2
     resume: str = "no"  # "no", "latest", or the path of a checkpoint
     trackers: list[str] = []  # any that accelerate knows, e.g. tensorboard
+    gradient_checkpointing: bool = False  # recompute each block in backward: about a third more time, a fraction of the memory
 
 
 class TeacherConfig(Run):
@@ -216,13 +219,44 @@ class FakeScore(Strict):
     warmup_updates: Annotated[int, Field(ge=0)] = 0
 
 
+class FlowOptions(Strict):
+    blocks: PositiveInt = 4  # couplings at each scale
+    transform: Literal[tuple(TRANSFORMS)] = "affine"
+    hidden: PositiveInt = 32  # channels inside a coupling's network
+
+
+# Told apart by their type, so that a fault is one of the kind that was meant.
+NETWORK_KINDS = ("by name", "by section")
+PosteriorNetwork = Annotated[
+    Annotated[Literal["shared", "copy"], Tag(NETWORK_KINDS[0])] | Annotated[Network, Tag(NETWORK_KINDS[1])],
+    Discriminator(lambda value: NETWORK_KINDS[not isinstance(value, str)]),
+]
+
+
 class Posterior(Strict):
-    network: Network | None = None  # None: the teacher's own network, started from its weights but for the last layer
+    # shared: a decoder of its own on the teacher's frozen encoder; copy: the teacher's network, copied; or one from scratch
+    network: PosteriorNetwork = "shared"
     covariance: Literal[tuple(COVARIANCES)] = "linear"
+    rank: PositiveInt = 8  # lowrank only: correlated directions
+    block: PositiveInt | None = None  # learned only: side of a block; None: the largest of 4, 2, 1 that divides both sides
+    flow: FlowOptions = FlowOptions()
     optimizer: Optimizer
     updates: Annotated[int, Field(ge=0)] = 0  # of the posterior alone, before each joint update
     warmup_updates: Annotated[int, Field(ge=0)] = 500
     min_information: float = 0.05  # nats; below it the run is reported as collapsed
+
+    @model_validator(mode="after")
+    def _options_fit_the_covariance(self):
+        for key, covariance in (("rank", "lowrank"), ("block", "learned"), ("flow", "flow")):
+            if getattr(self, key) != type(self).model_fields[key].default and self.covariance != covariance:
+                raise ValueError(f"{key} has no effect with covariance={self.covariance!r}; remove it (it is for {covariance})")
+        return self
+
+    def covariance_options(self) -> dict[str, Any]:
+        """Keyword arguments of COVARIANCES[self.covariance]."""
+        return {"lowrank": {"rank": self.rank}, "learned": {"block": self.block}, "flow": self.flow.model_dump()}.get(
+            self.covariance, {}
+        )
 
 
 class DiffInstructConfig(Strict):
@@ -241,25 +275,46 @@ class VarFlowConfig(Strict):
 
 
 class VarDiUConfig(Strict):
+    """The estimators: trainers/objectives/{vardiu,resampled,amortized}.py."""
+
     name: Literal["vardiu"]
-    estimator: Literal["bound", "multi_sample", "resampled_score"] = "resampled_score"
-    num_samples: PositiveInt = 16
-    calibrated: bool = True  # resampled_score only: regress the bias of the weighted average out of it
-    calibration_weight: PositiveFloat = 8.0  # of that regression against log q, whose trunk it shares
+    estimator: Literal["bound", "multi_sample", "resampled_score", "amortized_score"] = "amortized_score"
+    num_samples: Annotated[int, Field(ge=0)] | None = None  # K; None: 16, for amortized_score 0 (the batch is the pool)
     levels: Levels
     weighting: Weight = "sigma2"
-    antithetic: bool = True
+    antithetic: bool = True  # +-eps for each z
     control_variate: bool = True
+    target_ess: Annotated[float, Field(ge=1)] | None = None  # temper the weights until so many proposals count
+    moves: Annotated[int, Field(ge=0)] = 0  # of z_0 among proposals, num_samples each time, before averaging
+    ess_levels: bool = False  # draw levels in proportion to their effective sample size
+    noise_draws: PositiveInt = 2  # noised copies of each student sample
+    regression_weight: PositiveFloat = 80.0  # of the posterior mean against log q, whose trunk it shares
     posterior: Posterior
 
     @model_validator(mode="after")
     def _options_fit_the_estimator(self):
-        uses = {"num_samples": "multi_sample resampled_score", "control_variate": "bound multi_sample"}
-        uses |= dict.fromkeys(("calibrated", "calibration_weight"), "resampled_score")
+        uses = {"num_samples": "multi_sample resampled_score amortized_score", "control_variate": "bound multi_sample"}
+        uses |= dict.fromkeys(("target_ess", "moves", "ess_levels"), "resampled_score")
+        uses |= dict.fromkeys(("noise_draws", "regression_weight"), "amortized_score")
+        uses["antithetic"] = "bound multi_sample resampled_score"
         for key, estimators in uses.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.estimator not in estimators.split():
                 raise ValueError(f"{key} has no effect with estimator={self.estimator!r}; remove it (it is for {estimators})")
+        if self.num_samples == 0 and self.estimator in ("multi_sample", "resampled_score"):
+            raise ValueError(f"num_samples must be at least 1 for estimator={self.estimator!r}; got 0")
+        if self.ess_levels and self.samples == 1:
+            raise ValueError("ess_levels needs num_samples of at least 2: a single proposal always counts as one")
+        if self.target_ess and self.target_ess > self.samples:
+            raise ValueError(f"target_ess ({self.target_ess:g}) must not be above num_samples ({self.samples})")
+        if self.target_ess and self.moves:
+            raise ValueError("target_ess and moves exclude each other: moves are exact for untempered weights only")
         return self
+
+    @property
+    def samples(self) -> int:
+        """K."""
+        default = {"bound": 0, "amortized_score": 0}.get(self.estimator, 16)
+        return default if self.num_samples is None else self.num_samples
 
 
 class DistillConfig(Run):
@@ -349,6 +404,8 @@ def _explain(model: type[BaseModel], error: Any) -> str:
             candidates = _models_in(fields[part].annotation)
         elif tagged and not unknown:
             candidates = tagged  # pydantic puts a union's tag into the path; the user's file has none there
+        elif part in NETWORK_KINDS:
+            continue
         else:
             names.append(str(part))
     where = ".".join(names)

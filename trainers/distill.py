@@ -10,7 +10,7 @@ import copy
 import torch
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
-from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
+from pipelines.edm import EDMDecoder, EDMPipeline, EDMScheduler
 from pipelines.images import ImageSet
 from pipelines.provenance import versions
 from pipelines.students import save_model
@@ -18,13 +18,15 @@ from pipelines.students import save_model
 from . import setup
 from .config import DistillConfig, Network, VarDiUConfig
 from .config import Optimizer as OptimizerConfig
-from .draws import DrawSource
+from .draws import DrawSource, derive_seed
 from .loop import Trainer
+from .objectives.amortized import AmortizedScore
 from .objectives.base import Objective
 from .objectives.diff_instruct import DiffInstruct
+from .objectives.resampled import ResampledScore
 from .objectives.vardiu import VarDiU
 from .objectives.varflow import VarFlow
-from .posteriors import UNetPosterior
+from .posteriors import COVARIANCES, UNetPosterior
 from .teachers import load_edm_teacher
 
 
@@ -43,14 +45,7 @@ def run(config: DistillConfig) -> None:
     check_data(config, teacher_pipeline, data)
     teacher = teacher_pipeline.denoiser(config.teacher.guidance_scale).eval()
     shape = teacher_pipeline.unet.config
-    # The student runs without dropout: g(z) has to be one function of z for its posterior and its score to mean anything.
-    student_unet = copy.deepcopy(teacher_pipeline.unet).eval().requires_grad_(True)
-    scheduler = EDMScheduler.from_config(
-        teacher_pipeline.scheduler.config, sigma_max=config.student.sigma_init, sampler="renoise", num_inference_steps=1
-    )
-    pipeline = EDMPipeline(student_unet, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    student = OneStepGenerator(pipeline.denoiser(), config.student.sigma_init, config.student.image_range)
+    pipeline, student = build_student(config, teacher_pipeline)
     objective, optimizers = build_objective(config, student, teacher)
     draws = DrawSource(
         config.seed,
@@ -107,6 +102,18 @@ def check_data(config: DistillConfig, teacher: EDMPipeline, data: ImageSet | Non
         )
 
 
+def build_student(config: DistillConfig, teacher: EDMPipeline) -> tuple[EDMPipeline, OneStepGenerator]:
+    """The student as the pipeline that is saved and as the generator that is trained: one network, started as the teacher's."""
+    # The student runs without dropout: g(z) has to be one function of z for its posterior and its score to mean anything.
+    unet = copy.deepcopy(teacher.unet).eval().requires_grad_(True)
+    scheduler = EDMScheduler.from_config(
+        teacher.scheduler.config, sigma_max=config.student.sigma_init, sampler="renoise", num_inference_steps=1
+    )
+    pipeline = EDMPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, OneStepGenerator(pipeline.denoiser(), config.student.sigma_init, config.student.image_range)
+
+
 def build_objective(
     config: DistillConfig, student: OneStepGenerator, teacher: Denoiser
 ) -> tuple[Objective, dict[str, OptimizerConfig]]:
@@ -130,49 +137,56 @@ def build_objective(
             f.warmup_updates,
         )
         return objective, {"fake_score": f.optimizer}
+    return build_vardiu(config, student, teacher), {"posterior": o.posterior.optimizer}
+
+
+def build_vardiu(config: DistillConfig, student: OneStepGenerator, teacher: Denoiser) -> VarDiU:
+    o: VarDiUConfig = config.objective
     p = o.posterior
-    network = build_posterior_unet(config, teacher.network)
-    objective = VarDiU(
-        student,
-        teacher,
-        UNetPosterior(network, p.covariance, sigma_data, is_calibrated(o)),
-        levels,
-        o.weighting,
-        o.estimator,
-        o.num_samples,
-        o.calibration_weight,
-        o.antithetic,
-        o.control_variate,
-        p.updates,
-        p.warmup_updates,
-        p.min_information,
-    )
-    return objective, {"posterior": p.optimizer}
+    common = {
+        "levels": o.levels.sampler(),
+        "weighting": o.weighting,
+        "num_samples": o.samples,
+        "posterior_updates": p.updates,
+        "warmup_updates": p.warmup_updates,
+        "min_information": p.min_information,
+    }
+    parts = (student, teacher, build_posterior(config, teacher, with_mean=o.estimator == "amortized_score"))
+    if o.estimator == "amortized_score":
+        return AmortizedScore(*parts, **common, regression_weight=o.regression_weight, noise_draws=o.noise_draws)
+    if o.estimator == "resampled_score":
+        extra = {"target_ess": o.target_ess, "moves": o.moves, "ess_levels": o.ess_levels}
+        return ResampledScore(*parts, **common, antithetic=o.antithetic, **extra)
+    return VarDiU(*parts, **common, antithetic=o.antithetic, control_variate=o.control_variate)
 
 
-def is_calibrated(objective: VarDiUConfig) -> bool:
-    return objective.estimator == "resampled_score" and objective.calibrated
-
-
-def build_posterior_unet(config: DistillConfig, teacher: EDMUNet) -> EDMUNet:
-    """A U-Net with the posterior's output channels, whose last layer starts at zero: q starts as the prior."""
-    network, shape = config.objective.posterior.network, teacher.config
-    unet = setup.build_unet(
-        network or Network(**{k: shape[k] for k in Network.model_fields}),
-        config.seed,
-        "posterior",
-        shape.sample_size,
-        in_channels=shape.in_channels,
-        out_channels=UNetPosterior.num_channels(
-            shape.in_channels, config.objective.posterior.covariance, is_calibrated(config.objective)
-        ),
-        num_classes=shape.num_classes,
-    )
-    if network is None:
-        weights = {k: v for k, v in teacher.state_dict().items() if not k.startswith("conv_out.")}
-        missing = unet.load_state_dict(weights, strict=False).missing_keys
-        assert set(missing) == {"conv_out.weight", "conv_out.bias"}, missing
-    return unet
+def build_posterior(config: DistillConfig, teacher: Denoiser, with_mean: bool) -> UNetPosterior:
+    """q starts as the prior and, where the network is the teacher's, x0_mean as the teacher's."""
+    p, unet, shape = config.objective.posterior, teacher.network, teacher.network.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "init", "covariance"))
+        covariance = COVARIANCES[p.covariance](
+            (shape.in_channels, shape.sample_size, shape.sample_size), **p.covariance_options()
+        )
+    out_channels = UNetPosterior.num_channels(covariance, with_mean)
+    if p.network == "shared":
+        network = EDMDecoder(unet, out_channels)
+    else:
+        network = setup.build_unet(
+            Network(**{k: shape[k] for k in Network.model_fields}) if p.network == "copy" else p.network,
+            config.seed,
+            "posterior",
+            shape.sample_size,
+            in_channels=shape.in_channels,
+            out_channels=out_channels,
+            num_classes=shape.num_classes,
+        )
+        if p.network == "copy":
+            network.load_state_dict({k: v for k, v in unet.state_dict().items() if not k.startswith("conv_out.")}, strict=False)
+    posterior = UNetPosterior(network, covariance, teacher.sigma_data, with_mean)
+    if with_mean and p.network in ("shared", "copy"):
+        posterior.start_mean(unet.conv_out)
+    return posterior
 
 
 if __name__ == "__main__":

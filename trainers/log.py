@@ -54,7 +54,8 @@ class RunLog:
             _append(self.folder / "metrics.jsonl", {"step": step} | metrics)
             _append(self.folder / "timings.jsonl", {"step": step, "seconds": round(seconds, 3)})
         self.accelerator.log(metrics | {"seconds": seconds}, step=step)
-        shown = {n.split("/")[-1] if "loss" not in n else n: f"{v:.3g}" for n, v in metrics.items() if "norm" not in n}
+        brief = {n: v for n, v in metrics.items() if "norm" not in n and "@" not in n}
+        shown = {n if "loss" in n else n.split("/")[-1]: f"{v:.3g}" for n, v in brief.items()}
         self.bar.set_postfix(shown, refresh=False)
 
     def warn(self, message: str) -> None:

@@ -13,8 +13,9 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +28,7 @@ from .config import Run
 from .draws import DrawSource
 from .ema import Ema, trained_parameters
 from .log import RunLog
-from .objectives.base import Objective, Phase
+from .objectives.base import Draw, LossTerms, Objective, Phase
 
 
 class NonFiniteError(RuntimeError):
@@ -74,6 +75,10 @@ class Trainer:
             network.to(accelerator.device, memory_format=torch.channels_last)
         for network in objective.frozen.values():
             network.requires_grad_(False)
+        if run.gradient_checkpointing:
+            for module in (m for network in self.networks.values() for m in network.modules()):
+                if hasattr(module, "enable_gradient_checkpointing"):
+                    module.enable_gradient_checkpointing()
         self.parameters = {role: list(trained_parameters(net).values()) for role, net in self.networks.items()}
         if accelerator.num_processes > 1:
             for parameter in (p for group in self.parameters.values() for p in group):
@@ -165,21 +170,22 @@ class Trainer:
         """Accumulate, average, check, clip and step the networks of phase.updates."""
         draws = self.draws.batch(key, progress=self.step / self.run.steps)
         parameters = [p for role in phase.updates for p in self.parameters[role]]
-        terms = []
+        summed: dict[str, Tensor] = {}
         with self.accelerator.autocast():
             contexts = [None] * len(draws)
             if phase.prepare and len(draws) * self.accelerator.num_processes > 1:
                 contexts = phase.prepare(draws, self.accelerator.gather)
         for draw, context in zip(draws, contexts, strict=True):
             torch.manual_seed(draw.seed)
-            with self.accelerator.autocast():
-                loss, metrics = phase.loss(draw, context)
-            mean = loss.mean() / len(draws)
-            # `inputs` keeps the gradients of networks that this phase only passes through from being touched
-            mean.backward(inputs=parameters)
-            terms.append({"loss": mean.detach()} | {n: v.detach() / len(draws) for n, v in metrics.items()})
-        summed = {name: sum(t[name] for t in terms) for name in terms[0]}
+            for loss, metrics in self._parts(phase, draw, context):
+                mean = loss.mean() / len(draws)
+                # `inputs` keeps the gradients of networks that this phase only passes through from being touched
+                mean.backward(inputs=parameters)
+                for name, value in ({"loss": mean} | {n: v / len(draws) for n, v in metrics.items()}).items():
+                    summed[name] = summed.get(name, 0.0) + value.detach()
         values = self._average_over_processes(parameters, summed)
+        if phase.observe:
+            phase.observe(values)
 
         norms = {role: nn.utils.get_total_norm(_gradients(self.parameters[role])) for role in phase.updates}
         values |= {f"{role}_grad_norm": float(norm) for role, norm in norms.items()}
@@ -195,6 +201,20 @@ class Trainer:
             if role == self.primary:
                 self.ema.update()
         return {f"{phase.name}/{name}": value for name, value in values.items()}
+
+    def _parts(self, phase: Phase, draw: Draw, context: Any) -> Iterator[LossTerms]:
+        """The parts of a loss, each computed under autocast when the one before has been differentiated."""
+        with self.accelerator.autocast():
+            terms = phase.loss(draw, context)
+        if isinstance(terms, LossTerms):
+            yield terms
+            return
+        while True:
+            with self.accelerator.autocast():
+                part = next(terms, None)
+            if part is None:
+                return
+            yield part
 
     def _average_over_processes(self, parameters: list[Tensor], scalars: dict[str, Tensor]) -> dict[str, float]:
         """Mean of gradients (in place) and scalars over processes; also lets all agree on a request to stop."""
@@ -228,6 +248,7 @@ class Trainer:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         return {
             "networks": checkpoint.network_tensors(self.networks),
+            "objective": self.objective.state,
             "ema": self.ema.average,
             "optimizers": checkpoint.optimizer_tensors(self.optimizers, self.networks),
         }
@@ -254,6 +275,7 @@ class Trainer:
         tensors, state = checkpoint.load(path)
         mine = self._tensors()
         checkpoint.restore_tensors(mine["networks"], tensors["networks"], str(path))
+        checkpoint.restore_tensors(mine["objective"], tensors.get("objective", {}), str(path))
         checkpoint.restore_tensors(mine["ema"], tensors["ema"], str(path))
         checkpoint.restore_optimizers(self.optimizers, self.networks, tensors["optimizers"], str(path))
         self.step, self.warmup_done, self.seconds = state["step"], state["warmup_done"], state["seconds"]

@@ -105,7 +105,7 @@ def environment(accelerator: Accelerator) -> dict:
 def load_data(data: Data) -> ImageSet:
     """The image set a `data` section names; labels only where the section asks for them."""
     if data.name == "digits":
-        digits = images.load_digits()
+        digits = images.load_digits(data.image_size)
         return digits if data.labels else ImageSet(digits.pixels)
     if data.name == "folder":
         folder = images.load_folder(data.path, data.image_size, data.channels)

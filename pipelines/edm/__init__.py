@@ -2,6 +2,6 @@
 
 from .pipeline import EDMPipeline
 from .scheduler import EDMScheduler
-from .unet import EDMUNet
+from .unet import EDMDecoder, EDMUNet
 
-__all__ = ["EDMPipeline", "EDMScheduler", "EDMUNet"]
+__all__ = ["EDMDecoder", "EDMPipeline", "EDMScheduler", "EDMUNet"]

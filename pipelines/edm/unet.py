@@ -6,7 +6,11 @@ wanted, work on `patch_size` x `patch_size` blocks (space-to-depth) make the dif
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -61,7 +66,49 @@ class SelfAttention(nn.Module):
         return x + self.proj(out.squeeze(1).transpose(1, 2).reshape(b, c, h, w))
 
 
-class EDMUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class Features(NamedTuple):
+    """What an encoder hands to a decoder: its last output, the skip connections in the order they were made, the embedding."""
+
+    bottom: Tensor
+    skips: tuple[Tensor, ...]
+    embedding: Tensor
+
+    def second_half(self) -> Features:
+        """Of the batch: the conditional samples of a guided call."""
+        half = len(self.bottom) // 2
+        return Features(self.bottom[half:], tuple(s[half:] for s in self.skips), self.embedding[half:])
+
+
+class UpPath:
+    """What a U-Net and a second decoder share: the way up through `up` and `norm_out`, block by block."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+
+    def decode(self, features: Features) -> Tensor:
+        """The activated maps that the last convolution reads, (b, channels, s / patch_size, s / patch_size)."""
+        h, skips = features.bottom, list(features.skips)
+        for layer in self.up:
+            if isinstance(layer, nn.Conv2d):
+                h = layer(torch.cat([h, skips.pop()], dim=1))
+            else:
+                h = self.run(layer, h, features.embedding)
+        return F.silu(self.norm_out(h))
+
+    def run(self, layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        if not isinstance(layer, ResidualBlock | SelfAttention):
+            return layer(h)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(layer, h, embedding)
+        return layer(h, embedding)
+
+
+@dataclass
+class EDMUNetOutput(UNet2DOutput):
+    features: Features | None = None
+
+
+class EDMUNet(UpPath, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """F(x, c_noise, class_labels): the raw network inside EDM preconditioning.
 
     x (b, in_channels, s, s) with s a multiple of patch_size 2^(levels-1); timestep (b,) is c_noise = ln(sigma)/4;
@@ -91,8 +138,8 @@ class EDMUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         factor = patch_size * 2 ** (len(channel_mult) - 1)
         if sample_size % factor:
             raise ValueError(f"sample_size {sample_size} must be a multiple of patch_size 2^(levels-1) = {factor}")
+        self.out_channels = out_channels
         emb = 2 * channels
-        self.gradient_checkpointing = False
         self.embed_noise = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.embed_class = nn.Embedding(num_classes + 1, emb) if num_classes else None
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
@@ -125,7 +172,23 @@ class EDMUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True):
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        return_features: bool = False,
+    ):
+        """With return_features the output's `features` are what the encoder made, for a second decoder (EDMDecoder)."""
+        features = self.encode(sample, timestep, class_labels)
+        out = self.conv_out(self.decode(features))
+        out = F.pixel_shuffle(out, self.config.patch_size)
+        if not return_dict:
+            return (out, features) if return_features else (out,)
+        return EDMUNetOutput(sample=out, features=features if return_features else None)
+
+    def encode(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Features:
         embedding = self.embed_noise(fourier_features(timestep, self.config.channels).to(sample.dtype))
         if self.embed_class is not None:
             if class_labels is None:
@@ -134,29 +197,39 @@ class EDMUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         elif class_labels is not None:
             raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
         embedding = F.silu(embedding)
-
         h = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
         skips = [h]
         for layer in self.down:
-            h = self._run(layer, h, embedding)
+            h = self.run(layer, h, embedding)
             if isinstance(layer, SelfAttention):
                 skips[-1] = h
             else:
                 skips.append(h)
-        for layer in self.up:
-            if isinstance(layer, nn.Conv2d):
-                h = layer(torch.cat([h, skips.pop()], dim=1))
-            else:
-                h = self._run(layer, h, embedding)
-        out = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
-        return UNet2DOutput(sample=out) if return_dict else (out,)
+        return Features(h, tuple(skips), embedding)
 
-    def _run(self, layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-        if not isinstance(layer, ResidualBlock | SelfAttention):
-            return layer(h)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(layer, h, embedding)
-        return layer(h, embedding)
+
+class EDMDecoder(UpPath, nn.Module):
+    """A second decoder on the encoder of a (frozen) EDMUNet: a copy of its decoder, with a last convolution of its own.
+
+    It has about half of the network's weights and of its cost, and starts from features that already serve to denoise.
+    """
+
+    def __init__(self, unet: EDMUNet, out_channels: int) -> None:
+        super().__init__()
+        self.up = copy.deepcopy(unet.up).requires_grad_(True)
+        self.norm_out = copy.deepcopy(unet.norm_out).requires_grad_(True)
+        self.patch_size, self.out_channels = unet.config.patch_size, out_channels
+        width = unet.conv_out.in_channels
+        self.conv_out = nn.Conv2d(width, out_channels * self.patch_size**2, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = True
+
+    def forward(self, features: Features) -> Tensor:
+        """Features of unet(..., return_features=True) -> (b, out_channels, s, s)."""
+        return F.pixel_shuffle(self.conv_out(self.decode(features)), self.patch_size)
 
 
 def fourier_features(time: Tensor, dim: int) -> Tensor:

@@ -5,7 +5,7 @@ b samples in a micro-batch; images (b, c, h, w); every loss is per sample, (b,);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -44,15 +44,18 @@ LevelSampler = Callable[[Tensor, float], Tensor]  # (u, progress) -> t
 class Phase:
     """One kind of update: `loss(draw, context)` is differentiated in the networks named by `updates`, then they step.
 
+    A loss that comes in parts yields them one by one: each is differentiated, and its graph freed, before the next is asked for.
     `prepare(draws, gather)`, where given, sees all micro-batches of the update before any graph is built and returns a
     context for each; `gather` concatenates a tensor over processes. It runs only when there is more than one micro-batch.
+    `observe(metrics)`, where given, gets the update's metrics, averaged over micro-batches and processes.
     """
 
     name: str
     updates: tuple[str, ...]
-    loss: Callable[[Draw, Any], LossTerms]
+    loss: Callable[[Draw, Any], LossTerms | Iterator[LossTerms]]
     repeats: int = 1
     prepare: Callable[[Sequence[Draw], Callable[[Tensor], Tensor]], list[Any]] | None = None
+    observe: Callable[[dict[str, float]], None] | None = None
 
 
 class Objective(Protocol):
@@ -62,6 +65,7 @@ class Objective(Protocol):
     phases: tuple[Phase, ...]  # run in order at every step
     needs_data: bool
     health: tuple[HealthCheck, ...]  # metrics that say when a run has gone wrong
+    state: dict[str, Tensor]  # by name, what else a checkpoint must keep
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.noise import add_noise, weight
 
@@ -18,6 +18,7 @@ class Denoising:
 
     def __init__(self, teacher: nn.Module, levels: LevelSampler, weighting: str = "edm") -> None:
         self.networks = {"teacher": teacher}
+        self.state: dict[str, Tensor] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.teacher, self.levels, self.weighting = teacher, levels, weighting
         self.phases = (Phase("teacher", ("teacher",), self.loss),)

@@ -8,7 +8,7 @@ The baseline of both VarDiU and VarFlow. Two phases a step: the fake score (deno
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.noise import add_noise, score, weight
@@ -44,6 +44,7 @@ class DiffInstruct:
         warmup_updates: int = 0,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"student": student, "fake_score": fake_score}
+        self.state: dict[str, Tensor] = {}
         self.frozen: dict[str, nn.Module] = {"teacher": teacher}
         self.student, self.teacher, self.fake_score = student, teacher, fake_score
         self.levels, self.fake_levels = levels, fake_levels

@@ -43,15 +43,33 @@ def effective_sample_size(log_v: Tensor) -> Tensor:
     return torch.exp(-(2 * log_v.log_softmax(1)).logsumexp(1))
 
 
-def calibrated_mean(x0_mean: Tensor, x0_hat: Tensor, calibration: Tensor, level: Level, sigma_data: float) -> Tensor:
-    """E[g(z) | x_t] ~ D + (1 + gate) (m - D) + c_out residual, (b, c, h, w); gradients reach `calibration` only.
+def weighted_mean(log_v: Tensor, x0_k: Tensor) -> Tensor:
+    """Self-normalised average: log_v (b, K), x0_k (b, K, c, h, w) -> (b, c, h, w)."""
+    # not einsum, which autocast would run in half precision
+    return (log_v.softmax(1)[:, :, None, None, None] * x0_k).sum(1)
 
-    m (b, c, h, w) is the self-normalised average over K proposals: biased where few of them carry the weight. D is the teacher's
-    x0_hat. calibration (b, 2 c, h, w) = (gate, residual) from the posterior's network, fitted by regressing g(z_0) on x_t, whose
-    regression function is E[g(z) | x_t] itself: so it learns the bias of m, and how far to trust m at all. m does not depend on
-    z_0 given x_t, which is what makes the regression fair. At 0 this is m. c_out is EDM's output scale for the level.
+
+def tempered(log_v: Tensor, target: float) -> Tensor:
+    """tau log v with the largest tau in [0, 1] for each row at which the effective sample size is at least `target`.
+
+    tau = 0 makes the average the posterior mean E_q[g(z)]. log_v (b, K), 1 <= target <= K -> (b, K).
+    ess falls as tau grows (its logarithm is a Renyi entropy of the weights), so bisection finds tau.
     """
-    gate, residual = calibration.chunk(2, dim=1)
-    ratio = level.sigma / level.alpha
-    c_out = ratio * sigma_data * (ratio.square() + sigma_data**2).rsqrt()
-    return x0_hat + (1 + gate) * (x0_mean - x0_hat) + c_out * residual
+    low = torch.zeros_like(log_v[:, :1])
+    high = torch.ones_like(low)
+    for _ in range(30):
+        middle = (low + high) / 2
+        enough = effective_sample_size(middle * log_v)[:, None] >= target
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return torch.where(effective_sample_size(log_v)[:, None] >= target, log_v, low * log_v)
+
+
+def resampling_move(log_v: Tensor, x0_k: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick one of each row's pool in proportion to v: -> (log v of it (b,), its x0 (b, c, h, w)).
+
+    If one member of the pool comes from the posterior p(z | x_t) and the others from the proposal q, so does, exactly and for any
+    q, the one that is picked: iterated sampling importance resampling (Andrieu, Lee & Vihola 2018). u (b,) in (0, 1).
+    """
+    picked = (log_v.softmax(1).cumsum(1) < u[:, None]).sum(1).clamp(max=log_v.shape[1] - 1)
+    rows = torch.arange(len(log_v), device=log_v.device)
+    return log_v[rows, picked], x0_k[rows, picked]

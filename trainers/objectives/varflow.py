@@ -66,6 +66,7 @@ class VarFlow:
         sigma_data: float = 0.5,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"student": student}
+        self.state: dict[str, Tensor] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.student, self.schedule, self.levels, self.weighting = student, schedule, levels, weighting
         self.beta, self.cross, self.sigma_data = beta, cross, sigma_data

@@ -1,6 +1,21 @@
 """Tractable posteriors q_phi(z | x_t, t, c): normalised densities of the student's latent."""
 
-from .gaussian import Diagonal, Full, LearnedLinear
+from .bases import Frequencies, Haar, Learned
+from .density import Covariance, Density
+from .flow import Flow
+from .gaussian import DenseLinear, Diagonal, Full, LowRank
 from .unet import PosteriorOutput, UNetPosterior
 
-__all__ = ["Diagonal", "Full", "LearnedLinear", "PosteriorOutput", "UNetPosterior"]
+# objective.posterior.covariance -> how a posterior of that name is built: COVARIANCES[name]((c, h, w), **options).
+COVARIANCES: dict[str, type[Covariance]] = {
+    "diag": Diagonal,
+    "haar": Haar,
+    "dct": Frequencies,
+    "learned": Learned,
+    "lowrank": LowRank,
+    "flow": Flow,
+    "linear": DenseLinear,
+    "full": Full,
+}
+
+__all__ = ["COVARIANCES", "Covariance", "Density", "PosteriorOutput", "UNetPosterior"]

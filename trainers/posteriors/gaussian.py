@@ -1,133 +1,153 @@
-"""Conditional Gaussians over a latent z (d,), from a network's output for each x_t: exact density and exact samples.
-
-Each covariance says how many numbers it needs a sample and turns them into a density. At output 0 all are the prior
-N(0, I), so a posterior whose last layer starts at zero starts as the prior.
-"""
+"""Gaussians in pixel space: diagonal, diagonal plus low rank, and two whose d x d matrices suit only few dimensions d = c h w."""
 
 from __future__ import annotations
-
-import math
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-LOG_2PI = math.log(2 * math.pi)
+from .density import Covariance, PooledLinear, Scale, Shift, Whitening
 
 
-class Density(Protocol):
-    def log_prob(self, z: Tensor) -> Tensor:
-        """z (b, k, d) -> (b, k)."""
+class Diagonal(Covariance):
+    """Independent pixels. Maps: c means, then c log standard deviations."""
 
-    def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Standard normal noise (b, k, d) -> z (b, k, d), reparameterised, and log q(z) (b, k)."""
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__(shape)
+        self.num_maps = 2 * shape[0]
 
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their own dtype also under autocast: densities are exponentiated, so they are never taken in half precision."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
+    def whitening(self, maps: Tensor) -> list[Whitening]:
+        mean, log_std = maps.chunk(2, dim=1)
+        return [Shift(mean), Scale(log_std)]
 
 
-class DiagonalDensity:
-    """N(mean, diag(exp(log_std))^2); mean, log_std (b, d)."""
+class Dense:
+    """y = W z with one W (d, d) for all samples."""
 
-    def __init__(self, mean: Tensor, log_std: Tensor) -> None:
-        self.mean, self.log_std = mean[:, None], log_std[:, None]
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self._log_prob((z - self.mean) * torch.exp(-self.log_std))
-
-    def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mean + self.log_std.exp() * noise, self._log_prob(noise)
-
-    def _log_prob(self, noise: Tensor) -> Tensor:
-        return -(0.5 * (noise.square() + LOG_2PI) + self.log_std).sum(-1)
-
-
-class CholeskyDensity:
-    """N(mean, P^-1) with precision P = L L^T; L lower triangular (b, d, d) with log diagonal log_diag (b, d)."""
-
-    def __init__(self, mean: Tensor, lower: Tensor, log_diag: Tensor) -> None:
-        self.mean, self.log_det = mean[:, None], log_diag.sum(-1, keepdim=True)
-        self.lower = lower.tril(-1) + torch.diag_embed(log_diag.exp())
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self._log_prob(matmul(z - self.mean, self.lower))  # L^T (z - mean) is standard normal
-
-    def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        z = torch.linalg.solve_triangular(self.lower.mT, noise.mT, upper=True).mT
-        return self.mean + z, self._log_prob(noise)
-
-    def _log_prob(self, noise: Tensor) -> Tensor:
-        return self.log_det - 0.5 * (noise.square() + LOG_2PI).sum(-1)
-
-
-class LinearDensity:
-    """q(z) = N(W z; mean, diag) |det W|: a diagonal Gaussian after a linear map W (d, d) of z."""
-
-    def __init__(self, base: DiagonalDensity, matrix: Tensor) -> None:
-        self.base, self.matrix = base, matrix
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
         self.log_det = torch.linalg.slogdet(matrix).logabsdet
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self.base.log_prob(matmul(z, self.matrix.T)) + self.log_det
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z @ self.matrix.T, self.log_det
 
-    def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        u, log_q = self.base.sample(noise)
-        return torch.linalg.solve(self.matrix, u.flatten(0, 1).T).T.unflatten(0, u.shape[:2]), log_q + self.log_det
-
-
-class Diagonal(nn.Module):
-    """Independent coordinates: 2d numbers."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.num_outputs = 2 * dim
-
-    def forward(self, output: Tensor) -> DiagonalDensity:
-        """output (b, 2d) -> a density over (d,)."""
-        return DiagonalDensity(*output.chunk(2, dim=1))
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.solve(self.matrix, y.flatten(0, 1).T).T.unflatten(0, y.shape[:2]), self.log_det
 
 
-class LearnedLinear(nn.Module):
-    """Independent coordinates of W z, where the invertible W is learned and shared by all x_t: 2d numbers and d^2 weights.
+class DenseLinear(Covariance):
+    """Independent coordinates of W z, where the invertible W (d, d) is learned and shared by all x_t.
 
     It can say what a diagonal in pixels cannot: that x_t tells one low-frequency direction of z and nothing of the rest.
+    Maps: c means and c log standard deviations of the coordinates.
     """
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.num_outputs = 2 * dim
-        self.matrix = nn.Parameter(torch.eye(dim))
+    MAX_DIM = 1024
 
-    def forward(self, output: Tensor) -> LinearDensity:
-        """output (b, 2d) -> a density over (d,)."""
-        return LinearDensity(DiagonalDensity(*output.chunk(2, dim=1)), self.matrix)
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__(shape)
+        if self.dim > self.MAX_DIM:
+            raise ValueError(
+                f"objective.posterior.covariance='linear' has {self.dim} dimensions and needs a matrix of {self.dim**2} weights; "
+                f"it is meant for at most {self.MAX_DIM}. Use 'learned', which mixes blocks of pixels"
+            )
+        self.num_maps = 2 * shape[0]
+        self.matrix = nn.Parameter(torch.eye(self.dim))
+
+    def whitening(self, maps: Tensor) -> list[Whitening]:
+        mean, log_std = maps.chunk(2, dim=1)
+        return [Dense(self.matrix), Shift(mean), Scale(log_std)]
 
 
-class Full(nn.Module):
-    """Any covariance, as the Cholesky factor of the precision: d + d (d+1)/2 numbers, so for small d only."""
+class Triangular:
+    """y = L^T z; L (b, d, d) lower triangular with log diagonal (b, d), so that L L^T is the precision."""
+
+    def __init__(self, below: Tensor, log_diag: Tensor) -> None:
+        self.lower = below.tril(-1) + torch.diag_embed(log_diag.exp())
+        self.log_det = log_diag.sum(-1, keepdim=True)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z @ self.lower, self.log_det
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.solve_triangular(self.lower.mT, y.mT, upper=True).mT, self.log_det
+
+
+class Full(Covariance):
+    """Any covariance, as the Cholesky factor of the precision: d + d (d+1)/2 numbers, read off MAPS maps by a linear layer."""
 
     MAX_DIM = 256
+    MAPS = 8
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        if dim > self.MAX_DIM:
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__(shape)
+        d = self.dim
+        if d > self.MAX_DIM:
             raise ValueError(
-                f"objective.posterior.covariance='full' has {dim} dimensions and needs {dim * (dim + 1) // 2} numbers for "
-                f"each sample; it is meant for at most {self.MAX_DIM}. Use 'linear' or 'diagonal'"
+                f"objective.posterior.covariance='full' has {d} dimensions and needs {d * (d + 1) // 2} numbers for each sample; "
+                f"it is meant for at most {self.MAX_DIM}. Use 'lowrank' or 'learned'"
             )
-        self.dim = dim
-        self.num_outputs = 2 * dim + dim * (dim - 1) // 2
-        self.register_buffer("rows_cols", torch.tril_indices(dim, dim, -1), persistent=False)
+        self.num_maps = self.MAPS
+        self.head = nn.Linear(self.MAPS * shape[1] * shape[2], 2 * d + d * (d - 1) // 2)
+        nn.init.zeros_(self.head.bias)  # but not the weights: the maps start at zero already
+        self.register_buffer("rows_cols", torch.tril_indices(d, d, -1), persistent=False)
 
-    def forward(self, output: Tensor) -> CholeskyDensity:
-        """output (b, d + d (d+1)/2) -> a density over (d,)."""
-        mean, log_diag, below = output.split([self.dim, self.dim, output.shape[1] - 2 * self.dim], dim=1)
-        lower = output.new_zeros(len(output), self.dim, self.dim)
-        lower[:, self.rows_cols[0], self.rows_cols[1]] = below
-        return CholeskyDensity(mean, lower, log_diag)
+    def whitening(self, maps: Tensor) -> list[Whitening]:
+        mean, log_diag, entries = self.head(maps.flatten(1)).tensor_split([self.dim, 2 * self.dim], dim=1)
+        below = entries.new_zeros(len(entries), self.dim, self.dim)
+        below[:, self.rows_cols[0], self.rows_cols[1]] = entries
+        return [Shift(mean), Triangular(below, log_diag)]
 
 
-COVARIANCES = {"diagonal": Diagonal, "linear": LearnedLinear, "full": Full}
+class Stretch:
+    """y = (I + V diag(e^a - 1) V^T) z: factors e^a along the orthonormal columns of V (b, d, r), 1 across them; a (b, r)."""
+
+    def __init__(self, directions: Tensor, log_factor: Tensor) -> None:
+        self.directions, self.log_factor = directions, log_factor[:, None]
+        self.log_det = self.log_factor.sum(-1)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._stretched(z, self.log_factor), self.log_det
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._stretched(y, -self.log_factor), self.log_det
+
+    def _stretched(self, z: Tensor, log_factor: Tensor) -> Tensor:
+        return z + (z @ self.directions * log_factor.expm1()) @ self.directions.mT
+
+
+class LowRank(Covariance):
+    """Independent pixels, correlated along r directions of each sample's own: O(d r) numbers and work.
+
+        u = (I + V diag(e^a - 1) V^T) S^-1 (z - mean),   covariance S (I + V diag(e^-2a - 1) V^T) S
+
+    A diagonal plus a low rank as in Ong, Nott & Smith 2018, Gaussian variational approximation with a factor covariance
+    structure; written as a whitening it needs d normal numbers a sample, not d + r, and no inverse of r x r matrices.
+    Maps: c means, c log S, r c for the directions, PooledLinear.MAPS for a.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], rank: int = 8) -> None:
+        super().__init__(shape)
+        if rank > self.dim:
+            raise ValueError(
+                f"objective.posterior.rank: {rank}, expected at most c h w = {self.dim}; there are no more directions. "
+                f"Set objective.posterior.rank={self.dim} or less"
+            )
+        c = shape[0]
+        self.sections = [c, c, rank * c, PooledLinear.MAPS]
+        self.num_maps = sum(self.sections)
+        # At maps 0 the directions need to be something: a Gram matrix of zeros has no Cholesky factor.
+        self.template = nn.Parameter(torch.randn(rank, self.dim))
+        self.head = PooledLinear(rank)
+
+    def whitening(self, maps: Tensor) -> list[Whitening]:
+        mean, log_std, directions, features = maps.split(self.sections, dim=1)
+        raw = self.template + directions.reshape(len(maps), *self.template.shape)
+        return [Shift(mean), Scale(log_std), Stretch(orthonormal(raw.mT), self.head(features))]
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal columns (b, d, r) with the span of those given: A L^-T, where L L^T = A^T A."""
+    factor, failed = torch.linalg.cholesky_ex(columns.mT @ columns)
+    # Not an exception but a loss that is not finite, which stops a run on all processes with everything that led there named.
+    factor = factor.masked_fill(failed.bool()[:, None, None], torch.nan)
+    return torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)

@@ -1,0 +1,111 @@
+"""Training runs side by side, one process each: for networks this small one thread a run is the fastest use of a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+# `accelerate launch` with its defaults spelled out, so that it has nothing to warn about
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+
+
+@dataclass
+class Job:
+    """One distillation in the background, its log in a file, its progress read off timings.jsonl."""
+
+    name: str
+    config: Path
+    folder: Path
+    overrides: list[str]
+    command: list[str] = field(init=False)
+    log: Path = field(init=False)
+    process: subprocess.Popen | None = None
+    bar: tqdm | None = None
+
+    def __post_init__(self) -> None:
+        self.log = self.folder.with_suffix(".log")
+        places = [f"output_dir={self.folder}", "resume=latest", *self.overrides]
+        self.command = [*LAUNCH, "trainers.distill", "--config", str(self.config), *places]
+
+    @property
+    def steps(self) -> int:
+        given = [o.removeprefix("steps=") for o in self.overrides if o.startswith("steps=")]
+        return int(given[-1]) if given else yaml.safe_load(self.config.read_text())["steps"]
+
+    @property
+    def is_done(self) -> bool:
+        info = self.folder / "student" / "student.json"
+        return info.is_file() and json.loads(info.read_text())["steps"] == self.steps
+
+    def start(self, threads: int) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as stream:
+            self.process = subprocess.Popen(self.command, stdout=stream, stderr=stream, env=environment(threads))
+        self.bar.set_postfix_str("warming up")
+
+    def refresh(self) -> bool:
+        """Move the bar; True once the process has ended well. RuntimeError with the log's tail if it failed."""
+        timings = self.folder / "timings.jsonl"
+        lines = [line for line in timings.read_text().split("\n")[:-1] if line] if timings.exists() else []
+        if lines:
+            last = json.loads(lines[-1])
+            self.bar.set_postfix_str(f"{last['seconds']:.0f} s training", refresh=False)
+            self.bar.update(last["step"] - self.bar.n)
+        code = self.process.poll()
+        if code is None:
+            return False
+        if code:
+            tail = "".join(self.log.read_text().splitlines(keepends=True)[-15:])
+            raise RuntimeError(f"{self.name} failed with exit status {code}; the end of {self.log}:\n{tail}")
+        return True
+
+
+def environment(threads: int) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def show(command: list[str]) -> None:
+    text = shlex.join(["python", *command[1:]]).replace("python -m accelerate.commands.launch", "accelerate launch")
+    print(f"\n$ {text}", flush=True)
+
+
+def run(command: list[str], threads: int) -> None:
+    show(command)
+    subprocess.run(command, check=True, env=environment(threads))
+
+
+def run_all(jobs: list[Job], workers: int, threads: int) -> None:
+    """All jobs, at most `workers` at a time; those that are done already are left alone."""
+    waiting, running = [job for job in jobs if not job.is_done], []
+    for place, job in enumerate(waiting):
+        show(job.command)
+        look = "{desc} {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} {postfix}"
+        job.bar = tqdm(total=job.steps, desc=f"{job.name:14}", position=place, bar_format=look)
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(waiting.pop(0))
+                running[-1].start(threads)
+            running = [job for job in running if not job.refresh()]
+            time.sleep(0.5)
+    finally:
+        for job in running:  # an error or Ctrl-C here must not leave the others running; they save and can be resumed
+            if job.process.poll() is None:
+                job.process.terminate()
+        for job in jobs:
+            if job.bar:
+                job.bar.close()

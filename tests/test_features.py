@@ -1,0 +1,217 @@
+"""A second decoder on a U-Net's encoder: what the encoder hands over, and that sharing it changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from pipelines.denoiser import Denoiser
+from pipelines.edm import EDMDecoder, EDMUNet
+from pipelines.edm.unet import ResidualBlock
+from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, edm_coefficients, widen
+
+# three resolutions of 2x2 blocks, attention on the two lower ones, channels that differ everywhere
+DEEP = {
+    "sample_size": 24,
+    "in_channels": 3,
+    "out_channels": 5,
+    "channels": 4,
+    "channel_mult": [1, 2, 3],
+    "num_blocks": 2,
+    "attention_levels": [1, 2],
+    "patch_size": 2,
+    "num_classes": 7,
+    "norm_groups": 2,
+}
+SIGMA_DATA = 0.7
+
+
+@pytest.fixture
+def unet(randomise) -> EDMUNet:
+    return randomise(EDMUNet(**DEEP))
+
+
+@pytest.fixture
+def inputs(randn) -> tuple[Tensor, Tensor, Tensor]:
+    return randn(5, 3, 24, 24), randn(5) / 2, torch.tensor([0, 3, 6, 7, 3])
+
+
+# The network -------------------------------------------------------------------------------------------------------------
+
+
+def test_features_come_with_an_unchanged_output(unet, inputs):
+    plain = unet(*inputs)
+    assert plain.features is None
+    with_features = unet(*inputs, return_features=True)
+    assert torch.equal(with_features.sample, plain.sample)
+    as_tuple = unet(*inputs, return_dict=False, return_features=True)
+    assert torch.equal(as_tuple[0], plain.sample)
+    assert len(unet(*inputs, return_dict=False)) == 1
+    for features in (with_features.features, as_tuple[1], unet.encode(*inputs)):
+        for a, b in zip([features.bottom, *features.skips, features.embedding], tensors(with_features.features), strict=True):
+            assert torch.equal(a, b)
+    out = unet.conv_out(unet.decode(with_features.features))
+    assert torch.equal(nn.functional.pixel_shuffle(out, 2), plain.sample)
+
+
+def tensors(features) -> list[Tensor]:
+    return [features.bottom, *features.skips, features.embedding]
+
+
+def test_features_can_be_decoded_again(unet, inputs):
+    """Decoding uses up no skip connection of the features that it is given."""
+    features = unet.encode(*inputs)
+    assert torch.equal(unet.decode(features), unet.decode(features))
+
+
+def test_second_half_of_the_features(unet, inputs):
+    features = unet.encode(*inputs)
+    pair = unet.encode(*(torch.cat([v.flip(0), v]) for v in inputs))
+    for half, whole in zip(tensors(pair.second_half()), tensors(features), strict=True):
+        assert_close(half, whole, rtol=1e-10, atol=1e-12)
+
+
+# The second decoder ------------------------------------------------------------------------------------------------------
+
+
+def test_decoder_with_the_last_convolution_is_the_network(unet, inputs):
+    decoder = EDMDecoder(unet, 5).double()
+    features = unet.encode(*inputs)
+    assert not decoder(features).any()
+    assert decoder(features).shape == (5, 5, 24, 24)
+    decoder.conv_out.load_state_dict(unet.conv_out.state_dict())
+    assert torch.equal(decoder(features), unet(*inputs).sample)
+
+
+def test_decoder_is_a_copy_of_half_the_network(unet, inputs):
+    """No parameter of the encoder, none shared, all trained even if the network is frozen, any number of channels."""
+    unet.requires_grad_(False)
+    decoder = EDMDecoder(unet, 11)
+    names = {n.split(".")[0] for n, _ in decoder.named_parameters()}
+    assert names == {"up", "norm_out", "conv_out"}
+    assert all(p.requires_grad for p in decoder.parameters())
+    assert not any(p.requires_grad for p in unet.parameters())
+    mine = {p.data_ptr() for p in decoder.parameters()}
+    assert mine.isdisjoint(p.data_ptr() for p in unet.parameters())
+    before = unet(*inputs).sample
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(1)
+    assert torch.equal(unet(*inputs).sample, before)
+    assert decoder.double()(unet.encode(*inputs)).shape == (5, 11, 24, 24)
+
+
+def checkpointed_and_not(unet: EDMUNet, decoder: EDMDecoder, inputs) -> list[list[Tensor]]:
+    """Output and all gradients, those in x and in the weights, without and with gradient checkpointing of the decoder."""
+    decoder, runs, results = copy.deepcopy(decoder), [], []
+    block = next(m for m in decoder.modules() if isinstance(m, ResidualBlock))
+    block.register_forward_pre_hook(lambda *args: runs.append(1))
+    for checkpointed in (False, True):
+        if checkpointed:
+            decoder.enable_gradient_checkpointing()
+        runs.clear()
+        decoder.zero_grad()
+        x = inputs[0].clone().requires_grad_()
+        out = decoder(unet.encode(x, *inputs[1:]))
+        with torch.autocast("cpu", enabled=False):
+            out.to(x.dtype).pow(3).sum().backward()
+        assert len(runs) == 1 + checkpointed  # the block was run again for its backward pass
+        results.append([out.detach(), x.grad, *(p.grad for p in decoder.parameters())])
+    return results
+
+
+@pytest.fixture
+def decoder(unet, randomise) -> EDMDecoder:
+    made = EDMDecoder(unet, 3)
+    randomise(made.conv_out)
+    return made
+
+
+def test_gradient_checkpointing_of_the_decoder_changes_nothing(unet, decoder, inputs):
+    plain, checkpointed = checkpointed_and_not(unet, decoder, inputs)
+    for a, b in zip(checkpointed, plain, strict=True):
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert all(b.any() for b in plain)
+
+
+def test_gradient_checkpointing_of_the_decoder_under_autocast(unet, decoder, inputs):
+    """The recomputation runs under the autocast of the forward pass: bit for bit the same in bfloat16, and near float32."""
+    inputs = (inputs[0].float(), inputs[1].float(), inputs[2])
+    exact, _ = checkpointed_and_not(unet.float(), decoder.float(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, checkpointed = checkpointed_and_not(unet, decoder, inputs)
+    assert plain[0].dtype == torch.bfloat16
+    for a, b in zip(checkpointed, plain, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(plain, exact, strict=True):
+        assert nn.functional.cosine_similarity(a.float().flatten(), b.flatten(), 0) > 0.98
+
+
+# Through the denoiser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def denoiser_inputs(randn):
+    level = EDMSchedule().level(torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64))
+    return randn(3, 3, 24, 24), level, {"class_labels": torch.tensor([2, 0, 5])}
+
+
+def denoiser(unet: EDMUNet, scale: float = 1.0) -> Denoiser:
+    return Denoiser(unet, EDMSchedule(), "edm", SIGMA_DATA, scale, {"class_labels": torch.tensor(7)})
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_denoiser_hands_over_the_features_of_its_conditional_call(scale, randomise, denoiser_inputs):
+    unet = randomise(EDMUNet(**DEEP | {"out_channels": 3}))
+    x_t, level, condition = denoiser_inputs
+    x0, features = denoiser(unet, scale)(x_t, level, condition, return_features=True)
+    assert torch.equal(x0, denoiser(unet, scale)(x_t, level, condition))
+    c_in = (level.sigma**2 + SIGMA_DATA**2).rsqrt()
+    expected = unet.encode(c_in * x_t, level.t.log() / 4, condition["class_labels"])
+    for a, b in zip(tensors(features), tensors(expected), strict=True):
+        assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_network_that_has_no_features_is_called_as_before(randn, denoiser_inputs):
+    """Nothing that it does not know is passed to it."""
+    x_t, level, _ = denoiser_inputs
+    x0 = Denoiser(lambda x, time: x, EDMSchedule(), "edm", SIGMA_DATA)(x_t, level)
+    assert isinstance(x0, Tensor)
+
+
+# Preconditioning ---------------------------------------------------------------------------------------------------------
+
+
+def test_coefficients_are_those_of_karras(randn):
+    """Table 1 where alpha = 1."""
+    sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
+    c_in, c_skip, c_out = edm_coefficients(EDMSchedule().level(sigma), SIGMA_DATA)
+    total = sigma**2 + SIGMA_DATA**2
+    assert_close(c_in, widen(1 / total.sqrt()), rtol=1e-12, atol=0)
+    assert_close(c_skip, widen(SIGMA_DATA**2 / total), rtol=1e-12, atol=0)
+    assert_close(c_out, widen(sigma * SIGMA_DATA / total.sqrt()), rtol=1e-12, atol=0)
+
+
+VP = VPSchedule(torch.linspace(0.999, 0.01, 1000, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("schedule", "t"), [(RectifiedFlowSchedule(), [0.1, 0.5, 0.95]), (VP, [10, 500, 990])])
+def test_coefficients_give_unit_variance_at_any_alpha(schedule, t, randn):
+    """Of the network's input and of its target (x0 - c_skip x_t) / c_out, and no correlation between the two: c_skip is the one
+    that makes the target's share least.
+    """
+    level = schedule.level(torch.tensor(t, dtype=torch.float64))
+    assert float(level.alpha.max()) < 1
+    c_in, c_skip, c_out = edm_coefficients(level, SIGMA_DATA)
+    n = 200_000
+    basis = randn(2, n)
+    x, e = torch.linalg.qr(basis.T).Q.T * n**0.5  # orthonormal: sample moments without error
+    x0, eps = (v.expand(3, 1, 1, n) for v in (SIGMA_DATA * x, e))
+    x_t = add_noise(x0, eps, level)
+    given, target = (c_in * x_t).flatten(1), ((x0 - c_skip * x_t) / c_out).flatten(1)
+    ones = torch.ones(3, dtype=torch.float64)
+    assert_close(given.square().mean(1), ones, rtol=1e-9, atol=0)
+    assert_close(target.square().mean(1), ones, rtol=1e-9, atol=0)
+    assert_close((given * target).mean(1), 0 * ones, rtol=0, atol=1e-9)

@@ -1,0 +1,146 @@
+"""VarDiU's amortised score: what resampling estimates for one x_t, the posterior's U-Net learns for all of them.
+
+    grad_theta = E w(t) (s_theta - s_d) . d x_t / d theta,    s_theta = (alpha m_phi(x_t) - x_t) / sigma^2
+    m_phi: another map of the posterior's network, min_phi E lambda(sigma) |m_phi(x_t) - sum_j v_j g(z_j) / sum_j v_j|^2
+
+The pool {z_j} holds z_0, which made x_t, and others: with num_samples = 0 the other latents of the batch, which are draws of the
+prior, v_j = N(x_t; alpha g(z_j), sigma^2), at the cost of no network call; with K > 0 proposals of q, v_j as in resampled.py. z_0
+is a draw of p(z | x_t), so picking from the pool in proportion to v is again one (importance.resampling_move), and the target is
+*exactly* unbiased for E[g(z) | x_t] whatever the pool: a Rao-Blackwellised g(z_0), of lower variance where more than z_0 counts.
+z_0 may stay in, as a regression on x_t cannot follow it. With a pool of z_0 alone this is Diff-Instruct's fake score.
+
+Posterior (bound and regression) and student learn jointly on one batch. Each student sample is noised `noise_draws` times, at
+stratified levels; both learn from the first copy, from the others the student alone: a sample costs three calls of its network,
+its first copy one and a decoder's training, a further one little more than one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipelines.denoiser import Condition
+from pipelines.noise import Level, add_noise, weight
+
+from .base import Draw, LossTerms, Phase, denoising_loss, dot, sample_level
+from .importance import effective_sample_size, log_importance, weighted_mean
+from .vardiu import Noised, VarDiU
+
+
+class Pool(NamedTuple):
+    """All student samples of the whole batch (B, c, h, w) and their conditions."""
+
+    x0: Tensor
+    condition: Condition
+
+
+class AmortizedScore(VarDiU):
+    def __init__(self, *args: Any, regression_weight: float = 80.0, noise_draws: int = 2, **options: Any) -> None:
+        self.regression_weight, self.noise_draws = regression_weight, noise_draws
+        super().__init__(*args, antithetic=False, **options)
+
+    def posterior_phase(self, repeats: int) -> Phase:
+        return dataclasses.replace(super().posterior_phase(repeats), prepare=None if self.num_samples else self.prepare)
+
+    def joint_phase(self) -> Phase:
+        return dataclasses.replace(super().joint_phase(), prepare=None if self.num_samples else self.prepare)
+
+    def prepare(self, draws: Sequence[Draw], gather: Callable[[Tensor], Tensor]) -> list[Pool]:
+        """The pool is the whole batch, however many processes and micro-batches it is spread over."""
+        with torch.no_grad():
+            x0 = gather(torch.cat([self.student(d.z, d.condition) for d in draws]))
+        keys = draws[0].condition or {}
+        condition = {k: gather(torch.cat([d.condition[k] for d in draws])) for k in keys} or None
+        return [Pool(x0, condition)] * len(draws)
+
+    def posterior_loss(self, draw: Draw, context: Pool | None = None) -> Iterator[LossTerms]:
+        """One noised copy of each sample."""
+        with torch.no_grad():
+            x0 = self.student(draw.z, draw.condition)
+        pool = context or Pool(x0, draw.condition)
+        for rows in halves(len(x0)):
+            loss, metrics, _ = self.learn_posterior(self.noised_copy(draw, x0, 0, rows), pool)
+            yield share_of(LossTerms(loss, metrics), len(loss) / len(x0))
+
+    def joint_loss(self, draw: Draw, context: Pool | None = None) -> Iterator[LossTerms]:
+        x0 = self.student(draw.z, draw.condition)
+        pool = context or Pool(x0.detach(), draw.condition)
+        direction = torch.zeros_like(x0)  # d loss / d x0
+        for rows in halves(len(x0)):
+            loss, metrics, gradient = self.learn_posterior(self.noised_copy(draw, x0.detach(), 0, rows), pool)
+            direction[rows] = gradient / self.noise_draws
+            yield share_of(LossTerms(loss, metrics), len(loss) / len(x0))
+        for copy in range(1, self.noise_draws):
+            n, _ = self.noised_copy(draw, x0.detach(), copy, slice(None))
+            with torch.no_grad():
+                x0_hat, features = self.read_teacher(n.x_t, n.level, n.condition)
+                x0_mean = self.posterior(n.x_t, n.level, n.condition, features).x0_mean
+            direction += self.student_gradient(n, x0_mean, x0_hat) / self.noise_draws
+        yield LossTerms(dot(direction, x0), {"x0_std": x0.detach().std()})
+
+    def student_gradient(self, n: Noised, x0_mean: Tensor, x0_hat: Tensor) -> Tensor:
+        """w (s_theta - s_d) . d x_t / d x0, (b, c, h, w)."""
+        w = weight(self.weighting, n.level, n.x0, x0_hat, self.teacher.sigma_data)
+        return w * (n.level.alpha / n.level.sigma).square() * (x0_mean - x0_hat)
+
+    def noised_copy(self, draw: Draw, x0: Tensor, copy: int, rows: slice) -> tuple[Noised, Tensor | None]:
+        """The rows of the batch at levels of their own for each copy, and their proposals' noise (b, K, c, h, w) or None."""
+        u = (draw.u + copy / self.noise_draws) % 1.0
+        level = sample_level(u.clamp_min(torch.finfo(u.dtype).tiny)[rows], self.levels, draw.progress, self.teacher.schedule)
+        x0, eps = x0[rows], (draw.normal(f"eps_{copy}", *x0.shape[1:]) if copy else draw.eps)[rows]
+        condition = None if draw.condition is None else {k: v[rows] for k, v in draw.condition.items()}
+        noise = draw.normal(f"proposals_{copy}", self.num_samples, *x0.shape[1:])[rows] if self.num_samples else None
+        return Noised(draw.z[rows], x0, eps, add_noise(x0, eps, level), level, condition), noise
+
+    def learn_posterior(self, noised: tuple[Noised, Tensor | None], pool: Pool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(loss of phi (b,), metrics, the student's gradient (b, c, h, w)) at one noised copy of x0."""
+        n, noise = noised
+        with torch.no_grad():
+            x0_hat, features = self.read_teacher(n.x_t, n.level, n.condition)
+        q = self.posterior(n.x_t, n.level, n.condition, features, z=n.z[:, None], noise=noise)
+        with torch.no_grad():
+            if noise is None:
+                target, ess = batch_mean(n.x_t, n.level, n.condition, pool)
+            else:
+                x0_k = torch.cat([n.x0[:, None], self.students(q.z, n.condition)], 1)
+                z_k, log_q = torch.cat([n.z[:, None], q.z], 1), torch.cat([q.log_q, q.log_q_z], 1)
+                log_v = log_importance(n.x_t, x0_k, z_k, log_q, n.level)
+                target, ess = weighted_mean(log_v, x0_k), effective_sample_size(log_v)
+        error = denoising_loss(q.x0_mean, target, weight("edm", n.level, n.x0, x0_hat, self.teacher.sigma_data))
+        # a sum over coordinates, as log q is
+        loss = self.regression_weight * n.x0[0].numel() * error - q.log_q[:, 0]
+        gradient = self.student_gradient(n, q.x0_mean.detach(), x0_hat)
+        metrics = {"information": self.information(q.log_q[:, 0], n.z), "regression_error": error.detach().mean()}
+        return loss, metrics | self.statistics.metrics(n.level.t, ess), gradient
+
+
+def halves(b: int) -> list[slice]:
+    """Two halves of a batch: beside the student's activations of the whole batch, memory holds the posterior's of only half."""
+    middle = (b + 1) // 2
+    return [slice(0, middle), slice(middle, b)] if b > 1 else [slice(0, b)]
+
+
+def share_of(terms: LossTerms, share: float) -> LossTerms:
+    return LossTerms(terms.loss * share, {name: value * share for name, value in terms.metrics.items()})
+
+
+def flat(value: Tensor) -> Tensor:
+    """(b, ...) -> (b, n), also for (b,)."""
+    return value.reshape(len(value), -1)
+
+
+def batch_mean(x_t: Tensor, level: Level, condition: Condition, pool: Pool) -> tuple[Tensor, Tensor]:
+    """E[g(z) | x_t] over the pool's samples of x_t's condition: x_t (b, c, h, w) -> the same, effective sample size (b,)."""
+    # differences are squared one by one: the expanded square would lose, at low noise, the digits that weights are made of
+    distance = torch.cdist(flat(x_t / level.alpha), flat(pool.x0), compute_mode="donot_use_mm_for_euclid_dist")  # (b, B)
+    log_v = -0.5 * (distance * (level.alpha / level.sigma).flatten(1)).square()
+    for key, value in (condition or {}).items():
+        same = (flat(value)[:, None] == flat(pool.condition[key])).all(2)
+        log_v = log_v.masked_fill(~same, -torch.inf)
+    with torch.autocast(x_t.device.type, enabled=False):
+        mean = (log_v.softmax(1) @ flat(pool.x0)).view_as(x_t)
+    return mean, effective_sample_size(log_v)
