@@ -125,29 +125,33 @@ def fd_chart(series: Sequence[tuple[str, str, list[float], list[float]]], base: 
 
 
 def ess_chart(runs: Sequence[tuple[str, dict[float, tuple[list[int], list[float]]]]]) -> Figure:
-    """(label, {noise level: (steps, effective sample size)}): one small chart a run, dark lines for low noise."""
-    figure, columns, rows = _small_multiples(len(runs), height=2.4)
+    """(label, {noise level: (steps, effective sample size)}): one chart a run, dark lines for low noise."""
+    figure = Figure(figsize=(7.2, 2.8 * len(runs)), layout="constrained")
     shades = matplotlib.colormaps["viridis"]
     for i, (label, by_level) in enumerate(runs):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        for j, (level, (steps, values)) in enumerate(by_level.items()):
-            axes.plot(*_running_mean(steps, values), color=shades(j / len(by_level)), linewidth=1.3, label=f"{level:g}")
+        axes = figure.add_subplot(len(runs), 1, i + 1)
+        for j, (level, (steps, values)) in reversed(list(enumerate(by_level.items()))):  # the legend in the order of the lines
+            axes.plot(*_running_mean(steps, values), color=shades(j / len(by_level)), linewidth=1.5, label=f"{level:g}")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.legend(frameon=False, fontsize=6, ncols=2, labelcolor=INK, title="noise level", title_fontsize=6)
+        axes.yaxis.set_minor_formatter("{x:g}")
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, title="noise level", title_fontsize=8, **beside)
         _style(axes, label, "step")
     return figure
 
 
-def benchmark_chart(curves: dict[str, dict[str, list[dict[str, float]]]], keys: Sequence[str], floor: dict[str, float]) -> Figure:
-    """method -> seed -> points: for each key one chart against seconds and one against network calls, all axes logarithmic.
+def benchmark_chart(
+    curves: dict[str, dict[str, list[dict[str, float]]]], titles: dict[str, str], floor: dict[str, float]
+) -> Figure:
+    """method -> seed -> points: for each key of titles a chart against seconds and one against calls, all axes logarithmic.
 
     Lines are medians over seeds, bands the range; the dashed line is what two halves of the real images read (`floor`).
     """
-    figure = Figure(figsize=(11, 3.1 * len(keys) + 0.6), layout="constrained")
-    for row, key in enumerate(keys):
+    figure = Figure(figsize=(11, 3.1 * len(titles) + 0.6), layout="constrained")
+    for row, (key, title) in enumerate(titles.items()):
         for column, x in enumerate(("seconds", "calls")):
-            axes = figure.add_subplot(len(keys), 2, 2 * row + column + 1)
+            axes = figure.add_subplot(len(titles), 2, 2 * row + column + 1)
             for i, (label, by_seed) in enumerate(curves.items()):
                 points = list(zip(*by_seed.values(), strict=True))
                 where = [np.median([p[x] for p in same]) for same in points]
@@ -158,7 +162,7 @@ def benchmark_chart(curves: dict[str, dict[str, list[dict[str, float]]]], keys: 
                 axes.axhline(floor[key], color=REAL, linewidth=1, linestyle=(0, (4, 3)), label="two halves of the real images")
             axes.set_xscale("log")
             axes.set_yscale("log")
-            _style(axes, key, "seconds of training on one thread" if x == "seconds" else "network calls in training")
+            _style(axes, title, "seconds of training on one thread" if x == "seconds" else "network calls in training")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
     return figure

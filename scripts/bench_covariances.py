@@ -20,7 +20,8 @@ from torch import Tensor
 from pipelines.images import load_digits, to_unit
 from pipelines.noise import Level
 from trainers import checkpoint
-from trainers.config import DistillConfig, load_config
+from trainers.config import DistillConfig
+from trainers.config_file import load_config
 from trainers.distill import build_objective, build_student
 from trainers.draws import DrawSource
 from trainers.objectives.base import sample_level
@@ -30,7 +31,7 @@ from trainers.posteriors import COVARIANCES
 from trainers.teachers import load_edm_teacher
 
 from .bench_images import measure
-from .jobs import Job, cores, run_all
+from .jobs import Job, cores, exit_cleanly, run_all
 
 CONFIG = Path("configs/digits_vardiu_bound_linear.yaml")
 SAMPLES, MORE = 1024, 64
@@ -100,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

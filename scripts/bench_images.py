@@ -13,8 +13,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -36,7 +34,7 @@ from eval.runs import find_run
 from pipelines.images import ImageSet, load_digits, load_parquet, to_unit
 from pipelines.provenance import git_commit, versions
 
-from .jobs import LAUNCH, Job, cores, run, run_all
+from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,7 @@ METHODS = {
     "vardiu": Method("VarDiU, amortised score", Path("configs/digits_vardiu.yaml")),
 }
 BASELINE = "diff_instruct"
+TITLES = {"fd": "FD, classifier", "fd_pca": "FD, whitened pixels", "energy_distance": "energy distance"}
 IMAGES = 10_000
 
 
@@ -234,12 +233,14 @@ def main() -> None:
         teacher_numbers = teacher.result()
 
     real = reference(args.data)
-    keys = [*real.extractors, "energy_distance"]
+    keys = [key for key in TITLES if key in (*real.extractors, "energy_distance")]
     summaries = {key: summary(curves, key) for key in keys}
     facts = {"teacher": teacher_numbers, "floor": real.floor, "images": IMAGES, "git_commit": git_commit()}
     facts |= {"versions": versions(("torch", "numpy", "diffusers")), "seconds_in_all": round(time.perf_counter() - start)}
     (args.output / f"{args.data}.json").write_text(json.dumps({"methods": curves, "summary": summaries} | facts, indent=1))
-    figure: Figure = benchmark_chart({METHODS[m].label: by_seed for m, by_seed in curves.items()}, keys, real.floor)
+    figure: Figure = benchmark_chart(
+        {METHODS[m].label: by_seed for m, by_seed in curves.items()}, {k: TITLES[k] for k in keys}, real.floor
+    )
     figure.savefig(args.output / f"{args.data}.png", dpi=130)
     for key in keys:
         print(f"\n{table(summaries[key], key)}")
@@ -248,9 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command goes on from the last checkpoints.")
-    except (subprocess.CalledProcessError, RuntimeError) as error:
-        sys.exit(f"\nerror: {error}")
+    exit_cleanly(main)

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainers import distill, train_teacher
-from trainers.config import DistillConfig, TeacherConfig, load_config
+from trainers.config import DistillConfig, TeacherConfig
+from trainers.config_file import load_config
 
 CASES = {
     "VarDiU, amortised score (the recipe)": ("vardiu", []),

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,3 +110,13 @@ def run_all(jobs: list[Job], workers: int, threads: int) -> None:
         for job in jobs:
             if job.bar:
                 job.bar.close()
+
+
+def exit_cleanly(main: Callable[[], None]) -> None:
+    """Run a script that can be continued: Ctrl-C and a failed part end it with one line instead of a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on from the last checkpoints.")
+    except (subprocess.CalledProcessError, RuntimeError) as error:
+        sys.exit(f"\nerror: {error}")

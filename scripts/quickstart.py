@@ -9,12 +9,11 @@ one thread each is the fastest use of a CPU for networks this small. Run again, 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from .jobs import LAUNCH, Job, cores, run, run_all
+from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
 
 STUDENTS = ("varflow", "vardiu", "diff_instruct", "vardiu_bound")
 
@@ -40,9 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command goes on from the last checkpoints.")
-    except (subprocess.CalledProcessError, RuntimeError) as error:
-        sys.exit(f"\nerror: {error}")
+    exit_cleanly(main)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
@@ -76,6 +77,23 @@ def assert_all_close() -> Callable[[list[Tensor], list[Tensor], float], None]:
             assert_close(a, b, rtol=tolerance, atol=tolerance)
 
     return check
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For networks so small that more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps its settings for the life of a process; the test starts without."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @dataclass

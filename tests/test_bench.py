@@ -13,7 +13,8 @@ from scripts.bench_images import METHODS, SETTINGS, overrides, smoothed, summary
 from scripts.bench_memory import PeakMemory, distillation, student_alone
 from scripts.jobs import Job
 from trainers import train_teacher
-from trainers.config import DistillConfig, TeacherConfig, load_config
+from trainers.config import DistillConfig, TeacherConfig
+from trainers.config_file import load_config
 
 SMALL = ["network={channels: 8, channel_mult: [1, 2, 4], num_blocks: 1}"]
 
@@ -76,8 +77,10 @@ def test_a_finished_job_is_not_run_again(tmp_path):
 
 def test_benchmark_chart_draws_every_method_over_both_axes():
     points = [{"seconds": 1.0 + i, "calls": 10.0 * (1 + i), "fd": 3.0 - i, "energy_distance": -0.1} for i in range(3)]
-    figure = benchmark_chart({"a": {"0": points, "1": points}, "b": {"0": points}}, ["fd", "energy_distance"], {"fd": 0.5})
-    assert len(figure.axes) == 4
+    figure = benchmark_chart(
+        {"a": {"0": points, "1": points}, "b": {"0": points}}, {"fd": "FD", "energy_distance": "energy"}, {"fd": 0.5}
+    )
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["FD", "FD", "energy", "energy"]
     assert [len(axes.lines) for axes in figure.axes] == [3, 3, 2, 2]  # the floor is known of one key
     assert figure.axes[1].lines[0].get_xdata().tolist() == [10.0, 20.0, 30.0]
     assert min(figure.axes[2].lines[0].get_ydata()) > 0  # an unbiased distance may be below zero, a logarithm not

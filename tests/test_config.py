@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from trainers import distill, train_teacher
-from trainers.config import ConfigError, DistillConfig, TeacherConfig, load_config
+from trainers.config import DistillConfig, TeacherConfig
+from trainers.config_file import ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

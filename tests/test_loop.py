@@ -5,7 +5,6 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from trainers.config import Optimizer, Run
@@ -13,13 +12,7 @@ from trainers.draws import DrawSource
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its settings for the life of a process; each test starts without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 class Tiny:

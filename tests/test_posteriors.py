@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from trainers.config import ConfigError, Posterior, validate
+from trainers.config import Posterior
+from trainers.config_file import ConfigError, validate
 from trainers.posteriors import COVARIANCES, Covariance
 
 # Samples, latents for each, and an image of different sides that can be halved, and halved once only.

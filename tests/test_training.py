@@ -25,7 +25,8 @@ from pipelines.denoiser import Denoiser
 from pipelines.images import load_folder, to_unit
 from pipelines.students import load_student, read_info
 from trainers import checkpoint, distill, train_teacher
-from trainers.config import DistillConfig, Optimizer, Run, load_config
+from trainers.config import DistillConfig, Optimizer, Run
+from trainers.config_file import load_config
 from trainers.draws import DrawSource
 from trainers.ema import Ema
 from trainers.loop import Trainer, learning_rate
@@ -166,20 +167,12 @@ class Lab:
         return output
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that more only wait for each other
-    yield Lab(tmp_path_factory.mktemp("lab"))
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its settings for the life of a process; each test starts without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+def lab(tmp_path_factory, one_thread):
+    return Lab(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture
@@ -422,7 +415,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from trainers import distill, draws
-from trainers.config import DistillConfig, load_config
+from trainers.config import DistillConfig
+from trainers.config_file import load_config
 from trainers.loop import NonFiniteError
 
 torch.distributed.destroy_process_group = lambda group=None: None  # one group serves all the runs below

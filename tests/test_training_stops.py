@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipelines.students import load_student, read_info
 from trainers import checkpoint, distill, draws, train_teacher
-from trainers.config import DistillConfig, load_config
+from trainers.config import DistillConfig
+from trainers.config_file import load_config
 from trainers.loop import NonFiniteError, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,20 +100,12 @@ class Lab:
         return self._whole[key]
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that more only wait for each other
-    yield Lab(tmp_path_factory.mktemp("lab"))
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its settings for the life of a process; each test starts without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+def lab(tmp_path_factory, one_thread):
+    return Lab(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture

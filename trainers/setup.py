@@ -21,7 +21,8 @@ from pipelines.images import ImageSet
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
-from .config import ConfigError, Data, Network, Run, load_config
+from .config import Data, Network, Run
+from .config_file import ConfigError, load_config
 from .draws import derive_seed
 from .loop import NonFiniteError, find_checkpoint
 

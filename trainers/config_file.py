@@ -1,0 +1,107 @@
+"""Reads a YAML file and `a.b=value` overrides into a strict model; says every fault at once, in the file's own terms."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+T = TypeVar("T", bound=BaseModel)
+# Tags of a union told apart by the value's type: pydantic puts them into the path of a fault, the user's file has none there.
+KINDS = ("by name", "by section")
+
+
+class ConfigError(ValueError):
+    """What the user must mend, one line a fault."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML keeps the last of two equal keys; here it is an error. Merge keys (`<<: *anchor`) may be overridden."""
+
+    def flatten_mapping(self, node):  # called first for every mapping, and again for one that an anchor brings in once more
+        if not hasattr(node, "checked"):
+            node.checked = True
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} stands twice in one section")
+        super().flatten_mapping(node)
+
+
+def load_config(model: type[T], path: str, overrides: list[str]) -> T:
+    """Read `path`, apply `a.b=value` overrides (values are YAML), validate. ConfigError lists every fault at once."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"--config: no such file {path!r}")
+    raw = _read_yaml(file.read_text(), path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, not {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return validate(model, raw, path)
+
+
+def validate(model: type[T], raw: dict, source: str) -> T:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(model, e) for e in error.errors()]
+        raise ConfigError("\n".join([f"{source}: {len(lines)} fault(s)", *(f"  {line}" for line in lines)])) from None
+
+
+def _apply(raw: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"override {override!r} must look like a.b=value")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    node[last] = _read_yaml(text, f"override {override!r}")
+
+
+def _read_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    """One line for one pydantic error; misspelt keys get a suggestion from the section they stand in."""
+    names, candidates = [], [model]
+    for i, part in enumerate(error["loc"]):
+        unknown = error["type"] == "extra_forbidden" and i + 1 == len(error["loc"])
+        fields = {k: f for c in candidates for k, f in c.model_fields.items()}
+        variants = [c for c in candidates if "name" in c.model_fields]
+        tagged = [c for c in variants if part in typing.get_args(c.model_fields["name"].annotation)]
+        if part in fields:
+            names.append(str(part))
+            candidates = _models_in(fields[part].annotation)
+        elif tagged and not unknown:
+            candidates = tagged  # pydantic puts a union's tag into the path; the user's file has none there
+        elif part in KINDS:
+            continue
+        else:
+            names.append(str(part))
+    where = ".".join(names)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), list(fields), n=1)
+        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(fields)}")
+    message = error["msg"].removeprefix("Value error, ")
+    given = f", got {error['input']!r}" if error["type"] != "missing" and not isinstance(error["input"], dict) else ""
+    return f"{where}: {message}{given}" if where else message
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in typing.get_args(annotation) for m in _models_in(a)]
