@@ -17,12 +17,21 @@ Condition = dict[str, Tensor] | None
 Parameterization = Literal["edm", "sample", "epsilon", "v_prediction", "flow"]
 
 
+def read_out(out: Tensor, x_t: Tensor, level: Level, parameterization: Parameterization, sigma_data: float) -> Tensor:
+    """A network's output (b, c, h, w) at x_t -> x0."""
+    if parameterization != "edm":
+        return to_x0(out, x_t, level, parameterization)
+    _, c_skip, c_out = edm_coefficients(level, sigma_data)
+    return c_skip * x_t + c_out * out
+
+
 class Denoiser(nn.Module):
     """E[x0 | x_t, condition] from a network `network(x, time, **condition) -> object with .sample or tensor`.
 
     parameterization "edm" is Karras et al. 2022 Eq. 7 with Table 1's coefficients (alpha = 1); the others are the
     network's prediction type, solved for x0. With guidance_scale w != 1 the estimate is D_null + w (D_cond - D_null)
-    (Ho & Salimans 2022 in x0), both in one batch; null_condition holds one unbatched tensor for each condition key.
+    (Ho & Salimans 2022 in x0), both in one batch; null_condition holds one unbatched tensor for each condition key that guidance
+    turns off; other keys (an image's size) are the same in both.
     """
 
     def __init__(
@@ -57,7 +66,7 @@ class Denoiser(nn.Module):
             return (x0, features) if return_features else x0
         if condition is None:
             raise ValueError("guidance needs a condition; got None")
-        null = {k: self.null_condition[k].to(v).expand_as(v) for k, v in condition.items()}
+        null = {k: self.null_condition[k].to(v).expand_as(v) if k in self.null_condition else v for k, v in condition.items()}
         both = {k: torch.cat([null[k], v]) for k, v in condition.items()}
         x0, features = self._denoise(torch.cat([x_t, x_t]), level.repeat(2), both, return_features)
         x0_null, x0_cond = x0.chunk(2)
@@ -66,12 +75,12 @@ class Denoiser(nn.Module):
 
     def _denoise(self, x_t: Tensor, level: Level, condition: Condition, return_features: bool) -> tuple[Tensor, Any]:
         options = (condition or {}) | ({"return_features": True} if return_features else {})
-        if self.parameterization != "edm":
+        if self.parameterization == "edm":
+            c_in, _, _ = edm_coefficients(level, self.sigma_data)
+            out, features = self._call(c_in * x_t, level.t.log() / 4, options)
+        else:
             out, features = self._call(x_t, level.t, options)
-            return to_x0(out, x_t, level, self.parameterization), features
-        c_in, c_skip, c_out = edm_coefficients(level, self.sigma_data)
-        out, features = self._call(c_in * x_t, level.t.log() / 4, options)
-        return c_skip * x_t + c_out * out, features
+        return read_out(out, x_t, level, self.parameterization, self.sigma_data), features
 
     def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> tuple[Tensor, Any]:
         out = self.network(x, time, **options)

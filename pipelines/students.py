@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from peft import get_peft_model_state_dict
+from torch import nn
 
+from . import stable_diffusion
 from .edm import EDMPipeline
+
+# readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
+ONE_STEP_TOLERANCE = 1e-3
 
 CARD = """---
 library_name: diffusers
@@ -21,39 +31,162 @@ tags: [one-step, distillation]
 {facts}
 
 ```python
-from pipelines.students import load_student
+{use}
+```
+"""
+
+CARD_USE = {
+    "student": """from pipelines.students import load_student
 
 pipe = load_student("{folder}")
-images = pipe(batch_size=16).images
+images = pipe(batch_size=16).images""",
+    "teacher": """from diffusers import DiffusionPipeline
+from pipelines.edm import EDMPipeline  # an EDM teacher
+
+pipe = {pipeline}.from_pretrained("{folder}")""",
+}
+
+STABLE_DIFFUSION_CARD = """---
+library_name: diffusers
+base_model: {base_model}
+tags: [one-step, distillation, {tag}]
+---
+# One-step student of {base_model}
+
+{facts}
+
+```python
+from diffusers import {pipeline}, {scheduler}{more_imports}
+
+pipe = {pipeline}.from_pretrained("{base_model}")
+{load}
+pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
+image = pipe("a prompt", {steps}, guidance_scale=1.0).images[0]
 ```
+
+The scheduler matters: most others do not return x0 in a single step. guidance_scale stays 1: guidance is distilled
+into the student.
 """
 
 
 def save_model(folder: Path, pipeline: DiffusionPipeline, kind: str, info: dict[str, Any]) -> None:
     """Write the pipeline, <kind>.json and README.md to `folder`, replacing it whole. kind: "student" or "teacher"."""
+    title = "One-step student" if kind == "student" else f"Teacher, {type(pipeline).__name__}"
+    use = CARD_USE[kind].format(folder=folder.name, pipeline=type(pipeline).__name__)
+    card = CARD.format(title=title, facts=facts_list(info), use=use)
+    replace_folder(folder, pipeline.save_pretrained, kind, info, card)
+
+
+def save_stable_diffusion(
+    folder: Path,
+    pipeline: type[DiffusionPipeline],
+    scheduler: Any,
+    info: dict[str, Any],
+    adapter: tuple[nn.Module, str] | None = None,
+    network: nn.Module | None = None,
+) -> None:
+    """A Stable Diffusion student: LoRA weights (adapter: the network and the name on it) or a whole network in unet/, beside the
+    scheduler that makes one step of a stock pipeline its x0.
+
+    The raw PEFT state dict with its metadata is the one form that keeps alpha, and all of the layers (convolutions too).
+    """
+
+    def write(partial: Path) -> None:
+        scheduler.save_pretrained(partial / "scheduler")
+        if adapter is None:
+            network.save_pretrained(partial / "unet")
+            return
+        base, name = adapter
+        layers = get_peft_model_state_dict(base, adapter_name=name)
+        layers = {k: v.detach().cpu().contiguous() for k, v in layers.items()}
+        metadata = base.peft_config[name].to_dict()
+        pipeline.save_lora_weights(partial, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+
+    last = scheduler.config.num_train_timesteps - 1
+    card = STABLE_DIFFUSION_CARD.format(
+        base_model=info["base_model"],
+        tag="lora" if adapter else "full",
+        facts=facts_list(info),
+        pipeline=pipeline.__name__,
+        scheduler=type(scheduler).__name__,
+        more_imports="" if adapter else ", UNet2DConditionModel",
+        load=f'pipe.load_lora_weights("{folder.name}")'
+        if adapter
+        else f'pipe.unet = UNet2DConditionModel.from_pretrained("{folder.name}", subfolder="unet")',
+        folder=folder.name,
+        steps="num_inference_steps=1" if info["readout_t"] == last else f"timesteps=[{info['readout_t']}]",
+    )
+    replace_folder(folder, write, "student", info, card)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None], kind: str, info: dict[str, Any], card: str) -> None:
+    """Put what `write` makes, <kind>.json and README.md in place of `folder`, at once."""
     partial = folder.with_name(f".partial_{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    pipeline.save_pretrained(partial)
+    partial.mkdir(parents=True)
+    write(partial)
     (partial / f"{kind}.json").write_text(json.dumps(info, indent=1) + "\n")
-    facts = "\n".join(f"- {key}: {value}" for key, value in info.items())
-    title = f"One-step {kind}" if kind == "student" else "EDM teacher"
-    (partial / "README.md").write_text(CARD.format(title=title, facts=facts, folder=folder.name))
+    (partial / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
-def load_student(folder: str | Path) -> EDMPipeline:
-    """The pipeline in a student's folder, or in student/ of a training run's output_dir; one step is its default.
+def facts_list(info: dict[str, Any]) -> str:
+    return "\n".join(f"- {key}: {value}" for key, value in info.items())
 
-    FileNotFoundError says which file is missing.
+
+def load_student(
+    source: str | Path, base_model: str | None = None, scheduler: Any = None, dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """The stock pipeline of a student, ready for one step: of its folder, of a run's output_dir (student/ in it) or of a hub id.
+
+    A Stable Diffusion student is loaded on its base model, as the adapter "student"; base_model: where that lies, if not where it
+    did. Call it with num_inference_steps=1, guidance_scale=1. scheduler: another one than the student's own; UserWarning if one
+    step of it is not the student's x0. FileNotFoundError says which file is missing.
     """
-    folder = Path(folder)
+    folder = _student_folder(source)
+    info = read_info(folder, "student")
+    if info.get("family") not in stable_diffusion.FAMILIES.values():
+        for name, value in (("base_model", base_model), ("scheduler", scheduler)):
+            if value is not None:
+                raise ValueError(f"{name} has no effect for the student in {str(folder)!r}: it is a pipeline of its own")
+        return EDMPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
+    whole = info["weights"] == "unet"
+    pipe = stable_diffusion.load_pipeline(base_model or info["base_model"], dtype, ["unet"] if whole else [])
+    prediction = stable_diffusion.denoiser(pipe, pipe.unet)
+    if whole:
+        pipe.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, dtype=dtype).eval()
+    else:
+        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+    if scheduler is None:
+        if not (folder / "scheduler" / "scheduler_config.json").is_file():
+            raise FileNotFoundError(f"{str(folder)!r} has no scheduler/scheduler_config.json; save the student again")
+        scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipe.scheduler = scheduler
+    error = stable_diffusion.one_step_error(scheduler, prediction, info["readout_t"])
+    if error > ONE_STEP_TOLERANCE:
+        warnings.warn(
+            f"one step of {type(scheduler).__name__} is not the x0 that the student was trained for (off by {error:.2g}); "
+            f"use the scheduler stored in {str(folder / 'scheduler')!r}",
+            stacklevel=2,
+        )
+    return pipe
+
+
+def _student_folder(source: str | Path) -> Path:
+    folder = Path(source)
+    if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
+        try:
+            return Path(snapshot_download(str(source)))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{str(source)!r} is no folder here, and the hub could not be asked for it: {str(error).splitlines()[0]}"
+            ) from error
     if not (folder / "student.json").is_file():
         folder = folder / "student"
     if not (folder / "student.json").is_file():
         raise FileNotFoundError(f"{str(folder.parent)!r} holds no student: expected student.json in it or in its student/")
-    return EDMPipeline.from_pretrained(folder, use_safetensors=True)
+    return folder
 
 
 def read_info(folder: str | Path, kind: str) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from pipelines.noise import Level
 from trainers import checkpoint
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
-from trainers.distill import build_objective, build_student
+from trainers.distill import build_objective
 from trainers.draws import DrawSource
+from trainers.edm import EDMModels
 from trainers.objectives.base import sample_level
 from trainers.objectives.importance import log_importance, log_standard_normal
 from trainers.objectives.vardiu import VarDiU
 from trainers.posteriors import COVARIANCES
-from trainers.teachers import load_edm_teacher
 
 from .bench_images import measure
 from .jobs import Job, cores, exit_cleanly, run_all
@@ -48,14 +48,12 @@ def log_density_of_data(x_t: Tensor, level: Level, data: Tensor) -> Tensor:
 @torch.no_grad()
 def bounds(config: DistillConfig, folder: Path) -> dict[str, float]:
     """The networks of the last checkpoint, measured on fresh draws."""
-    pipeline = load_edm_teacher(config.teacher.path)
-    teacher = pipeline.denoiser().eval()
-    _, student = build_student(config, pipeline)
-    objective, _ = build_objective(config, student, teacher)
+    models = EDMModels(config)
+    teacher, student, shape = models.teacher, models.student, models.latent_shape
+    objective, _ = build_objective(config, models)
     assert isinstance(objective, VarDiU)
     tensors, _ = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
     checkpoint.restore_tensors(checkpoint.network_tensors(objective.networks), tensors["networks"], str(folder))
-    shape = tuple(pipeline.unet.config[k] for k in ("in_channels", "sample_size", "sample_size"))
     data = to_unit(load_digits().pixels)
     totals: dict[str, list[Tensor]] = {"bound": [], "bound_of_65": [], "information": []}
     draws = DrawSource(config.seed, SAMPLES, shape, torch.device("cpu"), micro_batch_size=64).batch(("measure",), progress=1.0)

@@ -147,7 +147,7 @@ FAULTS = [
     ),
     (
         ["objective.posterior.network=shard"],
-        ["objective.posterior.network: Input should be 'shared' or 'copy', got 'shard'"],
+        ["objective.posterior.network: Input should be 'shared', 'copy' or 'adapter', got 'shard'"],
     ),
     (
         ["objective.posterior.network=3"],
@@ -158,7 +158,7 @@ FAULTS = [
         ["objective.posterior.network.channels: Input should be a multiple of 2, got 3"],
     ),
     (["objective.levels.lo=1"], ["unknown key 'objective.levels.lo'; did you mean 'low'?"]),
-    (["teacher.zzz=1"], ["unknown key 'teacher.zzz'; known here: path, guidance_scale"]),
+    (["teacher.zzz=1"], ["unknown key 'teacher.zzz'; known here: path, guidance_scale, negative_prompt, dtype, variant"]),
     # wrong types
     (["steps=many"], ["steps: Input should be a valid integer, unable to parse string as an integer, got 'many'"]),
     (["steps=2.5"], ["steps: Input should be a valid integer, got a number with a fractional part, got 2.5"]),
@@ -335,7 +335,7 @@ def test_fault_in_the_command_line(main, tmp_path, capsys):
 def test_a_recipe_of_the_other_command_is_refused(tmp_path, capsys):
     said = refusal(train_teacher.main, ["--config", str(write(tmp_path, VARDIU))], tmp_path, capsys)
     assert "unknown key 'objective'" in said
-    assert "network: Field required" in said
+    assert "data: Field required" in said
 
 
 def test_load_config_raises_what_main_prints(tmp_path):

@@ -27,12 +27,13 @@ from pipelines.students import load_student, read_info
 from trainers import checkpoint, distill, train_teacher
 from trainers.config import DistillConfig, Optimizer, Run
 from trainers.config_file import load_config
+from trainers.data import Images
 from trainers.draws import DrawSource
+from trainers.edm import EDMModels
 from trainers.ema import Ema
 from trainers.loop import Trainer, learning_rate
 from trainers.objectives.base import LossTerms, Phase
 from trainers.setup import write_preview
-from trainers.teachers import load_edm_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_2 = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
@@ -338,9 +339,11 @@ def test_recipes_run_when_shrunk(recipe, tmp_path):
 def test_where_a_posterior_starts(network, guidance_scale, lab, tmp_path):
     """q is the prior; on the teacher's network or a copy of it x0_mean is what the teacher says without guidance."""
     overrides = [f"objective.posterior.network={network}", "objective.posterior.covariance=diag"]
+    overrides.append(f"teacher.guidance_scale={guidance_scale}")
     config = load_config(DistillConfig, lab.config("amortized_score", tmp_path / "run"), overrides)
-    teacher = load_edm_teacher(config.teacher.path).denoiser(guidance_scale).eval().requires_grad_(False)
-    posterior, again = (distill.build_posterior(config, teacher, with_mean=True) for _ in range(2))
+    models = EDMModels(config)
+    teacher = models.teacher.requires_grad_(False)
+    posterior, again = (models.posterior(with_mean=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(posterior.parameters(), again.parameters(), strict=True))
     assert posterior.on_teacher_features == (network == "shared")
 
@@ -364,15 +367,18 @@ def test_where_a_posterior_starts(network, guidance_scale, lab, tmp_path):
 
 
 def test_every_process_and_micro_batch_takes_its_rows_of_one_draw(lab):
-    data = load_folder(str(lab.teacher.parent / "images"), 5, 3)
+    data, null = load_folder(str(lab.teacher.parent / "images"), 5, 3), {"class_labels": torch.tensor(2)}
+
+    def source(seed: int, *split: int | None) -> DrawSource:
+        return DrawSource(seed, 12, (3, 5, 5), torch.device("cpu"), Images(data), null, 0.5, *split)
 
     def draws(world_size: int, micro: int | None, seed: int = 1, step: int = 3) -> dict[str, torch.Tensor]:
         parts = [
             draw
             for rank in range(world_size)
-            for draw in DrawSource(seed, 12, (3, 5, 5), torch.device("cpu"), data, 2, 0.5, rank, world_size, micro).batch(
-                ("step", step, "student", 0), 0.5
-            )
+            for draw in DrawSource(
+                seed, 12, (3, 5, 5), torch.device("cpu"), Images(data), null, 0.5, rank, world_size, micro
+            ).batch(("step", step, "student", 0), 0.5)
         ]
         assert len(parts) == (12 // micro if micro else world_size)
         names = {"z": "z", "eps": "eps", "u": "u", "x0": "x0"}

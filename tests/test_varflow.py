@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines.images import ImageSet
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule
+from trainers.data import Images
 from trainers.draws import DrawSource
 from trainers.objectives.varflow import VarFlow, energy_loss, pairwise_power
 
@@ -287,7 +288,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(dtype, cross, weighting, i
     rtol, atol = PRECISIONS[dtype]
 
     def source(micro: int | None, rank: int = 0, world: int = 1) -> DrawSource:
-        return DrawSource(5, 15, (2, 5, 7), torch.device("cpu"), image_set, 3, 0.0, rank, world, micro)
+        return DrawSource(5, 15, (2, 5, 7), torch.device("cpu"), Images(image_set), None, 0.0, rank, world, micro)
 
     (whole,) = source(None).batch(("step", 3, "student", 0), 0.25)
     assert len(whole.z) == 15

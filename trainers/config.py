@@ -5,21 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipelines import noise
 
+from .config_data import TEXT_DATA, Data, PositiveFloat, PositiveInt, Prompts, Strict
 from .config_file import KINDS
 from .posteriors import COVARIANCES
 from .posteriors.flow import TRANSFORMS
 
-PositiveFloat = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(gt=0)]
 Weight = Literal[tuple(noise.WEIGHTINGS)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 # Noise levels -------------------------------------------------------------------------------------------------------
@@ -82,45 +77,6 @@ class PowerLevels(Range):
 
 Levels = Annotated[UniformLevels | LogUniformLevels | LogNormalLevels | KarrasLevels | PowerLevels, Field(discriminator="name")]
 
-# Data -----------------------------------------------------------------------------------------------------------------
-
-
-class DigitsData(Strict):
-    """The 8x8 digits that ship with scikit-learn, enlarged bilinearly to image_size."""
-
-    name: Literal["digits"]
-    image_size: Annotated[int, Field(ge=8)] = 8
-    labels: bool = False
-
-
-class ColumnsData(Strict):
-    image_size: PositiveInt
-    channels: Literal[1, 3] = 3
-    image_column: str = "image"
-    label_column: str | None = None
-
-
-class ParquetData(ColumnsData):
-    name: Literal["parquet"]
-    files: Annotated[list[str], Field(min_length=1)]
-
-
-class HubData(ColumnsData):
-    name: Literal["hub"]
-    id: str
-    split: str = "train"
-
-
-class FolderData(Strict):
-    name: Literal["folder"]
-    path: str
-    image_size: PositiveInt
-    channels: Literal[1, 3] = 3
-    labels: bool = False
-
-
-Data = Annotated[DigitsData | ParquetData | HubData | FolderData, Field(discriminator="name")]
-
 # Networks and optimisers ----------------------------------------------------------------------------------------------
 
 
@@ -173,7 +129,8 @@ class TeacherConfig(Run):
     """`accelerate launch -m trainers.train_teacher`."""
 
     data: Data
-    network: Network
+    network: Network | None = None  # a new EDM network
+    pipeline: str | None = None  # or: a Stable Diffusion pipeline whose network is trained further, on captioned images
     sigma_data: PositiveFloat = 0.5
     levels: Levels
     weighting: Weight = "edm"
@@ -183,23 +140,60 @@ class TeacherConfig(Run):
     sigma_max: PositiveFloat = 80.0
     sampling_steps: PositiveInt = 18
 
+    @model_validator(mode="after")
+    def _one_network(self):
+        if (self.network is None) == (self.pipeline is None):
+            raise ValueError("network, pipeline: give one of them: a new network for images, or the pipeline to train further")
+        if isinstance(self.data, TEXT_DATA) != (self.pipeline is not None):
+            raise ValueError(
+                f"data: {self.data.name!r} does not fit; a Stable Diffusion pipeline trains on captions, a new network on images"
+            )
+        if isinstance(self.data, Prompts):
+            raise ValueError("data: a teacher learns from images; 'prompts' has none")
+        if self.pipeline is not None:
+            for key in ("sigma_data", "sigma_min", "sigma_max", "sampling_steps"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} has no effect with pipeline; remove it")
+        return self
+
 
 # Distillation ---------------------------------------------------------------------------------------------------------
 
 
 class Teacher(Strict):
-    path: str  # an EDMPipeline folder, or the output_dir of train_teacher
+    path: str  # a pipeline folder (EDM, Stable Diffusion), the output_dir of train_teacher, or a hub id
     guidance_scale: float = 1.0
+    negative_prompt: str | None = None  # Stable Diffusion only; None: what the stock pipeline takes for no prompt
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; adapters are float32
+    variant: str | None = None  # of the weight files, e.g. fp16
+
+
+# Every layer that the published one-step and few-step LoRAs of Stable Diffusion adapt (the LCM-LoRA set).
+ALL_LAYERS = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut downsamplers.0.conv"
+ALL_LAYERS += " upsamplers.0.conv time_emb_proj"
+
+
+class Lora(Strict):
+    """Low-rank adapters, W + alpha/rank B A, on every layer whose name ends with a target."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveFloat | None = None  # None: rank
+    targets: Annotated[list[str], Field(min_length=1)] = ALL_LAYERS.split()
 
 
 class Student(Strict):
-    sigma_init: PositiveFloat = 2.5  # the noise level of the one step
-    image_range: bool = True  # train the clamped image, which is what the pipeline gives; see OneStepGenerator
+    """sigma_init and image_range are for pixel models, readout_t for Stable Diffusion; see denoiser.OneStepGenerator."""
+
+    sigma_init: PositiveFloat | None = None  # the noise level of the one step; None: 2.5
+    image_range: bool | None = None  # train the clamped image, which is what the pipeline gives; None: yes
+    readout_t: Annotated[int, Field(ge=0)] | None = None  # the timestep of the one step; None: the last, as stock pipelines do
+    lora: Lora | None = None  # None: all weights are trained
     optimizer: Optimizer
 
 
 class FakeScore(Strict):
     optimizer: Optimizer
+    lora: Lora | None = None  # an adapter on the teacher's weights; None: a copy of the teacher
     levels: Levels
     weighting: Weight = "edm"
     updates: PositiveInt = 1
@@ -214,14 +208,16 @@ class FlowOptions(Strict):
 
 # Told apart by their type, so that a fault is one of the kind that was meant.
 PosteriorNetwork = Annotated[
-    Annotated[Literal["shared", "copy"], Tag(KINDS[0])] | Annotated[Network, Tag(KINDS[1])],
+    Annotated[Literal["shared", "copy", "adapter"], Tag(KINDS[0])] | Annotated[Network, Tag(KINDS[1])],
     Discriminator(lambda value: KINDS[not isinstance(value, str)]),
 ]
 
 
 class Posterior(Strict):
-    # shared: a decoder of its own on the teacher's frozen encoder; copy: the teacher's network, copied; or one from scratch
+    # shared: a decoder of its own on the teacher's frozen encoder (EDM); adapter: LoRA and a last layer of its own on the
+    # teacher's frozen weights (Stable Diffusion); copy: the teacher's network, copied; or a section: one from scratch
     network: PosteriorNetwork = "shared"
+    lora: Lora = Lora()  # adapter only
     covariance: Literal[tuple(COVARIANCES)] = "linear"
     rank: PositiveInt = 8  # lowrank only: correlated directions
     block: PositiveInt | None = None  # learned only: side of a block; None: the largest of 4, 2, 1 that divides both sides
@@ -233,6 +229,8 @@ class Posterior(Strict):
 
     @model_validator(mode="after")
     def _options_fit_the_covariance(self):
+        if self.lora != Lora() and self.network != "adapter":
+            raise ValueError("lora has no effect unless network=adapter; remove it")
         for key, covariance in (("rank", "lowrank"), ("block", "learned"), ("flow", "flow")):
             if getattr(self, key) != type(self).model_fields[key].default and self.covariance != covariance:
                 raise ValueError(f"{key} has no effect with covariance={self.covariance!r}; remove it (it is for {covariance})")
@@ -249,6 +247,7 @@ class DiffInstructConfig(Strict):
     name: Literal["diff_instruct"]
     levels: Levels
     weighting: Weight = "sigma2"
+    joint: bool = False  # one update of both networks on the same student samples, instead of two updates on two batches
     fake_score: FakeScore
 
 
@@ -258,6 +257,7 @@ class VarFlowConfig(Strict):
     weighting: Weight = "sigma2"
     beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
     cross: Literal["full", "paired"] = "paired"
+    condition_scale: Annotated[float, Field(ge=0)] = 0.0  # of the condition in the distance; 0 matches images whatever they say
 
 
 class VarDiUConfig(Strict):
@@ -273,6 +273,7 @@ class VarDiUConfig(Strict):
     target_ess: Annotated[float, Field(ge=1)] | None = None  # temper the weights until so many proposals count
     moves: Annotated[int, Field(ge=0)] = 0  # of z_0 among proposals, num_samples each time, before averaging
     ess_levels: bool = False  # draw levels in proportion to their effective sample size
+    pool: Literal["batch", "own"] = "batch"  # what the target averages over; own: nothing but the sample itself
     noise_draws: PositiveInt = 2  # noised copies of each student sample
     regression_weight: PositiveFloat = 80.0  # of the posterior mean against log q, whose trunk it shares
     posterior: Posterior
@@ -281,13 +282,15 @@ class VarDiUConfig(Strict):
     def _options_fit_the_estimator(self):
         uses = {"num_samples": "multi_sample resampled_score amortized_score", "control_variate": "bound multi_sample"}
         uses |= dict.fromkeys(("target_ess", "moves", "ess_levels"), "resampled_score")
-        uses |= dict.fromkeys(("noise_draws", "regression_weight"), "amortized_score")
+        uses |= dict.fromkeys(("noise_draws", "regression_weight", "pool"), "amortized_score")
         uses["antithetic"] = "bound multi_sample resampled_score"
         for key, estimators in uses.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.estimator not in estimators.split():
                 raise ValueError(f"{key} has no effect with estimator={self.estimator!r}; remove it (it is for {estimators})")
         if self.num_samples == 0 and self.estimator in ("multi_sample", "resampled_score"):
             raise ValueError(f"num_samples must be at least 1 for estimator={self.estimator!r}; got 0")
+        if self.pool == "own" and self.samples:
+            raise ValueError("pool=own and num_samples > 0 exclude each other: proposals are a pool")
         if self.ess_levels and self.samples == 1:
             raise ValueError("ess_levels needs num_samples of at least 2: a single proposal always counts as one")
         if self.target_ess and self.target_ess > self.samples:
@@ -315,4 +318,6 @@ class DistillConfig(Run):
     def _data_given(self):
         if self.objective.name == "varflow" and self.data is None:
             raise ValueError("data: objective 'varflow' matches samples of data; add a data section, e.g. data.name=digits")
+        if self.objective.name == "varflow" and isinstance(self.data, Prompts):
+            raise ValueError("data: objective 'varflow' needs images; 'prompts' has none: use captions or teacher_samples")
         return self

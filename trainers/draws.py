@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pipelines.denoiser import Condition
-from pipelines.images import ImageSet, to_unit
+
+from .data import Examples, without
 
 
 def derive_seed(*key: int | str) -> int:
@@ -24,8 +25,7 @@ def derive_seed(*key: int | str) -> int:
 class DrawSource:
     """Makes the draws of each update.
 
-    shape: (c, h, w) of z and eps. num_classes > 0 adds a class_labels condition: the data's own labels where there are
-    data, else uniform; `label_dropout` of them become the null label (index num_classes).
+    shape: (c, h, w) of z and eps. examples: where x0 and conditions come from; `dropout` of the conditions become null_condition.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class DrawSource:
         batch_size: int,
         shape: tuple[int, int, int],
         device: torch.device,
-        data: ImageSet | None = None,
-        num_classes: int = 0,
-        label_dropout: float = 0.0,
+        examples: Examples | None = None,
+        null_condition: Condition = None,
+        dropout: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
         micro_batch_size: int | None = None,
@@ -51,7 +51,7 @@ class DrawSource:
                 f"(batch_size={batch_size} over {world_size} processes)"
             )
         self.seed, self.batch_size, self.shape, self.device = seed, batch_size, shape, device
-        self.data, self.num_classes, self.label_dropout = data, num_classes, label_dropout
+        self.examples, self.null_condition, self.dropout = examples, null_condition, dropout
         self.first_row, self.share = rank * share, share
 
     def batch(self, key: tuple[int | str, ...], progress: float) -> list[MicroDraw]:
@@ -70,19 +70,21 @@ class MicroDraw:
         self._rows = slice(row, row + source.micro_batch_size)
         self.progress, self.first_row = progress, source.first_row
         self.z, self.eps = self.normal("z", *source.shape), self.normal("eps", *source.shape)
-        u = torch.rand(source.batch_size, generator=self._generator("u"), device=source.device)
+        u = self._uniform("u")
         # ndtri and log need u inside (0, 1); rand gives [0, 1)
         u = u.clamp_min(torch.finfo(u.dtype).tiny)
         self.u, self.shared_u = u[self._rows], u[0]
         self.x0, self.condition = None, None
-        labels = None
-        if source.data is not None:
-            index = torch.randint(len(source.data), (source.batch_size,), generator=self._generator("data", "cpu"))
-            index = index[self._rows]
-            self.x0 = to_unit(source.data.pixels[index]).to(source.device)
-            labels = source.data.labels[index].to(source.device) if source.data.labels is not None else None
-        if source.num_classes:
-            self.condition = self._labels(labels)
+        if source.examples is not None:
+            index = torch.randint(len(source.examples), (source.batch_size,), generator=self._generator("data", "cpu"))
+            x0, condition = source.examples.rows(index[self._rows])
+            self.x0 = None if x0 is None else x0.to(source.device)
+            if condition is not None:
+                condition = {k: v.to(source.device) for k, v in condition.items()}
+            if condition is not None and source.dropout:
+                dropped = self._uniform("label_dropout")[self._rows] < source.dropout
+                condition = without(condition, source.null_condition, dropped)
+            self.condition = condition
 
     @property
     def seed(self) -> int:
@@ -94,16 +96,8 @@ class MicroDraw:
         whole = torch.randn(source.batch_size, *shape, generator=self._generator(name), device=source.device)
         return whole[self._rows]
 
-    def _labels(self, labels: Tensor | None) -> Condition:
-        source = self._source
-        if labels is None:
-            whole = (source.batch_size,)
-            generator = self._generator("labels")
-            labels = torch.randint(source.num_classes, whole, generator=generator, device=source.device)[self._rows]
-        if source.label_dropout:
-            keep = torch.rand(source.batch_size, generator=self._generator("label_dropout"), device=source.device)
-            labels = torch.where(keep[self._rows] < source.label_dropout, source.num_classes, labels)
-        return {"class_labels": labels}
+    def _uniform(self, name: str) -> Tensor:
+        return torch.rand(self._source.batch_size, generator=self._generator(name), device=self._source.device)
 
     def _generator(self, name: str, device: str | None = None) -> torch.Generator:
         return torch.Generator(device or self._source.device).manual_seed(derive_seed(*self._key, name))

@@ -85,8 +85,8 @@ def record(run: Run, accelerator: Accelerator) -> None:
     """Write config.yaml and environment.json, and start the trackers; called once a run is known to be able to start."""
     if accelerator.is_main_process:
         folder = Path(run.output_dir)
-        _write(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
-        _write(folder / "environment.json", json.dumps(environment(accelerator), indent=1) + "\n")
+        write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+        write_text(folder / "environment.json", json.dumps(environment(accelerator), indent=1) + "\n")
     if run.trackers:
         accelerator.init_trackers("one-step-distill", config={"config": json.dumps(run.model_dump(mode="json"))})
 
@@ -137,7 +137,7 @@ def write_preview(pipeline: EDMPipeline, path: Path, count: int, seed: int) -> N
     save_image(drawn.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=max(1, round(count**0.5)))
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".partial_{file.name}")
     partial.write_text(text)

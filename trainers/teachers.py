@@ -9,6 +9,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipelines.edm import EDMPipeline, EDMUNet
+from pipelines.stable_diffusion import FAMILIES, read_index
+
+
+def family_of(path: str) -> str:
+    """One of edm, sd, sdxl: what a pipeline folder or hub id says it holds; a run's output_dir counts as its teacher/."""
+    folder = Path(path)
+    if (folder / "teacher" / "model_index.json").is_file() and not (folder / "model_index.json").is_file():
+        path = str(folder / "teacher")
+    try:
+        name = read_index(path).get("_class_name")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"teacher.path: {error}; give a pipeline folder or hub id, or train a teacher with `accelerate launch -m "
+            "trainers.train_teacher --config configs/digits_teacher.yaml`"
+        ) from error
+    families = {"EDMPipeline": "edm"} | FAMILIES
+    if name not in families:
+        raise ValueError(f"teacher.path: {path!r} holds a {name}; expected one of {', '.join(families)}")
+    return families[name]
 
 
 def load_edm_teacher(path: str) -> EDMPipeline:

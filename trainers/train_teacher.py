@@ -1,6 +1,8 @@
-"""Train a small EDM teacher: `accelerate launch -m trainers.train_teacher --config configs/digits_teacher.yaml [a.b=value ...]`.
+"""Train a teacher: a small EDM network on images, or a Stable Diffusion pipeline's network further, on captioned images.
 
-Writes <output_dir>/teacher, an EDMPipeline folder that `trainers.distill` and `EDMPipeline.from_pretrained` take.
+    accelerate launch -m trainers.train_teacher --config configs/digits_teacher.yaml [a.b=value ...]
+
+Writes <output_dir>/teacher, a pipeline folder that `trainers.distill` and `from_pretrained` take.
 """
 
 from __future__ import annotations
@@ -8,12 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torchvision.utils import save_image
 
+from pipelines import stable_diffusion
+from pipelines.adapters import Whole
 from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.students import save_model
 
 from . import setup
+from .cache import Encoded
 from .config import TeacherConfig
+from .data import Images
 from .draws import DrawSource
 from .loop import Trainer
 from .objectives.denoising import Denoising
@@ -29,51 +37,22 @@ def main(argv: list[str] | None = None) -> None:
 def run(config: TeacherConfig) -> None:
     accelerator = setup.make_accelerator(config)
     setup.check_output(config, accelerator)
-    data = setup.load_data(config.data)
-    channels, size = data.pixels.shape[1:3]
-    num_classes = len(data.class_names)
-    unet = setup.build_unet(
-        config.network,
-        config.seed,
-        "teacher",
-        size,
-        in_channels=channels,
-        out_channels=channels,
-        num_classes=num_classes,
-    )
-    scheduler = EDMScheduler(
-        sigma_data=config.sigma_data,
-        sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max,
-        num_inference_steps=config.sampling_steps,
-    )
-    pipeline = EDMPipeline(unet, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    objective = Denoising(pipeline.denoiser().train(), config.levels.sampler(), config.weighting)
+    teacher = NewEDM(config) if config.pipeline is None else FurtherStableDiffusion(config, accelerator)
+    objective = Denoising(teacher.denoiser, config.levels.sampler(), config.weighting)
     draws = DrawSource(
         config.seed,
         config.batch_size,
-        (channels, size, size),
+        teacher.latent_shape,
         accelerator.device,
-        data,
-        num_classes,
-        config.label_dropout if num_classes else 0.0,
+        teacher.examples,
+        teacher.null_condition,
+        config.label_dropout,
         accelerator.process_index,
         accelerator.num_processes,
         config.micro_batch_size,
     )
-    facts = {"device": str(accelerator.device), "threads": torch.get_num_threads()} | {
-        "objective": "denoising",
-        "data": config.data.name,
-        "image_size": size,
-        "class_names": list(data.class_names),
-    }
-
-    def preview(path: Path) -> None:
-        unet.eval()
-        setup.write_preview(pipeline, path, config.num_samples, config.seed)
-        unet.train()
-
+    facts = {"device": str(accelerator.device), "threads": torch.get_num_threads()}
+    facts |= {"objective": "denoising", "data": config.data.name} | teacher.facts
     trainer = Trainer(
         config,
         accelerator,
@@ -81,12 +60,65 @@ def run(config: TeacherConfig) -> None:
         "teacher",
         {"teacher": config.optimizer},
         draws,
-        preview,
-        export=lambda folder, info: save_model(folder, pipeline, "teacher", facts | info),
+        teacher.preview,
+        export=lambda folder, info: save_model(folder, teacher.pipeline, "teacher", facts | info),
         record=lambda: setup.record(config, accelerator),
     )
     trainer.fit()
     accelerator.end_training()
+
+
+class NewEDM:
+    """A new EDM network on an image set."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        data = setup.load_data(config.data)
+        self.examples, self.latent_shape = Images(data), tuple(data.pixels.shape[1:])
+        channels, size = self.latent_shape[:2]
+        num_classes = len(data.class_names)
+        shape = {"in_channels": channels, "out_channels": channels, "num_classes": num_classes}
+        self.unet = setup.build_unet(config.network, config.seed, "teacher", size, **shape)
+        scheduler = EDMScheduler(
+            sigma_data=config.sigma_data,
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            num_inference_steps=config.sampling_steps,
+        )
+        self.pipeline = EDMPipeline(self.unet, scheduler)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.denoiser = self.pipeline.denoiser().train()
+        self.null_condition = {"class_labels": torch.tensor(num_classes)}
+        self.facts = {"image_size": size, "class_names": list(data.class_names)}
+
+    def preview(self, path: Path) -> None:
+        self.unet.eval()
+        setup.write_preview(self.pipeline, path, self.config.num_samples, self.config.seed)
+        self.unet.train()
+
+
+class FurtherStableDiffusion:
+    """The network of a Stable Diffusion pipeline, all of its weights, on encoded images and captions."""
+
+    def __init__(self, config: TeacherConfig, accelerator: Accelerator) -> None:
+        self.config, self.device = config, accelerator.device
+        folder = Path(config.data.cache or f"{config.output_dir}/cache")
+        encoded = Encoded(config.pipeline, config.data, folder, accelerator, torch.float32, seed=config.seed)
+        self.examples, self.latent_shape, self.null_condition = encoded.examples, encoded.shape, encoded.null
+        self.pipeline = stable_diffusion.load_pipeline(config.pipeline)
+        unet = self.pipeline.unet.requires_grad_(True).train()
+        self.denoiser = stable_diffusion.denoiser(self.pipeline, Whole(unet))
+        self.prompts = encoded.prompts[: config.num_samples]
+        self.facts = {"image_size": encoded.image_size, "base_model": config.pipeline}
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        self.pipeline.to(self.device).unet.eval()
+        generator = torch.Generator().manual_seed(self.config.seed)
+        drawn = self.pipeline(self.prompts, num_inference_steps=25, generator=generator, output_type="pt").images
+        self.pipeline.unet.train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(drawn.float(), path, nrow=max(1, round(len(drawn) ** 0.5)))
 
 
 if __name__ == "__main__":

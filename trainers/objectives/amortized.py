@@ -7,7 +7,8 @@ The pool {z_j} holds z_0, which made x_t, and others: with num_samples = 0 the o
 prior, v_j = N(x_t; alpha g(z_j), sigma^2), at the cost of no network call; with K > 0 proposals of q, v_j as in resampled.py. z_0
 is a draw of p(z | x_t), so picking from the pool in proportion to v is again one (importance.resampling_move), and the target is
 *exactly* unbiased for E[g(z) | x_t] whatever the pool: a Rao-Blackwellised g(z_0), of lower variance where more than z_0 counts.
-z_0 may stay in, as a regression on x_t cannot follow it. With a pool of z_0 alone this is Diff-Instruct's fake score.
+z_0 may stay in, as a regression on x_t cannot follow it. With a pool of z_0 alone (pool="own") this is Diff-Instruct's fake
+score; that is what is left in thousands of dimensions, and it saves the calls that several micro-batches make for a common pool.
 
 Posterior (bound and regression) and student learn jointly on one batch. Each student sample is noised `noise_draws` times, at
 stratified levels; both learn from the first copy, from the others the student alone: a sample costs three calls of its network,
@@ -39,15 +40,20 @@ class Pool(NamedTuple):
 
 
 class AmortizedScore(VarDiU):
-    def __init__(self, *args: Any, regression_weight: float = 80.0, noise_draws: int = 2, **options: Any) -> None:
-        self.regression_weight, self.noise_draws = regression_weight, noise_draws
+    def __init__(
+        self, *args: Any, regression_weight: float = 80.0, noise_draws: int = 2, pool: str = "batch", **options: Any
+    ) -> None:
+        self.regression_weight, self.noise_draws, self.pool = regression_weight, noise_draws, pool
         super().__init__(*args, antithetic=False, **options)
 
     def posterior_phase(self, repeats: int) -> Phase:
-        return dataclasses.replace(super().posterior_phase(repeats), prepare=None if self.num_samples else self.prepare)
+        return self.with_pool(super().posterior_phase(repeats))
 
     def joint_phase(self) -> Phase:
-        return dataclasses.replace(super().joint_phase(), prepare=None if self.num_samples else self.prepare)
+        return self.with_pool(super().joint_phase())
+
+    def with_pool(self, phase: Phase) -> Phase:
+        return dataclasses.replace(phase, prepare=self.prepare if self.pool == "batch" and not self.num_samples else None)
 
     def prepare(self, draws: Sequence[Draw], gather: Callable[[Tensor], Tensor]) -> list[Pool]:
         """The pool is the whole batch, however many processes and micro-batches it is spread over."""
@@ -103,7 +109,9 @@ class AmortizedScore(VarDiU):
             x0_hat, features = self.read_teacher(n.x_t, n.level, n.condition)
         q = self.posterior(n.x_t, n.level, n.condition, features, z=n.z[:, None], noise=noise)
         with torch.no_grad():
-            if noise is None:
+            if self.pool == "own" and noise is None:
+                target, ess = n.x0, n.x0.new_ones(len(n.x0))
+            elif noise is None:
                 target, ess = batch_mean(n.x_t, n.level, n.condition, pool)
             else:
                 x0_k = torch.cat([n.x0[:, None], self.students(q.z, n.condition)], 1)
@@ -115,7 +123,9 @@ class AmortizedScore(VarDiU):
         loss = self.regression_weight * n.x0[0].numel() * error - q.log_q[:, 0]
         gradient = self.student_gradient(n, q.x0_mean.detach(), x0_hat)
         metrics = {"information": self.information(q.log_q[:, 0], n.z), "regression_error": error.detach().mean()}
-        return loss, metrics | self.statistics.metrics(n.level.t, ess), gradient
+        if self.pool == "batch" or self.num_samples:
+            metrics |= self.statistics.metrics(n.level.t, ess)
+        return loss, metrics, gradient
 
 
 def halves(b: int) -> list[slice]:

@@ -2,16 +2,20 @@
 
     grad_theta = E w(t) (s_fake(x_t) - s_teacher(x_t)) . d x_t / d theta,   x_t = alpha g(z) + sigma eps
 
-The baseline of both VarDiU and VarFlow. Two phases a step: the fake score (denoising, `fake_updates` times), the student.
+The baseline of both VarDiU and VarFlow. Two phases a step: the fake score (denoising, `fake_updates` times), the student. With
+`joint` they learn from the same noised samples in one phase (after fake_updates - 1 of the fake score alone), which takes one
+call of the student and one of the fake score less.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
-from pipelines.noise import add_noise, score, weight
+from pipelines.noise import Level, add_noise, score, weight
 
 from .base import (
     Draw,
@@ -42,6 +46,7 @@ class DiffInstruct:
         fake_weighting: str = "edm",
         fake_updates: int = 1,
         warmup_updates: int = 0,
+        joint: bool = False,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"student": student, "fake_score": fake_score}
         self.state: dict[str, Tensor] = {}
@@ -49,8 +54,10 @@ class DiffInstruct:
         self.student, self.teacher, self.fake_score = student, teacher, fake_score
         self.levels, self.fake_levels = levels, fake_levels
         self.weighting, self.fake_weighting = weighting, fake_weighting
-        fake = Phase("fake_score", ("fake_score",), self.fake_score_loss, fake_updates)
-        self.phases = (fake, Phase("student", ("student",), self.student_loss))
+        fake = Phase("fake_score", ("fake_score",), self.fake_score_loss, fake_updates - joint)
+        both = Phase("joint", ("student", "fake_score"), self.joint_loss)
+        student = both if joint else Phase("student", ("student",), self.student_loss)
+        self.phases = (fake, student) if fake.repeats else (student,)
         self.warmup = (Phase("fake_score", ("fake_score",), self.fake_score_loss, warmup_updates),)
 
     def fake_score_loss(self, draw: Draw, context: None = None) -> LossTerms:
@@ -58,17 +65,31 @@ class DiffInstruct:
             x0 = self.student(draw.z, draw.condition)
         level = sample_level(draw.u, self.fake_levels, draw.progress, self.teacher.schedule)
         x0_hat = self.fake_score(add_noise(x0, draw.eps, level), level, draw.condition)
-        w = weight(self.fake_weighting, level, x0, x0_hat, self.teacher.sigma_data)
-        return LossTerms(denoising_loss(x0_hat, x0, w), {})
+        return LossTerms(self.fake_loss(x0_hat, x0, level), {})
+
+    def fake_loss(self, x0_hat: Tensor, x0: Tensor, level: Level) -> Tensor:
+        return denoising_loss(x0_hat, x0, weight(self.fake_weighting, level, x0, x0_hat, self.teacher.sigma_data))
+
+    def joint_loss(self, draw: Draw, context: None = None) -> Iterator[LossTerms]:
+        """Both at the student's levels; the student follows the fake score as it was before this update."""
+        x0 = self.student(draw.z, draw.condition)
+        level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
+        x_t = add_noise(x0, draw.eps, level)
+        x0_fake = self.fake_score(x_t.detach(), level, draw.condition)
+        yield LossTerms(self.fake_loss(x0_fake, x0.detach(), level), {})
+        yield self.follow(draw, x0, x_t, level, x0_fake.detach())
 
     def student_loss(self, draw: Draw, context: None = None) -> LossTerms:
         x0 = self.student(draw.z, draw.condition)
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
         x_t = add_noise(x0, draw.eps, level)
-        x0_teacher, s_teacher = teacher_score(self.teacher, x_t, level, draw.condition)
         with torch.no_grad():
             x0_fake = self.fake_score(x_t, level, draw.condition)
-            s_fake = score(x0_fake, x_t, level)
+        return self.follow(draw, x0, x_t, level, x0_fake)
+
+    def follow(self, draw: Draw, x0: Tensor, x_t: Tensor, level: Level, x0_fake: Tensor) -> LossTerms:
+        x0_teacher, s_teacher = teacher_score(self.teacher, x_t, level, draw.condition)
+        s_fake = score(x0_fake, x_t.detach(), level)
         w = weight(self.weighting, level, x0, x0_teacher, self.teacher.sigma_data)
         loss = score_difference_loss(x_t, s_fake, s_teacher, w)
         return LossTerms(loss, {"x0_gap": (x0_fake - x0_teacher).square().mean().sqrt(), "x0_std": x0.std()})

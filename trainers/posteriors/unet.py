@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from pipelines.denoiser import Condition
+from pipelines.denoiser import Condition, Parameterization, read_out
 from pipelines.edm import EDMDecoder, EDMUNet
 from pipelines.edm.unet import Features
 from pipelines.noise import Level, edm_coefficients
@@ -28,22 +29,35 @@ class PosteriorOutput(NamedTuple):
 
 
 class UNetPosterior(nn.Module):
-    """network: a U-Net of its own, or a decoder of its own on the teacher's encoder, whose features `forward` is then given.
+    """network: what turns x_t into `num_channels` maps (b, num_channels, h, w). One of
 
-    A U-Net sees x_t scaled to unit variance and ln(sigma/alpha)/4, so any schedule fits. The first output channels are the
-    covariance's maps, zero at first, so that q starts as the prior. with_mean: the last c channels are x0_mean in EDM's
-    preconditioning (Karras et al. 2022, Eq. 7); `start_mean` gives them the teacher's last layer, so that it starts there.
+    - an EDMDecoder of its own on the teacher's encoder, whose features `forward` is then given;
+    - an EDMUNet of its own, which sees x_t scaled to unit variance and ln(sigma/alpha)/4, so any schedule fits;
+    - an AdapterHead on the teacher's weights or a diffusers U-Net, which see x_t and the schedule's own t, as the teacher does.
+
+    The first output channels are the covariance's maps, zero at first, so that q starts as the prior. with_mean: the last c
+    channels are x0_mean in the teacher's `parameterization`; `start_mean` gives them the teacher's last layer, so that it
+    starts there.
     """
 
-    def __init__(self, network: EDMUNet | EDMDecoder, covariance: Covariance, sigma_data: float, with_mean: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        covariance: Covariance,
+        sigma_data: float,
+        with_mean: bool = False,
+        parameterization: Parameterization = "edm",
+    ) -> None:
         super().__init__()
         expected = self.num_channels(covariance, with_mean)
-        if network.out_channels != expected:
+        out_channels = network.config.out_channels if isinstance(network, ModelMixin) else network.out_channels
+        if out_channels != expected:
             raise ValueError(
                 f"a posterior with {type(covariance).__name__} covariance and with_mean={with_mean} over {covariance.shape[0]} "
-                f"channels needs a network with out_channels={expected}, not {network.out_channels}"
+                f"channels needs a network with out_channels={expected}, not {out_channels}"
             )
         self.network, self.covariance, self.sigma_data = network, covariance, sigma_data
+        self.parameterization = parameterization
         self.num_means = expected - covariance.num_maps
         self.on_teacher_features = isinstance(network, EDMDecoder)
 
@@ -69,14 +83,22 @@ class UNetPosterior(nn.Module):
         noise: Tensor | None = None,
     ) -> PosteriorOutput:
         """log q of z (b, k, c, h, w), and samples made from standard normal noise (b, K, c, h, w), in one network call."""
-        c_in, c_skip, c_out = edm_coefficients(level, self.sigma_data)
-        if self.on_teacher_features:
-            maps = self.network(features)
-        else:
-            maps = self.network(c_in * x_t, (level.sigma / level.alpha).log().flatten() / 4, **(condition or {})).sample
+        maps = self._maps(x_t, level, condition or {}, features)
         maps, mean = maps.split([self.covariance.num_maps, self.num_means], dim=1)
         density: Density = self.covariance(maps)
         log_q = density.log_prob(z) if z is not None else None
         sample, log_q_z = density.sample(noise) if noise is not None else (None, None)
-        x0_mean = c_skip * x_t + c_out * mean.to(c_out.dtype) if self.num_means else None
+        x0_mean = None
+        if self.num_means:
+            mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+            x0_mean = read_out(mean, x_t, level, self.parameterization, self.sigma_data)
         return PosteriorOutput(log_q, sample, log_q_z, x0_mean)
+
+    def _maps(self, x_t: Tensor, level: Level, condition: dict[str, Tensor], features: Features | None) -> Tensor:
+        if self.on_teacher_features:
+            return self.network(features)
+        if isinstance(self.network, EDMUNet):
+            c_in, _, _ = edm_coefficients(level, self.sigma_data)
+            return self.network(c_in * x_t, (level.sigma / level.alpha).log().flatten() / 4, **condition).sample
+        out = self.network(x_t, level.t, **condition)
+        return getattr(out, "sample", out)

@@ -1,0 +1,186 @@
+"""One frozen network, many roles: adapters off it is the teacher; "student" and "aux" are LoRA adapters on the same weights.
+
+A role is a network of its own to whoever calls it: its parameters are those of its adapter, and a call runs the shared network
+with that adapter alone. peft's `set_adapter` and `disable_adapters` are not used for switching: they also flip requires_grad, so
+that a backward pass after a switch finds no graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# A condition is flat; SDXL's network wants these two in a dictionary of their own.
+ADDED_CONDITIONS = ("text_embeds", "time_ids")
+
+
+class SharedNetwork:
+    """A frozen diffusers network in eval mode (students and scores are functions of their input: no dropout) and its adapters."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.requires_grad_(False).eval()
+        self.active: str | None = None
+        self._layers: list[BaseTunerLayer] = []
+
+    def add_adapter(self, name: str, config: LoraConfig) -> Role:
+        """A new role, float32 whatever the network's dtype: small updates would be lost in bfloat16. Starts as the teacher.
+
+        ValueError names a target that fits no layer: peft only complains if none of them fits any.
+        """
+        modules = [n for n, _ in self.network.named_modules() if ".lora_" not in n]
+        for target in config.target_modules:
+            # once a layer has an adapter its own weights live in .base_layer
+            if not any(n == target or n.endswith(f".{target}") for n in modules):
+                raise ValueError(
+                    f"lora.targets: {target!r} fits no layer of {type(self.network).__name__}; names are matched from their end, "
+                    f"for example {', '.join(example_layers(self.network))}"
+                )
+        with warnings.catch_warnings():  # a second adapter is what is wanted here
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            self.network.add_adapter(config, name)
+        self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+        for key, parameter in self.network.named_parameters():
+            if f".{name}." in key:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        # adding one adapter makes peft freeze the others
+        for key, parameter in self.network.named_parameters():
+            parameter.requires_grad_(".lora_" in key)
+        self._switch(None)
+        return Role(self, name)
+
+    def teacher(self) -> Role:
+        return Role(self, None)
+
+    @contextmanager
+    def running(self, name: str | None) -> Iterator[nn.Module]:
+        """The network with this adapter alone, or none; afterwards the one that was active before."""
+        before = self.active
+        self._switch(name)
+        try:
+            yield self.network
+        finally:
+            self._switch(before)
+
+    def checkpointed(self, module: nn.Module, *args: Any) -> Any:
+        """A block recomputed in backward, under the adapter that it ran with: by then another one may be active."""
+        name = self.active
+
+        def run(*args: Any) -> Any:
+            with self.running(name):
+                return module(*args)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    def _switch(self, name: str | None) -> None:
+        self.active = name
+        for layer in self._layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+
+
+def call(network: nn.Module, sample: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    """sample (b, c, h, w), timestep (b,), a flat condition -> the network's output (b, c', h, w); all floats in its dtype."""
+    dtype = network.dtype
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in condition.items()}
+    added = {k: cast.pop(k) for k in ADDED_CONDITIONS if k in cast}
+    return network(sample.to(dtype), timestep, **cast, **({"added_cond_kwargs": added} if added else {})).sample
+
+
+class Whole(nn.Module):
+    """A diffusers network all of whose weights are this module's: network(sample, timestep, **condition)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        return call(self.network, sample, timestep, condition)
+
+
+class Role(nn.Module):
+    """network(sample, timestep, **condition) under one adapter; `name` None is the teacher, which has no parameters here.
+
+    Moves the shared network when it is moved.
+    """
+
+    def __init__(self, shared: SharedNetwork, name: str | None) -> None:
+        super().__init__()
+        self._shared = (shared,)  # in a tuple, so that the network's weights are not counted as this module's
+        self.name = name
+        if name is not None:
+            own = {k: p for k, p in shared.network.named_parameters() if f".{name}." in k}
+            self.adapter = parameter_tree({k.replace(f".{name}.", "."): p for k, p in own.items()})
+
+    @property
+    def shared(self) -> SharedNetwork:
+        return self._shared[0]
+
+    def forward(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        with self.shared.running(self.name) as network:
+            return call(network, sample, timestep, condition)
+
+    def features(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        """What the network's last convolution reads, (b, channels, h, w)."""
+        seen: list[Tensor] = []
+        handle = self.shared.network.conv_out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            self(sample, timestep, **condition)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.shared.network.enable_gradient_checkpointing(self.shared.checkpointed)
+
+    def _apply(self, fn, recurse: bool = True):
+        self.shared.network._apply(fn, recurse)  # the adapter's parameters are the same objects
+        return self
+
+
+class AdapterHead(nn.Module):
+    """A role with a last convolution of its own in place of the network's: (b, out_channels, h, w) in float32, zero at first."""
+
+    def __init__(self, role: Role, out_channels: int) -> None:
+        super().__init__()
+        self.role, self.out_channels = role, out_channels
+        last = last_layer(role.shared.network)
+        self.conv_out = nn.Conv2d(last.in_channels, out_channels, last.kernel_size, padding=last.padding)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        return self.conv_out(self.role.features(sample, timestep, **condition).to(self.conv_out.weight.dtype))
+
+
+def last_layer(network: nn.Module) -> nn.Conv2d:
+    """The network's own last convolution, also where an adapter sits on it."""
+    return getattr(network.conv_out, "base_layer", network.conv_out)
+
+
+def parameter_tree(parameters: Mapping[str, Tensor]) -> nn.Module:
+    """Nested modules that hold these parameters under their dotted names."""
+    root = nn.Module()
+    for key, parameter in parameters.items():
+        *path, last = key.split(".")
+        node = root
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, nn.Module())
+            node = node._modules[part]
+        node.register_parameter(last, parameter)
+    return root
+
+
+def example_layers(network: nn.Module) -> list[str]:
+    """Distinct endings of names of layers that LoRA can adapt."""
+    endings = {n.split(".")[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    return sorted(e for e in endings if not e.isdigit() and e != "base_layer")[:8]

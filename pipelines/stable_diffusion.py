@@ -1,0 +1,219 @@
+"""Stable Diffusion teachers (SD1.x, SD2.x, SDXL): loaded with checks, their text and images as tensors, their one-step scheduler.
+
+Conditions are dicts of tensors with the batch first, as everywhere: `encoder_hidden_states` (b, l, d), and for SDXL `text_embeds`
+(b, d') and `time_ids` (b, 6) = (original height, width, crop top, left, target height, width).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .denoiser import Condition, Denoiser
+from .noise import VPSchedule, to_x0, widen
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+CONDITIONING = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+# never needed to distil; a safety checker would blacken images of an untrained student
+UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+
+
+def read_index(source: str) -> dict[str, Any]:
+    """model_index.json of a pipeline folder or hub id. ValueError or FileNotFoundError say what is wrong with the source."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"{source!r} is not a diffusers pipeline folder: it has no model_index.json")
+        try:
+            return json.loads((folder / "model_index.json").read_text())
+        except ValueError as error:
+            raise ValueError(f"{str(folder / 'model_index.json')!r} is not valid JSON ({error}); copy it again") from error
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"no such folder {source!r}, and a hub id looks like owner/name")
+    try:
+        return DiffusionPipeline.load_config(source)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source!r} is no folder here, and the hub could not be asked for it: {str(error).splitlines()[0]} "
+            "Check the name and the connection (HF_HUB_OFFLINE must be unset), or give the path of a downloaded pipeline folder"
+        ) from error
+
+
+def load_pipeline(
+    source: str, dtype: torch.dtype = torch.float32, without: Iterable[str] = (), variant: str | None = None
+) -> DiffusionPipeline:
+    """The stock pipeline of a folder or hub id, safetensors only, in eval mode and without gradients.
+
+    without: components to leave out (None in the pipeline), e.g. "vae". ValueError names a family or configuration that cannot be
+    a teacher, a damaged file, or a tokenizer whose files are missing.
+    """
+    index = read_index(source)
+    if index.get("_class_name") not in FAMILIES:
+        raise ValueError(
+            f"{source!r} holds a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)} (or an EDMPipeline)"
+        )
+    left_out = {k: None for k in without if k in index}
+    if Path(source).is_dir():
+        check_weights(Path(source), [k for k, v in index.items() if isinstance(v, list) and k not in (*left_out, *UNUSED)])
+    options = {k: None for k in UNUSED if k in index} | left_out
+    if "requires_safety_checker" in index:
+        options["requires_safety_checker"] = False
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **options)
+    except OSError as error:
+        raise FileNotFoundError(f"{source!r} cannot be loaded: {error}") from error
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+        if tokenizer is not None and encoder is not None and not 3 <= len(tokenizer) <= encoder.config.vocab_size:
+            raise ValueError(
+                f"{source!r}: {name} knows {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}; "
+                f"files of {name}/ are missing or of another model; copy that folder again"
+            )
+    check_scheduler_config(pipe.scheduler, source)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_weights(folder: Path, components: Iterable[str]) -> None:
+    """Every component's safetensors can be read; those that should have weights have some in safetensors."""
+    for component in components:
+        files = sorted((folder / component).glob("*.safetensors"))
+        pickles = [f for f in (folder / component).glob("*") if f.suffix in (".bin", ".pt", ".ckpt", ".pth")]
+        if pickles and not files:
+            raise FileNotFoundError(
+                f"{str(folder / component)!r} has its weights as a pickle only ({pickles[0].name}), which could run any code; "
+                "load and save the pipeline once with safetensors"
+            )
+        for file in files:
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{str(file)!r} is damaged ({error}); copy or download it again") from error
+
+
+def check_scheduler_config(scheduler: Any, source: str) -> None:
+    """The noise schedule must be one of the VP family whose last level can be read out."""
+    config = scheduler.config
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"{source!r}: its scheduler is {type(scheduler).__name__}, which has no alphas_cumprod")
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"{source!r}: prediction_type {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
+    if float(scheduler.alphas_cumprod[-1]) == 0 and prediction_type == "epsilon":
+        raise ValueError(
+            f"{source!r}: rescale_betas_zero_snr leaves no signal at the last timestep, where noise prediction says nothing of "
+            "x0; a one-step student needs a v_prediction teacher there, or a schedule without that rescaling"
+        )
+
+
+def denoiser(pipe: DiffusionPipeline, network: nn.Module, guidance_scale: float = 1.0, null: Condition = None) -> Denoiser:
+    """`network` (the pipeline's, or a role of it) read out by the pipeline's schedule. Latents are scaled to variance 1."""
+    schedule = VPSchedule(pipe.scheduler.alphas_cumprod.clone())
+    return Denoiser(network, schedule, prediction_type_of(pipe.scheduler), 1.0, guidance_scale, null)
+
+
+def prediction_type_of(scheduler: Any) -> str:
+    return scheduler.config.get("prediction_type", "epsilon")
+
+
+# Text ------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str], size: tuple[int, int], device: torch.device) -> Condition:
+    """The condition of each prompt, without guidance; SDXL's time_ids are those of an uncropped image of `size` (h, w)."""
+    if FAMILIES[type(pipe).__name__] == "sd":
+        embeds, _ = pipe.encode_prompt(list(prompts), device, 1, False)
+        return {"encoder_hidden_states": embeds}
+    embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), None, device, 1, False)
+    ids = time_ids([(*size, 0, 0)] * len(prompts), size).to(device)
+    return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": ids}
+
+
+@torch.no_grad()
+def null_condition(pipe: DiffusionPipeline, negative_prompt: str | None, device: torch.device) -> Condition:
+    """What guidance leads away from, unbatched. None means what stock pipelines take it to mean: the empty prompt, or zeros where
+    an SDXL pipeline says force_zeros_for_empty_prompt. It has no time_ids: those are the condition's own.
+    """
+    condition = encode_prompts(pipe, [negative_prompt or ""], (0, 0), device)
+    condition.pop("time_ids", None)
+    if negative_prompt is None and pipe.config.get("force_zeros_for_empty_prompt", False):
+        condition = {k: torch.zeros_like(v) for k, v in condition.items()}
+    return {k: v[0] for k, v in condition.items()}
+
+
+def time_ids(original_and_crop: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> Tensor:
+    """(height, width, top, left) of each image before it became one of `size` -> SDXL's micro-conditioning (b, 6)."""
+    return torch.tensor([(*row, *size) for row in original_and_crop], dtype=torch.float32)
+
+
+def overlong(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
+    """Rows of prompts with more tokens than the tokenizer keeps (77 with both ends)."""
+    tokens = pipe.tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids
+    return [i for i, ids in enumerate(tokens) if len(ids) > pipe.tokenizer.model_max_length]
+
+
+# Images ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_images(vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+    """images (b, 3, H, W) in [-1, 1], noise (b, c, h, w) -> latents (b, c, h, w): a draw of its Gaussian, variance 1."""
+    gaussian = vae.encode(images.to(vae.dtype)).latent_dist
+    latents = gaussian.mean.float() + gaussian.std.float() * noise
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """latents (b, c, h, w) -> images (b, 3, H, W) in [-1, 1], float32."""
+    unscaled = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    return vae.decode(unscaled.to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+# One step in a stock pipeline --------------------------------------------------------------------------------------------
+
+
+def one_step_scheduler(scheduler: Any) -> LCMScheduler:
+    """The teacher's noise schedule behind the stock scheduler whose single step returns x0 itself, at t = T - 1 by default."""
+    config = dict(scheduler.config) | {"clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
+    return LCMScheduler.from_config(config)
+
+
+def one_step_error(scheduler: Any, denoiser: Denoiser, readout_t: int) -> float:
+    """How far one step of a scheduler is from x0 of the network's output at readout_t, relative to x0; 0 for a fitting one.
+
+    Runs the scheduler as a stock pipeline does at num_inference_steps=1 on random numbers, network output included.
+    """
+    generator = torch.Generator().manual_seed(0)
+    z, out = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    level = denoiser.schedule.level(torch.tensor([readout_t]))
+    level = type(level)(widen(level.alpha.double().flatten()), widen(level.sigma.double().flatten()), level.t)
+    expected = to_x0(out, z, level, denoiser.parameterization)
+    probe = type(scheduler).from_config(scheduler.config)
+    try:
+        probe.set_timesteps(1)
+        if [int(t) for t in probe.timesteps] != [readout_t]:
+            return float("inf")
+        t, sample = probe.timesteps[0], z * probe.init_noise_sigma
+        seen = probe.scale_model_input(sample, t)
+        got = probe.step(out, t, sample, return_dict=False)[0]
+    except (ValueError, TypeError, IndexError):
+        return float("inf")
+    return float(max((seen - z).abs().max(), (got - expected).abs().max() / expected.abs().max()))

@@ -1,0 +1,76 @@
+"""What a draw takes its data and conditions from: rows of an image set, class labels, or encoded prompts and latents."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipelines.denoiser import Condition
+from pipelines.images import ImageSet, to_unit
+
+
+class Examples(Protocol):
+    """has_x0: whether rows come with data, or with conditions only."""
+
+    has_x0: bool
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor) -> tuple[Tensor | None, Condition]:
+        """index (b,) -> x0 (b, c, h, w) float32 or None, and the condition of each or None."""
+
+
+class Images:
+    """Images in [-1, 1], with their labels as condition where they have any."""
+
+    has_x0 = True
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Condition]:
+        labels = self.images.labels
+        return to_unit(self.images.pixels[index]), None if labels is None else {"class_labels": labels[index]}
+
+
+class Labels:
+    """No data, every class equally often."""
+
+    has_x0 = False
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return self.num_classes
+
+    def rows(self, index: Tensor) -> tuple[None, Condition]:
+        return None, {"class_labels": index}
+
+
+class Tensors:
+    """Encoded prompts (and latents, where there are any) that are held in memory, key -> (n, ...)."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.condition = {k: v for k, v in tensors.items() if k != "latents"}
+        self.latents = tensors.get("latents")
+        self.has_x0 = self.latents is not None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.condition.values())))
+
+    def rows(self, index: Tensor) -> tuple[Tensor | None, Condition]:
+        latents = None if self.latents is None else self.latents[index].float()
+        return latents, {k: v[index] for k, v in self.condition.items()}
+
+
+def without(condition: Condition, null: Condition, rows: Tensor) -> Condition:
+    """The condition with `rows` (b,) bool replaced by the null condition; keys that it does not have stay."""
+    return {
+        k: torch.where(rows.view(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) if k in null else v for k, v in condition.items()
+    }

@@ -1,0 +1,120 @@
+"""EDM teachers: pixel-space networks whose students, fake scores and posteriors are copies, or decoders on the frozen encoder."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.edm import EDMDecoder, EDMPipeline, EDMScheduler
+from pipelines.images import ImageSet
+from pipelines.students import save_model
+
+from . import setup
+from .config import DistillConfig, Network
+from .data import Images, Labels
+from .draws import derive_seed
+from .models import refuse
+from .posteriors import COVARIANCES, UNetPosterior
+from .teachers import load_edm_teacher
+
+
+class EDMModels:
+    """See models.Models."""
+
+    facts: dict[str, Any]
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.config = config
+        check(config)
+        pipeline = load_edm_teacher(config.teacher.path)
+        self.teacher = pipeline.denoiser(config.teacher.guidance_scale).eval()
+        shape = pipeline.unet.config
+        self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
+        self.num_classes = shape.num_classes or 0
+        data = setup.load_data(config.data) if config.data else None
+        self._check_data(data)
+        if data is not None and config.objective.name == "varflow":
+            self.examples = Images(data)
+        else:
+            self.examples = Labels(self.num_classes) if self.num_classes else None
+        sigma_init = 2.5 if config.student.sigma_init is None else config.student.sigma_init
+        # The student runs without dropout: g(z) has to be one function of z for its posterior and its score to mean anything.
+        unet = copy.deepcopy(pipeline.unet).eval().requires_grad_(True)
+        scheduler = EDMScheduler.from_config(
+            pipeline.scheduler.config, sigma_max=sigma_init, sampler="renoise", num_inference_steps=1
+        )
+        self.pipeline = EDMPipeline(unet, scheduler)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.student = OneStepGenerator(self.pipeline.denoiser(), sigma_init, config.student.image_range is not False)
+        self.facts = {"family": "edm", "readout_sigma": sigma_init}
+
+    def _check_data(self, data: ImageSet | None) -> None:
+        """The data must be what the teacher makes: same channels, resolution and classes."""
+        if data is None:
+            return
+        if tuple(data.pixels.shape[1:]) != self.latent_shape:
+            raise ValueError(
+                f"data: images are {tuple(data.pixels.shape[1:])} (channels, height, width), the teacher "
+                f"{self.config.teacher.path!r} makes {self.latent_shape}; set data.image_size={self.latent_shape[1]} and "
+                f"data.channels={self.latent_shape[0]}, or another teacher"
+            )
+        if self.config.objective.name == "varflow" and self.num_classes != len(data.class_names):
+            raise ValueError(
+                f"data: {len(data.class_names)} classes, the teacher has {self.num_classes}; "
+                "give labels for a class-conditional teacher and none for an unconditional one"
+            )
+
+    def fake_score(self) -> Denoiser:
+        network = copy.deepcopy(self.teacher.network).train().requires_grad_(True)
+        return Denoiser(network, self.teacher.schedule, "edm", self.teacher.sigma_data)
+
+    def posterior(self, with_mean: bool) -> UNetPosterior:
+        p, unet, shape = self.config.objective.posterior, self.teacher.network, self.teacher.network.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "init", "covariance"))
+            covariance = COVARIANCES[p.covariance](self.latent_shape, **p.covariance_options())
+        out_channels = UNetPosterior.num_channels(covariance, with_mean)
+        if p.network == "shared":
+            network = EDMDecoder(unet, out_channels)
+        else:
+            network = setup.build_unet(
+                Network(**{k: shape[k] for k in Network.model_fields}) if p.network == "copy" else p.network,
+                self.config.seed,
+                "posterior",
+                shape.sample_size,
+                in_channels=shape.in_channels,
+                out_channels=out_channels,
+                num_classes=shape.num_classes,
+            )
+            if p.network == "copy":
+                started = {k: v for k, v in unet.state_dict().items() if not k.startswith("conv_out.")}
+                network.load_state_dict(started, strict=False)
+        posterior = UNetPosterior(network, covariance, self.teacher.sigma_data, with_mean)
+        if with_mean and p.network in ("shared", "copy"):
+            posterior.start_mean(unet.conv_out)
+        return posterior
+
+    def preview(self, path: Path) -> None:
+        setup.write_preview(self.pipeline, path, self.config.num_samples, self.config.seed)
+
+    def export(self, folder: Path, info: dict[str, Any]) -> None:
+        save_model(folder, self.pipeline, "student", info)
+
+
+def check(config: DistillConfig) -> None:
+    """Settings that only Stable Diffusion has are refused, before anything is loaded."""
+    t, s, o = config.teacher, config.student, config.objective
+    settings = {
+        "teacher.negative_prompt": t.negative_prompt,
+        "teacher.variant": t.variant,
+        "teacher.dtype": None if t.dtype == "float32" else t.dtype,
+        "student.readout_t": s.readout_t,
+        "student.lora": s.lora,
+        "objective.fake_score.lora": o.fake_score.lora if o.name == "diff_instruct" else None,
+        "objective.posterior.network=adapter": (o.name == "vardiu" and o.posterior.network == "adapter") or None,
+    }
+    refuse("an EDM teacher", settings)

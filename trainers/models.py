@@ -1,0 +1,41 @@
+"""What a family of teachers (EDM, Stable Diffusion) gives to the distillation command: networks, rows to draw, ways to save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.denoiser import Denoiser, OneStepGenerator
+
+from .data import Examples
+from .posteriors import UNetPosterior
+
+
+class Models(Protocol):
+    """latent_shape (c, h, w) of z and x0; num_classes of a class-conditional teacher, else 0."""
+
+    teacher: Denoiser
+    student: OneStepGenerator
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    examples: Examples | None
+    facts: dict[str, Any]
+
+    def fake_score(self) -> Denoiser:
+        """A score network that starts as the teacher."""
+
+    def posterior(self, with_mean: bool) -> UNetPosterior:
+        """A posterior that starts as the prior, its mean, where it has one, as the teacher if it is made from its weights."""
+
+    def preview(self, path: Path) -> None:
+        """A grid of images from fixed noise."""
+
+    def export(self, folder: Path, info: dict[str, Any]) -> None:
+        """The student as users load it."""
+
+
+def refuse(family: str, settings: dict[str, Any]) -> None:
+    """ValueError for settings, by their key, that are given (not None) and would be ignored."""
+    for key, value in settings.items():
+        if value is not None:
+            raise ValueError(f"{key} has no effect for {family}; remove it")

@@ -1,0 +1,152 @@
+"""Encoded text-to-image data: safetensors shards of conditions and latents, with an identity that refuses what does not fit.
+
+    cache/identity.json                 written first: weights, sizes and rows that the shards are made from
+    cache/shard_00000.safetensors       key -> (rows of the shard, ...); written whole or not at all
+    cache/cache.json                    written last: the number of rows; a cache without it is not finished
+
+`accelerate launch -m trainers.cache --config X.yaml` builds the one that a configuration needs, over all processes; started
+again, it goes on where it was stopped. The training commands build it themselves if it is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipelines.denoiser import Condition
+
+from .setup import write_text
+
+SHARD_ROWS = 256
+# (row numbers) -> tensors of these rows: the condition's keys, and "latents" where there are images
+Encode = Callable[[range], dict[str, Tensor]]
+
+
+class CacheError(ValueError):
+    """A cache that is not of this configuration, or is damaged, and what to do about it."""
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard_{shard:05d}.safetensors"
+
+
+def build(
+    folder: Path,
+    identity: dict[str, Any],
+    num_rows: int,
+    encode: Encode,
+    accelerator: Accelerator,
+    batch_size: int = 16,
+    shard_rows: int = SHARD_ROWS,
+) -> None:
+    """Make the shards that are missing, each process its own. CacheError if the folder holds a cache of something else."""
+    check_identity(folder, identity)
+    if (folder / "cache.json").is_file():
+        return
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "identity.json", json.dumps(identity, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    shards = range(-(-num_rows // shard_rows))
+    mine = shards[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(total=num_rows, desc="encoding", unit="row", disable=not accelerator.is_main_process)
+    for shard in mine:
+        rows = range(shard * shard_rows, min((shard + 1) * shard_rows, num_rows))
+        if not is_complete(shard_file(folder, shard), len(rows)):
+            parts = []
+            for start in range(rows.start, rows.stop, batch_size):
+                encoded = encode(range(start, min(start + batch_size, rows.stop)))
+                parts.append({k: v.detach().cpu() for k, v in encoded.items()})
+                bar.update(len(next(iter(encoded.values()))) * accelerator.num_processes)
+            partial = folder / f".partial_{shard}"
+            save_file({k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}, partial)
+            os.replace(partial, shard_file(folder, shard))
+        else:
+            bar.update(len(rows) * accelerator.num_processes)
+    bar.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_text(folder / "cache.json", json.dumps({"rows": num_rows, "shard_rows": shard_rows}) + "\n")
+    accelerator.wait_for_everyone()
+
+
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    file = folder / "identity.json"
+    if not file.is_file():
+        if folder.is_dir() and any(folder.glob("shard_*")):
+            raise CacheError(f"cache {str(folder)!r} has no identity.json; remove it or name another folder in data.cache")
+        return
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise CacheError(f"{str(file)!r} is not valid JSON ({error}); remove the cache {str(folder)!r}") from error
+    different = [k for k in sorted(identity.keys() | found.keys()) if identity.get(k) != found.get(k)]
+    if different:
+        faults = "; ".join(f"{k} is {_short(found.get(k))}, needed {_short(identity.get(k))}" for k in different)
+        raise CacheError(f"cache {str(folder)!r} is of other data or another model: {faults}. Name another folder in data.cache")
+
+
+def is_complete(file: Path, rows: int) -> bool:
+    """A shard is written by one rename, so one that can be opened is whole; CacheError for one that cannot."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return all(shard.get_slice(key).get_shape()[0] == rows for key in shard.keys())
+    except SafetensorError as error:
+        raise CacheError(f"cache file {str(file)!r} is damaged ({error}); remove it, and it will be made again") from error
+
+
+class Cached:
+    """Rows of a finished cache, read from disk as they are drawn. See data.Examples."""
+
+    def __init__(self, folder: Path) -> None:
+        facts = json.loads((folder / "cache.json").read_text())
+        self.num_rows, self.shard_rows = facts["rows"], facts["shard_rows"]
+        self.shards = []
+        for shard in range(-(-self.num_rows // self.shard_rows)):
+            file = shard_file(folder, shard)
+            rows = min(self.shard_rows, self.num_rows - shard * self.shard_rows)
+            if not is_complete(file, rows):
+                raise CacheError(f"cache file {str(file)!r} is missing or short; remove {folder / 'cache.json'} to make it again")
+            self.shards.append(safe_open(file, framework="pt"))
+        self.keys = [k for k in self.shards[0].keys() if k != "latents"]
+        self.has_x0 = "latents" in self.shards[0].keys()
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def rows(self, index: Tensor) -> tuple[Tensor | None, Condition]:
+        condition = {key: self._read(key, index) for key in self.keys}
+        return (self._read("latents", index).float() if self.has_x0 else None), condition
+
+    def _read(self, key: str, index: Tensor) -> Tensor:
+        places = [divmod(i, self.shard_rows) for i in index.tolist()]
+        return torch.cat([self.shards[shard].get_slice(key)[row : row + 1] for shard, row in places])
+
+
+def weights_sha256(modules: dict[str, nn.Module | None]) -> str:
+    """Of the weights of several networks, by name, dtype and value."""
+    digest = hashlib.sha256()
+    for name, module in sorted(modules.items()):
+        for key, value in sorted(module.state_dict().items()) if module is not None else ():
+            digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:16]}..."

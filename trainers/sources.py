@@ -1,0 +1,146 @@
+"""Rows of text-to-image data before they are encoded: a prompt each and, for captioned data, an image."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.images import to_unit
+
+from .config_data import Captions, Prompts, TeacherSamples
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """pixels (3, size, size) in [-1, 1]; where it was cut from: (height, width of the resized image, top, left)."""
+
+    pixels: Tensor
+    original_and_crop: tuple[int, int, int, int]
+
+
+class PromptRows:
+    """prompts: one a row; identity: what must be the same for an encoded copy to be of these rows."""
+
+    def __init__(self, prompts: list[str], source: str) -> None:
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f"{source}: prompt {i + 1} of {len(prompts)} is empty; remove it")
+        if not prompts:
+            raise ValueError(f"{source}: no prompts in it; put one on each line or row")
+        self.prompts = prompts
+        self.identity = {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(), "rows": len(prompts)}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class CaptionRows(PromptRows):
+    """Images of a `datasets` data set with their captions; an image with a list of captions is a row for each."""
+
+    def __init__(self, rows: Any, data: Captions, source: str) -> None:
+        for key, column in (("image_column", data.image_column), ("caption_column", data.caption_column)):
+            if column not in rows.column_names:
+                names = ", ".join(rows.column_names)
+                what = "its images have no captions" if key == "caption_column" else "it has no images"
+                raise ValueError(f"data.{key}: no column {column!r} in {source}, so {what}; its columns are {names}")
+        captions, self.index = [], []
+        for i, caption in enumerate(rows[data.caption_column]):
+            each = caption if isinstance(caption, list) else [caption]
+            if not each or not all(isinstance(c, str) and c.strip() for c in each):
+                raise ValueError(f"data.caption_column: image {i} of {source} has no caption; give it one or remove it")
+            captions += each
+            self.index += [i] * len(each)
+        super().__init__(captions, source)
+        self.images, self.column = rows, data.image_column
+        self.identity["images"] = getattr(rows, "_fingerprint", None)
+
+    def image(self, row: int, size: int) -> ImageRow:
+        """Resized so that the shorter side is `size` (Lanczos), then cut from the middle."""
+        from PIL import Image
+
+        try:
+            image = self.images[self.index[row]][self.column].convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"data: image {self.index[row]} cannot be decoded: {error}; mend or remove it") from error
+        scale = size / min(image.size)
+        width, height = round(image.width * scale), round(image.height * scale)
+        left, top = (width - size) // 2, (height - size) // 2
+        from torchvision.transforms.functional import pil_to_tensor
+
+        cut = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+        return ImageRow(to_unit(pil_to_tensor(cut)), (image.height, image.width, top, left))
+
+
+def load_rows(data: Prompts | Captions | TeacherSamples) -> PromptRows:
+    """The rows that a data section names. FileNotFoundError or ValueError name the file, row or column at fault."""
+    if isinstance(data, Captions):
+        return _captions(data)
+    prompts = read_prompts(data.file, data.column)
+    if isinstance(data, TeacherSamples):
+        prompts = [p for p in prompts for _ in range(data.images_per_prompt)]
+    return PromptRows(prompts, f"data.file {data.file!r}")
+
+
+def read_prompts(file: str, column: str) -> list[str]:
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"data.file: no such file {file!r}; give a .txt, .csv, .jsonl or .parquet of prompts")
+    if path.suffix == ".txt":
+        return path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.ParquetFile(path)
+        _has_column(column, table.schema_arrow.names, file)
+        rows = [{column: value} for value in table.read([column])[column].to_pylist()]
+    else:
+        raise ValueError(f"data.file: {file!r} is none of .txt, .csv, .jsonl, .parquet")
+    if not rows:
+        return []
+    _has_column(column, list(rows[0]), file)
+    return [p for row in rows for p in (row[column] if isinstance(row[column], list) else [row[column]])]
+
+
+def _has_column(column: str, columns: list[str], file: str) -> None:
+    if column not in columns:
+        raise ValueError(f"data.column: no column {column!r} in {file!r}; it has {', '.join(columns)}")
+
+
+def _captions(data: Captions) -> CaptionRows:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
+
+    source = ", ".join(data.paths)
+    if data.source == "hub":
+        if len(data.paths) != 1:
+            raise ValueError(f"data.paths: one hub id, got {len(data.paths)}")
+        return CaptionRows(load_dataset(data.paths[0], split=data.split), data, source)
+    for path in data.paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"data.paths: no such file or folder {path!r}")
+    try:
+        if data.source == "imagefolder":
+            rows = load_dataset("imagefolder", data_dir=data.paths[0], split="train")
+        else:
+            rows = load_dataset(data.source, data_files=list(data.paths), split="train")
+    except (DatasetGenerationError, ArrowInvalid, OSError) as error:
+        raise ValueError(f"data.paths: cannot read {source}: {error.__cause__ or error}") from error
+    return CaptionRows(rows, data, source)
+
+
+def image_batch(rows: CaptionRows, index: range, size: int) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
+    images = [rows.image(i, size) for i in index]
+    return torch.stack([i.pixels for i in images]), [i.original_and_crop for i in images]

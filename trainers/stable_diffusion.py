@@ -1,0 +1,179 @@
+"""Stable Diffusion teachers: one frozen network, adapters for every other role, text and images encoded once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from torchvision.utils import save_image
+
+from pipelines import stable_diffusion as sd
+from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer
+from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.students import save_stable_diffusion
+
+from .cache import open_cache
+from .config import DistillConfig, Lora, Network
+from .config_data import TEXT_DATA
+from .draws import derive_seed
+from .models import refuse
+from .posteriors import COVARIANCES, UNetPosterior
+
+
+class StableDiffusionModels:
+    """See models.Models."""
+
+    num_classes = 0
+
+    def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
+        self.config, self.device = config, accelerator.device
+        check(config)
+        t = config.teacher
+        index = sd.read_index(t.path)
+        encoded = open_cache(config, accelerator)
+        self.examples, self.latent_shape, null = encoded.examples, encoded.shape, encoded.null
+        kept = {"unet", "scheduler"} | ({"vae"} if config.sample_every else set())
+        left_out = [k for k in index if not k.startswith("_") and k not in kept]
+        self.pipe = sd.load_pipeline(t.path, sd.DTYPES[t.dtype], left_out, t.variant)
+        self.base = SharedNetwork(self.pipe.unet)
+        self.teacher = sd.denoiser(self.pipe, self.base.teacher(), t.guidance_scale, null)
+        last = int(self.teacher.schedule.t_range[1])
+        self.readout_t = last if config.student.readout_t is None else config.student.readout_t
+        self.student = OneStepGenerator(sd.denoiser(self.pipe, self._role("student", config.student.lora)), self.readout_t)
+        if getattr(self.pipe, "vae", None) is not None:
+            self.pipe.vae.to(self.device)
+        self.facts = {
+            "family": sd.FAMILIES[type(self.pipe).__name__],
+            "weights": "lora" if config.student.lora else "unet",
+            "readout_t": self.readout_t,
+            "guidance_scale": t.guidance_scale,
+            "image_size": encoded.image_size,
+        }
+
+    def _role(self, name: str, lora: Lora | None) -> nn.Module:
+        """An adapter on the teacher's weights, or a network of its own in float32."""
+        if lora is None:
+            return Whole(whole_copy(self.base.network))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "init", name))
+            return self.base.add_adapter(name, lora_config(lora))
+
+    def fake_score(self) -> Denoiser:
+        return sd.denoiser(self.pipe, self._role("aux", self.config.objective.fake_score.lora))
+
+    def posterior(self, with_mean: bool) -> UNetPosterior:
+        p, base = self.config.objective.posterior, self.base.network
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "init", "covariance"))
+            covariance = COVARIANCES[p.covariance](self.latent_shape, **p.covariance_options())
+        out_channels = UNetPosterior.num_channels(covariance, with_mean)
+        if p.network == "adapter":
+            network = AdapterHead(self._role("aux", p.lora), out_channels)
+        else:
+            network = small_unet(
+                p.network, base, self.latent_shape, out_channels, derive_seed(self.config.seed, "init", "posterior")
+            )
+        posterior = UNetPosterior(network, covariance, self.teacher.sigma_data, with_mean, self.teacher.parameterization)
+        if with_mean and p.network == "adapter":
+            posterior.start_mean(last_layer(base))
+        return posterior
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        """The student's images for the first prompts of the data."""
+        count = min(self.config.num_samples, len(self.examples))
+        images = []
+        for start in range(0, count, 8):
+            index = torch.arange(start, min(start + 8, count))
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "preview", start))
+            z = torch.randn(len(index), *self.latent_shape, generator=generator).to(self.device)
+            condition = {k: v.to(self.device) for k, v in self.examples.rows(index)[1].items()}
+            images.append(sd.decode_latents(self.pipe.vae, self.student(z, condition)).cpu())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(torch.cat(images) / 2 + 0.5, path, nrow=max(1, round(count**0.5)))
+
+    def export(self, folder: Path, info: dict[str, Any]) -> None:
+        scheduler = sd.one_step_scheduler(self.pipe.scheduler)
+        if self.config.student.lora:
+            save_stable_diffusion(folder, type(self.pipe), scheduler, info, adapter=(self.base.network, "student"))
+        else:
+            save_stable_diffusion(folder, type(self.pipe), scheduler, info, network=self.student.denoiser.network.network)
+
+
+def check(config: DistillConfig) -> None:
+    """What does not fit a Stable Diffusion teacher is refused, before anything is loaded."""
+    s, o = config.student, config.objective
+    refuse("a Stable Diffusion teacher", {"student.sigma_init": s.sigma_init, "student.image_range": s.image_range})
+    if not isinstance(config.data, TEXT_DATA):
+        raise ValueError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
+    if o.name == "vardiu" and o.posterior.network in ("shared", "copy"):
+        raise ValueError(
+            f"objective.posterior.network: {o.posterior.network!r} is for EDM teachers; set adapter, or a section "
+            "{channels: ..., channel_mult: [...]} for a small network of its own"
+        )
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets), init_lora_weights=True)
+
+
+def whole_copy(network: nn.Module) -> nn.Module:
+    """A float32 copy whose weights can be trained, made before adapters sit on the original."""
+    if any(".lora_" in name for name, _ in network.named_parameters()):
+        clean = type(network).from_config(network.config)
+        weights = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if ".lora_" not in k}
+        clean.load_state_dict(weights)
+        return clean.float().eval().requires_grad_(True)
+    return copy.deepcopy(network).float().eval().requires_grad_(True)
+
+
+class TextUNet(nn.Module):
+    """A small U-Net of its own that reads x_t, t and the prompt's tokens; SDXL's further conditions are left to the teacher."""
+
+    def __init__(self, network: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.network, self.out_channels = network, network.config.out_channels
+
+    @property
+    def conv_out(self) -> nn.Conv2d:
+        return self.network.conv_out
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.enable_gradient_checkpointing()
+
+    def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor, **condition: Tensor) -> Tensor:
+        return self.network(x_t, t, encoder_hidden_states.to(x_t.dtype)).sample
+
+
+def small_unet(network: Network, base: nn.Module, shape: tuple[int, int, int], out_channels: int, seed: int) -> TextUNet:
+    """UNet2DConditionModel with the widths of a `network` section; its last layer starts at zero."""
+    for key in ("patch_size", "dropout"):
+        if getattr(network, key) != type(network).model_fields[key].default:
+            raise ValueError(f"objective.posterior.network.{key} has no effect for a Stable Diffusion teacher; remove it")
+    levels = range(len(network.channel_mult))
+    down = tuple("CrossAttnDownBlock2D" if i in network.attention_levels else "DownBlock2D" for i in levels)
+    up = tuple(reversed([d.replace("Down", "Up") for d in down]))
+    widths = tuple(network.channels * m for m in network.channel_mult)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=shape[1],
+            in_channels=shape[0],
+            out_channels=out_channels,
+            down_block_types=down,
+            up_block_types=up,
+            block_out_channels=widths,
+            layers_per_block=network.num_blocks,
+            cross_attention_dim=base.config.cross_attention_dim,
+            norm_num_groups=next(g for g in (32, 16, 8, 4, 2, 1) if all(w % g == 0 for w in widths)),
+        )
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
+    return TextUNet(unet)
