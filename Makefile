@@ -11,7 +11,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart bench-digits bench-covariances bench-memory test lint format clean
+.PHONY: help install quickstart bench-digits bench-covariances bench-memory bench-step bench-text test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ bench-covariances: $(RUNTIME) ## what each covariance of the posterior buys (aft
 
 bench-memory: $(RUNTIME) ## peak memory of a step of each objective (after bench-digits): outputs/bench/memory.json
 	$(BIN)/python -m scripts.bench_memory $(ARGS)
+
+bench-step: $(RUNTIME) ## time and memory of a step at Stable Diffusion's size, against other layouts: outputs/bench/step.json
+	$(BIN)/python -m scripts.bench_step $(ARGS)
+
+bench-text: $(RUNTIME) ## text-to-image students on CIFAR-10: make bench-text ARGS="--cifar DIR"; outputs/bench/text.{json,png}
+	$(BIN)/python -m scripts.bench_text $(ARGS)
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -6,6 +6,7 @@ Conditions are dicts of tensors with the batch first, as everywhere: `encoder_hi
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .denoiser import Condition, Denoiser
-from .noise import VPSchedule, to_x0, widen
+from .noise import VPSchedule, from_x0, widen
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,14 @@ def read_index(source: str) -> dict[str, Any]:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"{source!r} is not a diffusers pipeline folder: it has no model_index.json")
+        file = folder / "model_index.json"
         try:
-            return json.loads((folder / "model_index.json").read_text())
+            index = json.loads(file.read_text())
         except ValueError as error:
-            raise ValueError(f"{str(folder / 'model_index.json')!r} is not valid JSON ({error}); copy it again") from error
+            raise ValueError(f"{str(file)!r} is not valid JSON ({error}); copy it again") from error
+        if not isinstance(index, dict):
+            raise ValueError(f"{str(file)!r} holds a {type(index).__name__}, expected an object of components; copy it again")
+        return index
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise FileNotFoundError(f"no such folder {source!r}, and a hub id looks like owner/name")
     try:
@@ -115,7 +120,13 @@ def check_scheduler_config(scheduler: Any, source: str) -> None:
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"{source!r}: prediction_type {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
-    if float(scheduler.alphas_cumprod[-1]) == 0 and prediction_type == "epsilon":
+    try:
+        last = one_step_scheduler(scheduler).alphas_cumprod[-1]  # Euler and DPM would put 2^-24 there for 0
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{source!r}: beta_schedule {config.get('beta_schedule')!r} has no one-step scheduler ({error})"
+        ) from error
+    if float(last) == 0 and prediction_type == "epsilon":
         raise ValueError(
             f"{source!r}: rescale_betas_zero_snr leaves no signal at the last timestep, where noise prediction says nothing of "
             "x0; a one-step student needs a v_prediction teacher there, or a schedule without that rescaling"
@@ -124,7 +135,7 @@ def check_scheduler_config(scheduler: Any, source: str) -> None:
 
 def denoiser(pipe: DiffusionPipeline, network: nn.Module, guidance_scale: float = 1.0, null: Condition = None) -> Denoiser:
     """`network` (the pipeline's, or a role of it) read out by the pipeline's schedule. Latents are scaled to variance 1."""
-    schedule = VPSchedule(pipe.scheduler.alphas_cumprod.clone())
+    schedule = VPSchedule(one_step_scheduler(pipe.scheduler).alphas_cumprod)  # that of the sampler
     return Denoiser(network, schedule, prediction_type_of(pipe.scheduler), 1.0, guidance_scale, null)
 
 
@@ -193,22 +204,28 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 def one_step_scheduler(scheduler: Any) -> LCMScheduler:
     """The teacher's noise schedule behind the stock scheduler whose single step returns x0 itself, at t = T - 1 by default."""
     config = dict(scheduler.config) | {"clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
-    return LCMScheduler.from_config(config)
+    config["original_inference_steps"] = config["num_train_timesteps"]  # any other that does not divide T skips t = T - 1
+    known = inspect.signature(LCMScheduler.__init__).parameters  # an unknown key would be complained of at every loading
+    return LCMScheduler.from_config({k: v for k, v in config.items() if k in known})
 
 
 def one_step_error(scheduler: Any, denoiser: Denoiser, readout_t: int) -> float:
     """How far one step of a scheduler is from x0 of the network's output at readout_t, relative to x0; 0 for a fitting one.
 
-    Runs the scheduler as a stock pipeline does at num_inference_steps=1 on random numbers, network output included.
+    Runs the scheduler as a stock pipeline does at num_inference_steps=1 (timesteps=[readout_t] where that is not the last one) on
+    random numbers: z, and what a network puts out whose x0 has variance 1, as latents have.
     """
     generator = torch.Generator().manual_seed(0)
-    z, out = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    z, expected = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
     level = denoiser.schedule.level(torch.tensor([readout_t]))
     level = type(level)(widen(level.alpha.double().flatten()), widen(level.sigma.double().flatten()), level.t)
-    expected = to_x0(out, z, level, denoiser.parameterization)
+    out = from_x0(expected, z, level, denoiser.parameterization)
     probe = type(scheduler).from_config(scheduler.config)
     try:
-        probe.set_timesteps(1)
+        if readout_t == denoiser.schedule.t_range[1]:
+            probe.set_timesteps(1)
+        else:
+            probe.set_timesteps(timesteps=[readout_t])
         if [int(t) for t in probe.timesteps] != [readout_t]:
             return float("inf")
         t, sample = probe.timesteps[0], z * probe.init_noise_sigma

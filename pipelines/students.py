@@ -141,10 +141,10 @@ def load_student(
     """The stock pipeline of a student, ready for one step: of its folder, of a run's output_dir (student/ in it) or of a hub id.
 
     A Stable Diffusion student is loaded on its base model, as the adapter "student"; base_model: where that lies, if not where it
-    did. Call it with num_inference_steps=1, guidance_scale=1. scheduler: another one than the student's own; UserWarning if one
-    step of it is not the student's x0. FileNotFoundError says which file is missing.
+    did. Call it as its README.md says: num_inference_steps=1, guidance_scale=1. scheduler: another one than the student's own;
+    UserWarning if one step of it is not the student's x0. FileNotFoundError says which file is missing, ValueError which damaged.
     """
-    folder = _student_folder(source)
+    folder = find_student(source)
     info = read_info(folder, "student")
     if info.get("family") not in stable_diffusion.FAMILIES.values():
         for name, value in (("base_model", base_model), ("scheduler", scheduler)):
@@ -152,12 +152,21 @@ def load_student(
                 raise ValueError(f"{name} has no effect for the student in {str(folder)!r}: it is a pipeline of its own")
         return EDMPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     whole = info["weights"] == "unet"
-    pipe = stable_diffusion.load_pipeline(base_model or info["base_model"], dtype, ["unet"] if whole else [])
+    stable_diffusion.check_weights(folder, ["unet" if whole else ""])
+    try:
+        pipe = stable_diffusion.load_pipeline(base_model or info["base_model"], dtype, ["unet"] if whole else [])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the base model of {str(folder)!r}: {error}; give base_model=<where it lies now>") from error
     prediction = stable_diffusion.denoiser(pipe, pipe.unet)
-    if whole:
-        pipe.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, dtype=dtype).eval()
-    else:
-        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+    try:
+        if whole:
+            # an assignment would leave the pipeline believing that it has no unet, and save_pretrained would say so
+            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, dtype=dtype)
+            pipe.register_modules(unet=unet.eval())
+        else:
+            pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+    except OSError as error:
+        raise FileNotFoundError(f"{str(folder)!r} is not complete: {error} Save or copy the student again") from error
     if scheduler is None:
         if not (folder / "scheduler" / "scheduler_config.json").is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no scheduler/scheduler_config.json; save the student again")
@@ -173,7 +182,8 @@ def load_student(
     return pipe
 
 
-def _student_folder(source: str | Path) -> Path:
+def find_student(source: str | Path) -> Path:
+    """The folder with student.json: of itself, of student/ in it, or of a hub id. FileNotFoundError if there is none."""
     folder = Path(source)
     if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
         try:

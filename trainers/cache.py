@@ -6,6 +6,7 @@ out over all processes; stopped and started again, it goes on. The training comm
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 from pipelines import stable_diffusion as sd
 
 from . import setup, shards
-from .config import DistillConfig
+from .config import DistillConfig, TeacherConfig
 from .config_data import TEXT_DATA, Captions, Prompts, TeacherSamples
 from .draws import derive_seed
 from .sources import CaptionRows, PromptRows, image_batch, load_rows
 
 TextData = Prompts | Captions | TeacherSamples
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Encoded:
@@ -103,7 +103,8 @@ class _Encoder:
             return condition | {"latents": sd.encode_images(self.pipe.vae, images.to(self.device), noise)}
         latents = self.pipe(
             prompts,
-            *self.size,
+            height=self.size[0],
+            width=self.size[1],
             num_inference_steps=self.data.num_inference_steps,
             guidance_scale=self.data.guidance_scale,
             latents=noise.to(self.pipe.unet.dtype),
@@ -135,16 +136,27 @@ def latent_shape(config: dict[str, Any], factor: int, image_size: int | None) ->
     return channels, side, side
 
 
-def open_cache(config: DistillConfig, accelerator: Accelerator) -> Encoded:
+def open_cache(config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
     """The cache of a configuration, made where it is not there yet."""
-    t, folder = config.teacher, Path(config.data.cache or f"{config.output_dir}/cache")
-    dtype = sd.DTYPES[t.dtype]
-    return Encoded(t.path, config.data, folder, accelerator, dtype, t.negative_prompt, t.variant, config.seed)
+    folder = Path(config.data.cache or f"{config.output_dir}/cache")
+    if isinstance(config, TeacherConfig):
+        return Encoded(config.pipeline, config.data, folder, accelerator, torch.float32, seed=config.seed)
+    t = config.teacher
+    return Encoded(t.path, config.data, folder, accelerator, sd.DTYPES[t.dtype], t.negative_prompt, t.variant, config.seed)
+
+
+def kind_of(argv: list[str] | None) -> type[DistillConfig] | type[TeacherConfig]:
+    """A teacher's configuration is one that names a pipeline to train further."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    file = Path(parser.parse_known_args(argv)[0].config or "")
+    of_teacher = file.is_file() and any(line.startswith("pipeline:") for line in file.read_text().splitlines())
+    return TeacherConfig if of_teacher else DistillConfig
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        config = setup.parse(DistillConfig, __doc__, argv)
+        config = setup.parse(kind_of(argv), __doc__, argv)
         if not isinstance(config.data, TEXT_DATA):
             raise ValueError("data: only prompts, captions and teacher_samples are encoded; this configuration has none of them")
         accelerator = setup.make_accelerator(config)

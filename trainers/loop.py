@@ -109,7 +109,7 @@ class Trainer:
             self.record()
             self._warm_up()
             while self.step < self.run.steps and not self._stop_agreed:
-                self._one_step()
+                self.one_step()
             complete = self.step >= self.run.steps
             if self.run.checkpoint_every or not complete:
                 self._save()
@@ -139,7 +139,7 @@ class Trainer:
             self._save()
         self.log.bar.set_description("")
 
-    def _one_step(self) -> None:
+    def one_step(self) -> None:
         for phase in self.objective.phases:
             for repeat in range(phase.repeats):
                 values = self._timed_update(phase, ("step", self.step, phase.name, repeat))

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from torchvision.utils import save_image
 
 from pipelines import images
@@ -56,6 +56,12 @@ def make_accelerator(run: Run) -> Accelerator:
         raise ValueError(
             f"{started} processes were started, but accelerate takes each for the only one; on a CPU set ACCELERATE_USE_CPU=true "
             "(or launch with configs/accelerate/cpu_2.yaml)"
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} is not supported: a step differentiates several networks separately, which its "
+            "wrapper cannot follow. Adapters share one frozen network, so little could be sharded: use "
+            "MULTI_GPU (configs/accelerate/gpu_8.yaml), gradient_checkpointing and teacher.dtype=bfloat16"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(

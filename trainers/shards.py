@@ -106,21 +106,28 @@ def is_complete(file: Path, rows: int) -> bool:
         with safe_open(file, framework="pt") as shard:
             return all(shard.get_slice(key).get_shape()[0] == rows for key in shard.keys())
     except SafetensorError as error:
-        raise CacheError(f"cache file {str(file)!r} is damaged ({error}); remove it, and it will be made again") from error
+        finished = str(file.parent / "cache.json")
+        raise CacheError(
+            f"cache file {str(file)!r} is damaged ({error}); remove it and {finished!r}, and it will be made again"
+        ) from error
 
 
 class Cached:
     """Rows of a finished cache, read from disk as they are drawn. See data.Examples."""
 
     def __init__(self, folder: Path) -> None:
-        facts = json.loads((folder / "cache.json").read_text())
-        self.num_rows, self.shard_rows = facts["rows"], facts["shard_rows"]
+        try:
+            facts = json.loads((folder / "cache.json").read_text())
+            self.num_rows, self.shard_rows = facts["rows"], facts["shard_rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"{str(folder / 'cache.json')!r} is damaged ({error!r}); remove it to make it again") from error
         self.shards = []
         for shard in range(-(-self.num_rows // self.shard_rows)):
             file = shard_file(folder, shard)
             rows = min(self.shard_rows, self.num_rows - shard * self.shard_rows)
             if not is_complete(file, rows):
-                raise CacheError(f"cache file {str(file)!r} is missing or short; remove {folder / 'cache.json'} to make it again")
+                finished = str(folder / "cache.json")
+                raise CacheError(f"cache file {str(file)!r} is missing or short; remove {finished!r} to make it again")
             self.shards.append(safe_open(file, framework="pt"))
         self.keys = [k for k in self.shards[0].keys() if k != "latents"]
         self.has_x0 = "latents" in self.shards[0].keys()

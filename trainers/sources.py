@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from .config_data import Captions, Prompts, TeacherSamples
 
 @dataclass(frozen=True)
 class ImageRow:
-    """pixels (3, size, size) in [-1, 1]; where it was cut from: (height, width of the resized image, top, left)."""
+    """pixels (3, size, size) in [-1, 1]; (height, width) of the image as it was, (top, left) of the cut in the resized one."""
 
     pixels: Tensor
     original_and_crop: tuple[int, int, int, int]
@@ -45,11 +47,16 @@ class CaptionRows(PromptRows):
     """Images of a `datasets` data set with their captions; an image with a list of captions is a row for each."""
 
     def __init__(self, rows: Any, data: Captions, source: str) -> None:
+        from datasets import Image
+
         for key, column in (("image_column", data.image_column), ("caption_column", data.caption_column)):
             if column not in rows.column_names:
                 names = ", ".join(rows.column_names)
                 what = "its images have no captions" if key == "caption_column" else "it has no images"
                 raise ValueError(f"data.{key}: no column {column!r} in {source}, so {what}; its columns are {names}")
+        if not isinstance(rows.features[data.image_column], Image):
+            kind = rows.features[data.image_column]
+            raise ValueError(f"data.image_column: column {data.image_column!r} of {source} holds {kind}, not images")
         captions, self.index = [], []
         for i, caption in enumerate(rows[data.caption_column]):
             each = caption if isinstance(caption, list) else [caption]
@@ -66,7 +73,10 @@ class CaptionRows(PromptRows):
         from PIL import Image
 
         try:
-            image = self.images[self.index[row]][self.column].convert("RGB")
+            image = self.images[self.index[row]][self.column]
+            if image is None:
+                raise ValueError("there is none")
+            image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"data: image {self.index[row]} cannot be decoded: {error}; mend or remove it") from error
         scale = size / min(image.size)
@@ -92,41 +102,51 @@ def read_prompts(file: str, column: str) -> list[str]:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"data.file: no such file {file!r}; give a .txt, .csv, .jsonl or .parquet of prompts")
-    if path.suffix == ".txt":
-        return path.read_text(encoding="utf-8").splitlines()
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.ParquetFile(path)
-        _has_column(column, table.schema_arrow.names, file)
-        rows = [{column: value} for value in table.read([column])[column].to_pylist()]
-    else:
+    if path.suffix not in (".txt", ".csv", ".jsonl", ".parquet"):
         raise ValueError(f"data.file: {file!r} is none of .txt, .csv, .jsonl, .parquet")
-    if not rows:
-        return []
-    _has_column(column, list(rows[0]), file)
+    try:
+        rows = _read_rows(path, column)
+    except (ValueError, csv.Error) as error:  # not UTF-8, not JSON, not parquet
+        raise ValueError(f"data.file: cannot read {file!r}: {error}") from error
+    for i, row in enumerate(rows):
+        if column not in row:
+            raise ValueError(f"data.column: no column {column!r} in row {i + 1} of {file!r}; it has {', '.join(map(str, row))}")
     return [p for row in rows for p in (row[column] if isinstance(row[column], list) else [row[column]])]
 
 
-def _has_column(column: str, columns: list[str], file: str) -> None:
-    if column not in columns:
-        raise ValueError(f"data.column: no column {column!r} in {file!r}; it has {', '.join(columns)}")
+def _read_rows(path: Path, column: str) -> list[dict[str, Any]]:
+    """Rows by column; of a .txt its lines under the name asked for."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        return table.read([column]).to_pylist() if column in names else [dict.fromkeys(names)]
+    text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark first
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would also cut at rarer characters within a prompt
+    if path.suffix == ".txt":
+        return [{column: line} for line in lines]
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {i + 1} is not valid JSON ({error})") from error
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"line {i + 1} is no JSON object, {{...}}")
+    return rows
 
 
 def _captions(data: Captions) -> CaptionRows:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid
 
     source = ", ".join(data.paths)
+    if data.source in ("hub", "imagefolder") and len(data.paths) != 1:
+        raise ValueError(f"data.paths: one {'hub id' if data.source == 'hub' else 'folder'}, got {len(data.paths)}")
     if data.source == "hub":
-        if len(data.paths) != 1:
-            raise ValueError(f"data.paths: one hub id, got {len(data.paths)}")
         return CaptionRows(load_dataset(data.paths[0], split=data.split), data, source)
     for path in data.paths:
         if not Path(path).exists():
@@ -136,7 +156,7 @@ def _captions(data: Captions) -> CaptionRows:
             rows = load_dataset("imagefolder", data_dir=data.paths[0], split="train")
         else:
             rows = load_dataset(data.source, data_files=list(data.paths), split="train")
-    except (DatasetGenerationError, ArrowInvalid, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, tarfile.TarError) as error:
         raise ValueError(f"data.paths: cannot read {source}: {error.__cause__ or error}") from error
     return CaptionRows(rows, data, source)
 

@@ -19,7 +19,7 @@ from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.students import save_model
 
 from . import setup
-from .cache import Encoded
+from .cache import open_cache
 from .config import TeacherConfig
 from .data import Images
 from .draws import DrawSource
@@ -102,20 +102,20 @@ class FurtherStableDiffusion:
 
     def __init__(self, config: TeacherConfig, accelerator: Accelerator) -> None:
         self.config, self.device = config, accelerator.device
-        folder = Path(config.data.cache or f"{config.output_dir}/cache")
-        encoded = Encoded(config.pipeline, config.data, folder, accelerator, torch.float32, seed=config.seed)
+        encoded = open_cache(config, accelerator)
         self.examples, self.latent_shape, self.null_condition = encoded.examples, encoded.shape, encoded.null
         self.pipeline = stable_diffusion.load_pipeline(config.pipeline)
         unet = self.pipeline.unet.requires_grad_(True).train()
         self.denoiser = stable_diffusion.denoiser(self.pipeline, Whole(unet))
-        self.prompts = encoded.prompts[: config.num_samples]
+        self.prompts, self.image_size = encoded.prompts[: config.num_samples], encoded.image_size
         self.facts = {"image_size": encoded.image_size, "base_model": config.pipeline}
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:
         self.pipeline.to(self.device).unet.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
-        drawn = self.pipeline(self.prompts, num_inference_steps=25, generator=generator, output_type="pt").images
+        options = {"height": self.image_size, "width": self.image_size, "num_inference_steps": 25, "output_type": "pt"}
+        drawn = self.pipeline(self.prompts, generator=generator, **options).images
         self.pipeline.unet.train()
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(drawn.float(), path, nrow=max(1, round(len(drawn) ** 0.5)))

@@ -1,1 +1,1 @@
-"""One file an objective; `trainers.build` lists them."""
+"""One file an objective; `trainers.distill.build_objective` lists them."""

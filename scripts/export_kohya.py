@@ -1,0 +1,66 @@
+"""A Stable Diffusion student's LoRA for ComfyUI, AUTOMATIC1111 and others that read kohya's key names.
+
+    python -m scripts.export_kohya outputs/sd15_vardiu/student student_kohya.safetensors
+
+The file also loads in diffusers. diffusers' converter writes alpha = rank whatever it was, so alpha / rank is multiplied into the
+up-projections first; the result acts exactly as the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def to_kohya(weights: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
+    """'unet.<layer>.lora_A.weight' -> 'lora_unet_<layer>.lora_down.weight', .lora_up.weight and .alpha."""
+    folded = {k: v * (alpha / rank) if ".lora_B." in k else v for k, v in weights.items()}
+    kohya = convert_state_dict_to_kohya(folded)
+    return {k: v.to(torch.float32).contiguous() for k, v in kohya.items()}
+
+
+def read_lora(file: Path) -> tuple[dict[str, Tensor], int, float]:
+    """(weights, rank, alpha) of a student's LoRA file. FileNotFoundError or ValueError say what is wrong with it."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no LoRA weights {str(file)!r}; give the student/ folder of a run with student.lora")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            weights = {key: stored.get_tensor(key) for key in stored.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} is damaged ({error}); copy it again") from error
+    if "unet.r" not in metadata:
+        raise ValueError(f"{str(file)!r} has no rank and alpha in its metadata; it was not written by trainers.distill")
+    if metadata.get("unet.rank_pattern") or metadata.get("unet.alpha_pattern"):
+        raise ValueError(f"{str(file)!r} has layers of different ranks or alphas, which this export does not know")
+    return weights, metadata["unet.r"], metadata["unet.lora_alpha"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student", type=Path, help="a student/ folder")
+    parser.add_argument("output", type=Path, help="the .safetensors file to write")
+    args = parser.parse_args(argv)
+    try:
+        weights, rank, alpha = read_lora(args.student / WEIGHTS)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    kohya = to_kohya(weights, rank, alpha)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    save_file(kohya, args.output, metadata={"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})
+    print(f"{args.output}: {len(kohya) // 3} layers of rank {rank}")
+
+
+if __name__ == "__main__":
+    main()

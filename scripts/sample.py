@@ -1,0 +1,91 @@
+"""A grid of a one-step student beside its teacher, on the same noise, with the time each takes.
+
+    python -m scripts.sample outputs/sd15_vardiu --prompt "a red bicycle" --prompt "a bowl of soup" --output grid.png
+
+One row a prompt: the teacher with its own scheduler and guidance, then the student in one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from pipelines.stable_diffusion import DTYPES, load_pipeline
+from pipelines.students import find_student, load_student, read_info
+
+
+def timed(pipe: DiffusionPipeline, prompts: list[str], z: Tensor, **call) -> tuple[list[Image.Image], float]:
+    """(an image for each prompt from its own noise, seconds an image)."""
+    images, start = [], time.perf_counter()
+    for prompt, noise in zip(prompts, z.split(1), strict=True):
+        images += pipe(prompt, latents=noise.clone(), **call).images
+    return images, (time.perf_counter() - start) / len(prompts)
+
+
+def grid(columns: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
+    """Titles above, prompts at the left, one row a prompt."""
+    width, height = next(iter(columns.values()))[0].size
+    top, side = 24, max(160, max(len(p) for p in prompts) * 6 + 12)
+    sheet = Image.new("RGB", (side + width * len(columns), top + height * len(prompts)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, (title, images) in enumerate(columns.items()):
+        draw.text((side + j * width + 4, 6), title, fill="black")
+        for i, image in enumerate(images):
+            sheet.paste(image, (side + j * width, top + i * height))
+    for i, prompt in enumerate(prompts):
+        draw.text((6, top + i * height + height // 2 - 6), prompt, fill="black")
+    return sheet
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student", help="a run's output_dir, a student/ folder or a hub id")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--output", type=Path, default=Path("samples.png"))
+    parser.add_argument("--base-model", help="where the teacher lies now, if not where it was")
+    parser.add_argument("--teacher-steps", type=int, default=50)
+    parser.add_argument("--teacher-guidance", type=float, default=7.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        info = read_info(find_student(args.student), "student")
+        if info.get("family") == "edm":
+            raise ValueError(f"{args.student!r} is a student of an EDM teacher, which takes no prompts; its pipeline draws grids")
+        student = load_student(args.student, args.base_model, dtype=DTYPES[args.dtype]).to(args.device)
+        teacher = load_pipeline(args.base_model or info["base_model"], DTYPES[args.dtype]).to(args.device)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    student.set_progress_bar_config(disable=True)
+    size = info["image_size"]
+    side = size // student.vae_scale_factor
+    z = torch.randn(
+        len(args.prompt), student.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(args.seed)
+    )
+    z = z.to(args.device, DTYPES[args.dtype])
+    shape = {"height": size, "width": size}
+    many = {"num_inference_steps": args.teacher_steps, "guidance_scale": args.teacher_guidance}
+    columns = {}
+    last = student.scheduler.config.num_train_timesteps - 1
+    one = {"num_inference_steps": 1} if info["readout_t"] == last else {"timesteps": [info["readout_t"]]}
+    cases = {f"teacher, {args.teacher_steps} steps": (teacher, many), "student, 1 step": (student, one | {"guidance_scale": 1.0})}
+    for title, (pipe, call) in cases.items():
+        images, seconds = timed(pipe, args.prompt, z, **shape, **call)
+        columns[f"{title}, {seconds:.2f} s"] = images
+        print(f"{title}: {seconds:.3f} s an image")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    grid(columns, args.prompt).save(args.output)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()
