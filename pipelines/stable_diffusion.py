@@ -57,19 +57,23 @@ def read_index(source: str) -> dict[str, Any]:
 
 
 def load_pipeline(
-    source: str, dtype: torch.dtype = torch.float32, without: Iterable[str] = (), variant: str | None = None
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    without: Iterable[str] = (),
+    variant: str | None = None,
+    **components: nn.Module,
 ) -> DiffusionPipeline:
     """The stock pipeline of a folder or hub id, safetensors only, in eval mode and without gradients.
 
-    without: components to leave out (None in the pipeline), e.g. "vae". ValueError names a family or configuration that cannot be
-    a teacher, a damaged file, or a tokenizer whose files are missing.
+    without: components to leave out (None in the pipeline), e.g. "vae"; components: to use in place of its own. ValueError names
+    a family or configuration that cannot be a teacher, a damaged file, or a tokenizer whose files are missing.
     """
     index = read_index(source)
     if index.get("_class_name") not in FAMILIES:
         raise ValueError(
             f"{source!r} holds a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)} (or an EDMPipeline)"
         )
-    left_out = {k: None for k in without if k in index}
+    left_out = {k: None for k in without if k in index} | components
     if Path(source).is_dir():
         check_weights(Path(source), [k for k, v in index.items() if isinstance(v, list) and k not in (*left_out, *UNUSED)])
     options = {k: None for k in UNUSED if k in index} | left_out

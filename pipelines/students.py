@@ -40,8 +40,7 @@ CARD_USE = {
 
 pipe = load_student("{folder}")
 images = pipe(batch_size=16).images""",
-    "teacher": """from diffusers import DiffusionPipeline
-from pipelines.edm import EDMPipeline  # an EDM teacher
+    "teacher": """from {module} import {pipeline}
 
 pipe = {pipeline}.from_pretrained("{folder}")""",
 }
@@ -72,7 +71,8 @@ into the student.
 def save_model(folder: Path, pipeline: DiffusionPipeline, kind: str, info: dict[str, Any]) -> None:
     """Write the pipeline, <kind>.json and README.md to `folder`, replacing it whole. kind: "student" or "teacher"."""
     title = "One-step student" if kind == "student" else f"Teacher, {type(pipeline).__name__}"
-    use = CARD_USE[kind].format(folder=folder.name, pipeline=type(pipeline).__name__)
+    module = "pipelines.edm" if isinstance(pipeline, EDMPipeline) else "diffusers"
+    use = CARD_USE[kind].format(folder=folder.name, pipeline=type(pipeline).__name__, module=module)
     card = CARD.format(title=title, facts=facts_list(info), use=use)
     replace_folder(folder, pipeline.save_pretrained, kind, info, card)
 
@@ -153,20 +153,24 @@ def load_student(
         return EDMPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     whole = info["weights"] == "unet"
     stable_diffusion.check_weights(folder, ["unet" if whole else ""])
+    incomplete = f"{str(folder)!r} is not complete: {{}} Save or copy the student again"
+    components = {}
+    if whole:
+        # given to the pipeline when it is made: of one that was made without, it would know no size, and would save none
+        try:
+            components["unet"] = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, dtype=dtype)
+        except OSError as error:
+            raise FileNotFoundError(incomplete.format(error)) from error
     try:
-        pipe = stable_diffusion.load_pipeline(base_model or info["base_model"], dtype, ["unet"] if whole else [])
+        pipe = stable_diffusion.load_pipeline(base_model or info["base_model"], dtype, **components)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the base model of {str(folder)!r}: {error}; give base_model=<where it lies now>") from error
     prediction = stable_diffusion.denoiser(pipe, pipe.unet)
-    try:
-        if whole:
-            # an assignment would leave the pipeline believing that it has no unet, and save_pretrained would say so
-            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, dtype=dtype)
-            pipe.register_modules(unet=unet.eval())
-        else:
+    if not whole:
+        try:
             pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
-    except OSError as error:
-        raise FileNotFoundError(f"{str(folder)!r} is not complete: {error} Save or copy the student again") from error
+        except OSError as error:
+            raise FileNotFoundError(incomplete.format(error)) from error
     if scheduler is None:
         if not (folder / "scheduler" / "scheduler_config.json").is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no scheduler/scheduler_config.json; save the student again")

@@ -164,7 +164,7 @@ class Teacher(Strict):
     path: str  # a pipeline folder (EDM, Stable Diffusion), the output_dir of train_teacher, or a hub id
     guidance_scale: float = 1.0
     negative_prompt: str | None = None  # Stable Diffusion only; None: what the stock pipeline takes for no prompt
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; adapters are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters are float32
     variant: str | None = None  # of the weight files, e.g. fp16
 
 
@@ -276,13 +276,14 @@ class VarDiUConfig(Strict):
     pool: Literal["batch", "own"] = "batch"  # what the target averages over; own: nothing but the sample itself
     noise_draws: PositiveInt = 2  # noised copies of each student sample
     regression_weight: PositiveFloat = 80.0  # of the posterior mean against log q, whose trunk it shares
+    regression_weighting: Weight = "edm"  # of levels in that regression: edm is the error of v, snr that of the noise
     posterior: Posterior
 
     @model_validator(mode="after")
     def _options_fit_the_estimator(self):
         uses = {"num_samples": "multi_sample resampled_score amortized_score", "control_variate": "bound multi_sample"}
         uses |= dict.fromkeys(("target_ess", "moves", "ess_levels"), "resampled_score")
-        uses |= dict.fromkeys(("noise_draws", "regression_weight", "pool"), "amortized_score")
+        uses |= dict.fromkeys(("noise_draws", "regression_weight", "regression_weighting", "pool"), "amortized_score")
         uses["antithetic"] = "bound multi_sample resampled_score"
         for key, estimators in uses.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.estimator not in estimators.split():

@@ -115,7 +115,7 @@ def build_vardiu(o: VarDiUConfig, models: Models) -> VarDiU:
     }
     parts = (models.student, models.teacher, models.posterior(with_mean=o.estimator == "amortized_score"))
     if o.estimator == "amortized_score":
-        extra = {"regression_weight": o.regression_weight, "noise_draws": o.noise_draws, "pool": o.pool}
+        extra = {k: getattr(o, k) for k in ("regression_weight", "regression_weighting", "noise_draws", "pool")}
         return AmortizedScore(*parts, **common, **extra)
     if o.estimator == "resampled_score":
         extra = {"target_ess": o.target_ess, "moves": o.moves, "ess_levels": o.ess_levels}

@@ -59,9 +59,9 @@ def make_accelerator(run: Run) -> Accelerator:
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported: a step differentiates several networks separately, which its "
-            "wrapper cannot follow. Adapters share one frozen network, so little could be sharded: use "
-            "MULTI_GPU (configs/accelerate/gpu_8.yaml), gradient_checkpointing and teacher.dtype=bfloat16"
+            f"{accelerator.distributed_type.value} is not supported: a step differentiates several networks separately, which "
+            "its wrapper cannot follow. Adapters share one frozen network, so that little could be sharded: use MULTI_GPU "
+            "(configs/accelerate/gpu_8.yaml), gradient_checkpointing and teacher.dtype=bfloat16"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(

