@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, ModelMixin, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 CONDITIONING = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 # never needed to distil; a safety checker would blacken images of an untrained student
@@ -79,8 +80,12 @@ def load_pipeline(
     options = {k: None for k in UNUSED if k in index} | left_out
     if "requires_safety_checker" in index:
         options["requires_safety_checker"] = False
+    how = {"dtype": dtype, "use_safetensors": True, "variant": variant}
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **options)
+        for name, kind in NETWORKS.items():
+            if name in index and name not in options:
+                options[name] = load_whole(kind, source, name, **how)
+        pipe = DiffusionPipeline.from_pretrained(source, **how, **options)
     except OSError as error:
         raise FileNotFoundError(f"{source!r} cannot be loaded: {error}") from error
     for name in ("tokenizer", "tokenizer_2"):
@@ -96,6 +101,18 @@ def load_pipeline(
             component.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_whole(kind: type[ModelMixin], source: str, subfolder: str, **how: Any) -> ModelMixin:
+    """A network of a pipeline. ValueError if its file lacks tensors, which diffusers would fill with random numbers."""
+    network, report = kind.from_pretrained(source, subfolder=subfolder, output_loading_info=True, **how)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{source!r}: the weights of {subfolder}/ lack {len(missing)} tensors of its config.json, the first {missing[0]!r}; "
+            "copy or download it again"
+        )
+    return network
 
 
 def check_weights(folder: Path, components: Iterable[str]) -> None:

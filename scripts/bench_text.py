@@ -262,7 +262,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = load_parquet([str(args.cifar / "train.parquet")], "img", "label", 32, 3)
     captions, prompts = folder / "captions.parquet", folder / "prompts.txt"
-    make_captions(args.cifar, captions)
+    if not captions.is_file():
+        make_captions(args.cifar, captions)
     prompts.write_text("\n".join(CLASSES) + "\n")
     if not (folder / "untrained" / "model_index.json").is_file():
         make_pipeline(folder / "untrained", data.pixels, args.vae_steps)

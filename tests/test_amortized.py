@@ -9,6 +9,8 @@ from torch.testing import assert_close
 
 from pipelines.noise import EDMSchedule, Level, RectifiedFlowSchedule, add_noise
 from trainers.objectives.amortized import Pool, batch_mean
+from trainers.objectives.base import denoising_loss
+from trainers.objectives.diff_instruct import DiffInstruct
 from trainers.objectives.importance import log_standard_normal
 
 K = 2
@@ -301,6 +303,41 @@ def test_the_pool_is_the_whole_batch(phase, conditional, world, unconditional_wo
     assert not any(c.x0.requires_grad for c in contexts)
     assert_all_close(gradients(parts, contexts), whole, 1e-9)
     assert max(float((a - b).abs().max()) for a, b in zip(gradients(parts, [None] * 4), whole, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("weighting", ["edm", "snr"])
+def test_a_pool_of_its_own_is_denoising(weighting, world, assert_all_close):
+    """The target is x0 itself, in a batch of any size: no pool is made, and no effective sample size counted. With the same
+    denoiser the student's gradient is Diff-Instruct's.
+    """
+    options = {"pool": "own", "regression_weight": 7.0, "regression_weighting": weighting}
+    objective = world.objective("amortized_score", world.wrong, posterior_updates=2, warmup_updates=1, **options)
+    assert [phase.prepare for phase in (*objective.warmup, *objective.phases)] == [None] * 3
+    draw = world.random(5)
+    level, x0 = RectifiedFlowSchedule().level(draw.u), world.student(draw.z, draw.condition)
+    x_t = add_noise(x0.detach(), draw.eps, level)
+    q = world.wrong(x_t, level, draw.condition, z=draw.z[:, None])
+    w = edm_weight(level, world.teacher.sigma_data) if weighting == "edm" else (level.alpha / level.sigma) ** 2
+    error = denoising_loss(q.x0_mean, x0.detach(), w)
+    expected = (7.0 * x0[0].numel() * error - q.log_q[:, 0]).mean()
+    alone = world.whole(objective.posterior_loss(draw))
+    assert alone.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert alone.metrics.keys() == {"information", "regression_error"}
+    assert float(alone.metrics["regression_error"]) == pytest.approx(float(error.mean()), rel=1e-10)
+    *posterior, student = objective.joint_loss(draw)
+    for loss in (alone.loss, world.whole(iter(posterior)).loss):
+        assert_all_close(world.gradients(loss, world.wrong), world.gradients(expected, world.wrong), 1e-9)
+
+    class Fake(nn.Module):
+        """The posterior's mean as a score network."""
+
+        def forward(self, x_t, level, condition=None):
+            return world.wrong(x_t, level, condition).x0_mean
+
+    score = DiffInstruct(world.student, world.teacher, Fake(), world.levels, world.levels, "sigma2", joint=True)
+    *_, follow = score.joint_loss(draw)
+    same = world.gradients(follow.loss.mean(), world.student)
+    assert_all_close(world.gradients(student.loss.mean(), world.student), same, 1e-9)
 
 
 def test_proposals_need_no_pool_of_the_batch(world):

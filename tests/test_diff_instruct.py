@@ -1,6 +1,7 @@
 """Diff-Instruct in the linear-Gaussian world, and the denoising loss that its fake score and every teacher share."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -174,6 +175,101 @@ def test_fake_score_phase_leaves_the_others_alone(world, fake_score, randn):
     objective_of(world, fake_score).fake_score_loss(world.random(7)).loss.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in fake_score.parameters())
     assert all(p.grad is None for net in (world.teacher, world.student) for p in net.parameters())
+
+
+# Both in one phase ---------------------------------------------------------------------------------------------------------
+
+
+def test_joint_phase_has_the_gradients_of_both_phases(world, fake_score, randn, assert_all_close):
+    """At one draw and the levels of the student, whatever those of the fake score alone; no part reaches the other network."""
+    fake, draw = distorted(fake_score, randn), world.random(7)
+    other = {"fake_levels": lambda u, progress: u / 2}
+    objective = objective_of(world, fake, joint=True, weighting="snr", fake_weighting="edm", **other)
+    apart = objective_of(world, fake, weighting="snr", fake_weighting="edm")
+    first, second = objective.joint_loss(draw)
+    for part, whole, mine, others in (
+        (first, apart.fake_score_loss(draw), fake, world.student),
+        (second, apart.student_loss(draw), world.student, fake),
+    ):
+        assert_close(part.loss, whole.loss, rtol=1e-12, atol=1e-12)
+        assert part.metrics.keys() == whole.metrics.keys()
+        assert all(float(part.metrics[k]) == pytest.approx(float(whole.metrics[k]), rel=1e-12) for k in whole.metrics)
+        gradient = world.gradients(part.loss.mean(), mine)
+        assert_all_close(gradient, world.gradients(whole.loss.mean(), mine), 1e-10)
+        assert all(g is None for g in world.gradients(part.loss.mean(), others, world.teacher))
+
+
+def test_joint_phase_follows_the_fake_score_of_before_its_update(world, fake_score, randn):
+    fake, draw = distorted(fake_score, randn), world.random(7)
+    objective = objective_of(world, fake, joint=True)
+    expected = objective.student_loss(draw).loss
+    parts = objective.joint_loss(draw)
+    next(parts)
+    distorted(fake, randn)
+    assert_close(next(parts).loss, expected, rtol=1e-12, atol=1e-12)
+    assert float((objective.student_loss(draw).loss - expected).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("joint", "calls"), [(True, (1, 1, 1)), (False, (2, 2, 1))])
+def test_calls_a_step(joint, calls, world, fake_score):
+    """Of student, fake score and teacher for each sample of the batch."""
+    objective, draw, seen = objective_of(world, fake_score, joint=joint), world.random(7), []
+    for i, network in enumerate((world.student, fake_score, world.teacher)):
+        network.register_forward_pre_hook(lambda module, args, i=i: seen.extend([i] * len(args[0])))
+    for phase in objective.phases:
+        for _ in range(phase.repeats):
+            terms = phase.loss(draw)
+            list(terms) if joint else None
+    assert tuple(seen.count(i) / len(draw.z) for i in range(3)) == calls
+
+
+@pytest.mark.parametrize("fake_updates", [1, 3])
+def test_joint_phases(fake_updates, world, fake_score):
+    """The joint phase is one of the fake score's updates; the others come before it, at levels of their own."""
+    objective = objective_of(world, fake_score, joint=True, fake_updates=fake_updates, warmup_updates=11)
+    *alone, joint = objective.phases
+    assert (joint.name, joint.updates, joint.loss, joint.repeats) == ("joint", ("student", "fake_score"), objective.joint_loss, 1)
+    assert [(p.name, p.updates, p.loss, p.repeats) for p in alone] == (
+        [("fake_score", ("fake_score",), objective.fake_score_loss, 2)] if fake_updates == 3 else []
+    )
+    (warmup,) = objective.warmup
+    assert (warmup.updates, warmup.loss, warmup.repeats) == (("fake_score",), objective.fake_score_loss, 11)
+
+
+def test_joint_descent_closes_the_gap(world):
+    """A fake score that starts as the teacher, with means that are exact, so without noise: once it has caught up, divergence
+    and score difference fall together, all the way.
+    """
+    fake = type(world.teacher)(world.teacher.mean.detach().clone(), world.teacher.cov.detach().clone())
+    objective = objective_of(world, fake, joint=True, fake_updates=2, warmup_updates=100)
+    draw, rates = world.cubature(), {"fake_score": 0.05, "student": 0.01}
+    optimizers = {role: torch.optim.Adam(objective.networks[role].parameters(), rate) for role, rate in rates.items()}
+
+    def update(phase) -> None:
+        terms = phase.loss(draw)
+        for part in [terms] if isinstance(terms, tuple) else terms:
+            part.loss.mean().backward(inputs=[p for role in phase.updates for p in objective.networks[role].parameters()])
+        for role in phase.updates:
+            optimizers[role].step()
+            optimizers[role].zero_grad()
+
+    def state() -> tuple[float, float]:
+        return float(world.cell_mean(world.kl)), float(objective.student_loss(draw).metrics["x0_gap"])
+
+    (phase,) = objective.warmup
+    for _ in range(phase.repeats):
+        update(phase)
+    states = [state()]
+    for _ in range(5):
+        for phase in (*objective.phases,) * 50:
+            for _ in range(phase.repeats):
+                update(phase)
+        states.append(state())
+    for values in zip(*states, strict=True):
+        assert all(a > b for a, b in pairwise(values))
+    (kl, gap), (kl_end, gap_end) = states[0], states[-1]
+    assert kl_end < 0.1 * kl
+    assert gap_end < 0.4 * gap
 
 
 def test_phases(world, fake_score):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -226,6 +228,21 @@ def test_images_are_part_of_the_identity(tmp_path):
         identities.append(load_rows(Captions(name="captions", source="parquet", paths=[str(file)])).identity)
     assert identities[0]["prompts"] == identities[1]["prompts"]
     assert identities[0]["images"] != identities[1]["images"]
+
+
+def test_copied_images_are_the_same(tmp_path):
+    """Names and contents count, not where they lie or when they were written."""
+    data = make("imagefolder", tmp_path)
+    identity, other = load_rows(data).identity, tmp_path / "elsewhere"
+    shutil.copytree(data.paths[0], other)
+    for file in other.iterdir():
+        os.utime(file, (0, 0))
+    copied = data.model_copy(update={"paths": [str(other)]})
+    assert load_rows(copied).identity == identity
+    pixels = np.array(Image.open(other / "1.png"))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(other / "1.png")
+    assert load_rows(copied).identity["images"] != identity["images"]
 
 
 def test_an_image_with_a_list_of_captions_is_a_row_for_each(tmp_path):

@@ -1,7 +1,7 @@
 """VarFlow: the energy loss against loops and closed forms, its memory, and batches cut into micro-batches."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from pipelines.images import ImageSet
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule
 from trainers.data import Images
 from trainers.draws import DrawSource
-from trainers.objectives.varflow import VarFlow, energy_loss, pairwise_power
+from trainers.objectives.varflow import VarFlow, condition_vector, energy_loss, pairwise_power
 
 BETAS = (0.5, 1.0, 1.5, 1.9)
 SHAPE = (5, 2, 3, 7)  # K = 5 samples
@@ -25,18 +25,25 @@ def distance(a: Tensor, b: Tensor) -> float:
     return math.dist(a.double().flatten().tolist(), b.double().flatten().tolist())
 
 
-def naive(x: Tensor, y: Tensor, beta: float, cross: str) -> list[float]:
+def partners(i: int, k: int, cross: str, same_condition: bool) -> list[int]:
+    """The data samples that student sample i is compared with: never its own where they share a condition."""
+    if cross == "full":
+        return [j for j in range(k) if not (same_condition and j == i)]
+    return [(i + 1) % k if same_condition else i]
+
+
+def naive(x: Tensor, y: Tensor, beta: float, cross: str, same_condition: bool = False) -> list[float]:
     """Each sample's share, pair by pair in float64; 0^beta = 0."""
     k = len(x)
     shares = []
     for i in range(k):
-        between = [distance(x[i], y[j]) ** beta for j in range(k)]
+        between = [distance(x[i], y[j]) ** beta for j in partners(i, k, cross, same_condition)]
         within = math.fsum(distance(x[i], x[j]) ** beta for j in range(k) if j != i) / (k - 1)
-        shares.append((math.fsum(between) / k if cross == "full" else between[i]) - within / 2)
+        shares.append(math.fsum(between) / len(between) - within / 2)
     return shares
 
 
-def naive_gradient(x: Tensor, y: Tensor, beta: float, cross: str) -> Tensor:
+def naive_gradient(x: Tensor, y: Tensor, beta: float, cross: str, same_condition: bool = False) -> Tensor:
     """Of the sum of all shares: beta |d|^(beta-2) d for every pair, nothing for pairs that coincide."""
 
     def pull(a: Tensor, b: Tensor) -> Tensor:
@@ -45,31 +52,35 @@ def naive_gradient(x: Tensor, y: Tensor, beta: float, cross: str) -> Tensor:
 
     k, gradient = len(x), torch.zeros_like(x)
     for i in range(k):
+        mine = partners(i, k, cross, same_condition)
         for j in range(k):
-            if cross == "full" or i == j:
-                gradient[i] += pull(x[i], y[j]) / (k if cross == "full" else 1)
+            if j in mine:
+                gradient[i] += pull(x[i], y[j]) / len(mine)
             gradient[i] -= pull(x[i], x[j]) / (k - 1)  # 1/2 for x_i in its own share, 1/2 in x_j's
     return gradient
 
 
-def gradient_of(x: Tensor, y: Tensor, beta: float, cross: str) -> Tensor:
+def gradient_of(x: Tensor, y: Tensor, beta: float, cross: str, same_condition: bool = False) -> Tensor:
     x = x.clone().requires_grad_()
-    return torch.autograd.grad(energy_loss(x, y, beta, cross).sum(), x)[0]
+    return torch.autograd.grad(energy_loss(x, y, beta, cross, same_condition).sum(), x)[0]
 
 
 # The loss ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("same_condition", [False, True])
 @pytest.mark.parametrize("cross", ["full", "paired"])
 @pytest.mark.parametrize("beta", BETAS)
-def test_energy_loss_against_loops(beta, cross, randn):
-    x, y = randn(*SHAPE), 0.7 * randn(*SHAPE) + 0.5
-    loss = energy_loss(x, y, beta, cross)
-    assert loss.shape == (5,)
-    expected = naive(x, y, beta, cross)
-    assert loss.tolist() == pytest.approx(expected, rel=1e-11)
-    assert float(loss.mean()) == pytest.approx(math.fsum(expected) / 5, rel=1e-11)
-    assert_close(gradient_of(x, y, beta, cross), naive_gradient(x, y, beta, cross), rtol=1e-10, atol=1e-10)
+def test_energy_loss_against_loops(beta, cross, same_condition, randn):
+    for k in (2, 3, 5):
+        x, y = randn(k, *SHAPE[1:]), 0.7 * randn(k, *SHAPE[1:]) + 0.5
+        loss = energy_loss(x, y, beta, cross, same_condition)
+        assert loss.shape == (k,)
+        expected = naive(x, y, beta, cross, same_condition)
+        assert loss.tolist() == pytest.approx(expected, rel=1e-11)
+        assert float(loss.mean()) == pytest.approx(math.fsum(expected) / k, rel=1e-11)
+        gradient = gradient_of(x, y, beta, cross, same_condition)
+        assert_close(gradient, naive_gradient(x, y, beta, cross, same_condition), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("cross", ["full", "paired"])
@@ -278,13 +289,15 @@ def update(objective: VarFlow, source: DrawSource, gather) -> tuple[list[Tensor]
 PRECISIONS = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-10, 1e-10)}
 
 
+@pytest.mark.parametrize("condition_scale", [0.0, 0.7])
 @pytest.mark.parametrize("weighting", ["sigma2", "dmd"])
 @pytest.mark.parametrize("cross", ["full", "paired"])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_micro_batches_give_the_gradient_of_the_batch(dtype, cross, weighting, image_set, generator):
+def test_micro_batches_give_the_gradient_of_the_batch(dtype, cross, weighting, condition_scale, image_set, generator):
     """Cut into micro-batches of 5, 3 and 1, and over three processes: the update of one pass over all 15."""
-    student = TinyStudent(generator, dtype)
-    objective = VarFlow(student, EDMSchedule(), lambda u, progress: 0.1 + u + progress, weighting, 1.0, cross)
+    student, levels = TinyStudent(generator, dtype), lambda u, progress: 0.1 + u + progress
+    joint = {"condition_scale": condition_scale, "num_classes": 3}
+    objective = VarFlow(student, EDMSchedule(), levels, weighting, 1.0, cross, **joint)
     rtol, atol = PRECISIONS[dtype]
 
     def source(micro: int | None, rank: int = 0, world: int = 1) -> DrawSource:
@@ -318,3 +331,124 @@ def test_nan_is_not_taken_for_coincidence(randn):
     x = randn(5, 2, 3, 7)
     x[1, 0, 2, 3] = math.nan
     assert energy_loss(x, randn(5, 2, 3, 7), 1.0, "full").isnan().any()
+
+
+# Conditions ----------------------------------------------------------------------------------------------------------------
+
+
+def mean_of_rows(loss, rows: list, k: int) -> float:
+    """The exact mean of `loss` over k independent rows (condition, student, data), each equally likely."""
+    draws = list(product(rows, repeat=k))
+    return math.fsum(loss(draw) for draw in draws) / len(draws)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.9])
+def test_rows_that_share_a_condition_are_as_good_as_independent_ones(beta, k):
+    """Student and data depend on each other through the condition of their row: x_i and y_i are no draw of the product of
+    marginals, x_i and y_j are. Exact means over every batch of a small discrete world: Eq. 9, and without `same_condition` not.
+    """
+    rows = [(c, 3 * c + s, 2 * c - t) for c in (0.0, 1.0) for s in (0.0, 0.3) for t in (0.1, 0.7)]
+    among = [abs(a[1] - b[1]) ** beta for a in rows for b in rows]
+    across = [abs(a[1] - b[2]) ** beta for a in rows for b in rows]
+    expected = math.fsum(across) / 64 - math.fsum(among) / 64 / 2
+
+    def mean(cross: str, same_condition: bool) -> float:
+        def loss(draw: tuple) -> float:
+            x, y = (torch.tensor([row[i] for row in draw], dtype=torch.float64)[:, None] for i in (1, 2))
+            return float(energy_loss(x, y, beta, cross, same_condition).mean())
+
+        return mean_of_rows(loss, rows, k)
+
+    for cross in ("full", "paired"):
+        assert mean(cross, True) == pytest.approx(expected, rel=1e-12)
+        assert abs(mean(cross, False) - expected) > 0.05
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_pairs_averaged_over_all_shifts_are_all_pairs(beta, randn):
+    """The paired term uses one of the k - 1 shifts that leave i, i out; their mean is the full term, sample by sample."""
+    x, y = randn(*SHAPE), randn(*SHAPE) + 0.4
+    shifts = [energy_loss(x, y.roll(-r, 0), beta, "paired", same_condition=True) for r in range(4)]
+    assert_close(torch.stack(shifts).mean(0), energy_loss(x, y, beta, "full", same_condition=True), rtol=1e-12, atol=1e-12)
+
+
+def test_condition_vector(randn):
+    """SDXL's pooled text before the tokens', the mean over tokens else, a class as one-hot; all of length one, in float32."""
+    tokens, pooled = randn(3, 7, 5).bfloat16(), randn(3, 11).bfloat16()
+    both = condition_vector({"encoder_hidden_states": tokens, "text_embeds": pooled, "time_ids": randn(3, 6)}, 0)
+    alone = condition_vector({"encoder_hidden_states": tokens}, 0)
+    for vector, text in ((both, pooled.float()), (alone, tokens.mean(1).float())):
+        assert vector.dtype == torch.float32
+        for row, said in zip(vector, text, strict=True):
+            length = math.sqrt(math.fsum(v * v for v in said.tolist()))
+            assert row.tolist() == pytest.approx([v / length for v in said.tolist()], rel=1e-5)
+    classes = condition_vector({"class_labels": torch.tensor([2, 0, 3])}, 5)
+    assert classes.tolist() == [[0, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("cross", ["full", "paired"])
+def test_joint_loss_by_hand(cross, make_draw, randn):
+    """Noised images with scale sqrt(d) times the condition's vector beside them, which is not noised: d = 2 3 7."""
+    scale, t, beta = 0.8, 0.3, 1.5
+    draw = make_draw(randn(*SHAPE), randn(*SHAPE), torch.full((5,), t, dtype=torch.float64), x0=randn(*SHAPE))
+    draw.normals["data_eps"] = randn(*SHAPE)
+    draw.condition = {"encoder_hidden_states": randn(5, 3, 4), "text_embeds": randn(5, 6)}
+    student = nn.Module()
+    student.forward = lambda z, condition: 2 * z + 0.5
+    objective = VarFlow(student, RectifiedFlowSchedule(), lambda u, p: u, "sigma2", beta, cross, condition_scale=scale)
+    said = draw.condition["text_embeds"] / draw.condition["text_embeds"].norm(dim=1, keepdim=True)
+    x = (1 - t) * (2 * draw.z + 0.5) + t * draw.eps
+    y = (1 - t) * draw.x0 + t * draw.normals["data_eps"]
+
+    def apart(a: Tensor, b: Tensor, i: int, j: int) -> float:
+        return (distance(a, b) ** 2 + scale**2 * 42 * distance(said[i], said[j]) ** 2) ** (beta / 2)
+
+    expected = []
+    for i in range(5):
+        between = [apart(x[i], y[j], i, j) for j in partners(i, 5, cross, True)]
+        within = [apart(x[i], x[j], i, j) for j in range(5) if j != i]
+        expected.append(t**2 * (math.fsum(between) / len(between) - math.fsum(within) / 8))
+    loss = objective.loss(draw).loss
+    assert loss.tolist() == pytest.approx(expected, rel=1e-6)  # the vectors are float32
+    plain = VarFlow(student, RectifiedFlowSchedule(), lambda u, p: u, "sigma2", beta, cross).loss(draw).loss
+    assert plain.tolist() == pytest.approx([t**2 * share for share in naive(x, y, beta, cross, True)], rel=1e-10)
+    assert min(abs(a - b) for a, b in zip(plain.tolist(), loss.tolist(), strict=True)) > 1e-3
+
+
+def test_the_scale_of_conditions():
+    """At condition_scale 1 two opposite conditions are as far apart as two images that differ by 2 in every value."""
+    said, image = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.zeros(2, 3, 5, 7)
+    other = torch.stack([torch.ones(3, 5, 7), -torch.ones(3, 5, 7)])
+    conditions = torch.cat([image.flatten(1), 105**0.5 * said], 1)  # as in batch_loss, of images that are equal
+    assert distance(*conditions) == pytest.approx(distance(*other), rel=1e-6)
+
+
+@pytest.mark.parametrize("cross", ["full", "paired"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
+def test_joint_matching_sees_what_was_asked_for(scale, cross, make_draw):
+    """Data +1 for class 0 and -1 for class 1; a right student, and one that swaps them and so has the same marginal.
+
+    Exact means over all batches of two. With D = sqrt(4 + 2 s^2), the distance of (1, class 0) and (-1, class 1):
+    right D/2 - D/4, swapped (2 + s sqrt(2))/2 - D/4. They are equal at s = 0 alone: marginal matching cannot tell.
+    """
+    truth = torch.tensor([1.0, -1.0], dtype=torch.float64)
+
+    def mean_loss(sign: float) -> float:
+        student = nn.Module()
+        student.forward = lambda z, condition: sign * truth[condition["class_labels"]].view(-1, 1, 1, 1)
+        joint = {"condition_scale": scale, "num_classes": 2}
+        objective = VarFlow(student, RectifiedFlowSchedule(), lambda u, progress: u, "uniform", 1.0, cross, **joint)
+
+        def loss(labels: tuple[int, ...]) -> float:
+            labels, zero = torch.tensor(labels), torch.zeros(2, 1, 1, 1, dtype=torch.float64)
+            x0, condition = truth[labels].view(-1, 1, 1, 1), {"class_labels": labels}
+            draw = make_draw(zero, zero, torch.zeros(2, dtype=torch.float64), condition, x0, {"data_eps": zero})
+            return float(objective.loss(draw).loss.mean())
+
+        return mean_of_rows(loss, [0, 1], 2)
+
+    d = math.sqrt(4 + 2 * scale**2)
+    assert mean_loss(1.0) == pytest.approx(d / 4, rel=1e-6)
+    assert mean_loss(-1.0) == pytest.approx((2 + scale * math.sqrt(2)) / 2 - d / 4, rel=1e-6)
+    assert (mean_loss(-1.0) - mean_loss(1.0) > 0.05) == (scale > 0)

@@ -7,6 +7,7 @@ out over all processes; stopped and started again, it goes on. The training comm
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Encoded:
             "seed": seed if images or samples else None,
             "steps": data.num_inference_steps if samples else None,
             "guidance_scale": data.guidance_scale if samples else None,
+            "scheduler": scheduler_sha256(pipe.scheduler) if samples else None,
         }
         pipe.to(accelerator.device)
         encoder = _Encoder(pipe, rows, data, self.shape, self.image_size, accelerator.device, seed)
@@ -115,6 +117,12 @@ class _Encoder:
     def _noise(self, row: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "cache", row))
         return torch.randn(self.shape, generator=generator)
+
+
+def scheduler_sha256(scheduler: Any) -> str:
+    """Of its class and settings: what the teacher's samples depend on beside weights."""
+    settings = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    return hashlib.sha256(repr((type(scheduler).__name__, sorted(settings.items()))).encode()).hexdigest()
 
 
 def vae_factor(source: str) -> int:

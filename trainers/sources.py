@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class CaptionRows(PromptRows):
             self.index += [i] * len(each)
         super().__init__(captions, source)
         self.images, self.column = rows, data.image_column
-        self.identity["images"] = getattr(rows, "_fingerprint", None)
+        self.identity["images"] = rows._fingerprint if data.source == "hub" else files_identity(data.paths)
 
     def image(self, row: int, size: int) -> ImageRow:
         """Resized so that the shorter side is `size` (Lanczos), then cut from the middle."""
@@ -86,6 +87,17 @@ class CaptionRows(PromptRows):
 
         cut = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
         return ImageRow(to_unit(pil_to_tensor(cut)), (image.height, image.width, top, left))
+
+
+def files_identity(paths: Sequence[str]) -> str:
+    """Of names and contents below the paths, but not of where or when they were written: copied files are the same."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+            name = file.relative_to(path) if path.is_dir() else file.name
+            with file.open("rb") as stream:
+                digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()
 
 
 def load_rows(data: Prompts | Captions | TeacherSamples) -> PromptRows:

@@ -258,6 +258,14 @@ def other_weights(config: dict, tmp_path: Path) -> dict:
     return config | {"teacher": config["teacher"] | {"path": str(teacher)}}
 
 
+def other_scheduler(config: dict, tmp_path: Path) -> dict:
+    """The same weights with other noise levels: other samples."""
+    teacher = shutil.copytree(config["teacher"]["path"], tmp_path / "teacher")
+    file = teacher / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.011}))
+    return config | {"teacher": config["teacher"] | {"path": str(teacher)}}
+
+
 def other_prompts(config: dict, tmp_path: Path) -> dict:
     file = tmp_path / "others.txt"
     file.write_text("a cat\na dog on a mat\na blue house\n")
@@ -272,6 +280,7 @@ def data(**changes) -> callable:
     ("change", "keys"),
     [
         (other_weights, ["weights"]),
+        (other_scheduler, ["scheduler"]),
         (other_prompts, ["prompts"]),
         (data(image_size=8), ["image_size"]),
         (data(num_inference_steps=3), ["steps"]),
@@ -280,7 +289,7 @@ def data(**changes) -> callable:
         (lambda config, _: config | {"seed": 1}, ["seed"]),
         (lambda config, _: config | {"teacher": config["teacher"] | {"dtype": "bfloat16"}}, ["dtype", "weights"]),
     ],
-    ids=["weights", "prompts", "image_size", "steps", "guidance_scale", "images_per_prompt", "seed", "dtype"],
+    ids=["weights", "scheduler", "prompts", "image_size", "steps", "guidance_scale", "images_per_prompt", "seed", "dtype"],
 )
 def test_a_cache_of_something_else_is_refused(change, keys, cached, tmp_path, capsys):
     before = times(tmp_path / "cache")

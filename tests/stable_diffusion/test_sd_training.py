@@ -1,7 +1,4 @@
-"""Whole training runs on tiny Stable Diffusion pipelines, through the real commands: what they learn, and what must not show.
-
-Neither a kill, nor micro-batches, nor gradient checkpointing, nor a second process changes what a run ends with.
-"""
+"""What must not show in a run of Stable Diffusion: a kill, micro-batches, or blocks computed again. Through the real command."""
 
 import copy
 import hashlib
@@ -13,43 +10,22 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 import yaml
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines import adapters
 from pipelines.students import read_info
 from trainers import checkpoint, distill
-from trainers.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("sd15", "sd21", "sdxl")
+# Some layers of each sort: fewer adapters than recipes have, for speed.
+LORA = {"rank": 4, "alpha": 4.0, "targets": ["to_q", "to_v", "proj_in", "conv1", "conv_shortcut", "time_emb_proj"]}
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread", "own_datasets")
-
-
-@pytest.fixture
-def own_datasets(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-
-
-@pytest.fixture
-def images(tmp_path) -> dict:
-    """A data section: two noisy pictures of each of three colours, captioned by colour."""
-    folder, rng = tmp_path / "images", np.random.default_rng(0)
-    folder.mkdir()
-    rows = ["file_name,caption"]
-    for i in range(6):
-        colour = np.roll([230, 20, 20], i % 3) + rng.normal(0, 30, (16, 16, 3))
-        Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
-        rows.append(f"{i}.png,{('a red cat', 'a green dog', 'a blue house')[i % 3]}")
-    (folder / "metadata.csv").write_text("\n".join(rows))
-    return {"name": "captions", "source": "imagefolder", "paths": [str(folder)], "cache": str(tmp_path / "encoded")}
+pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread")
 
 
 def written(config: dict) -> list[str]:
@@ -83,28 +59,28 @@ def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
-@pytest.fixture
-def loaded(monkeypatch):
-    """loaded(config, resume) -> the trainer that distill would start with, at that checkpoint ("no": at its beginning)."""
-    made = []
-
-    class Loaded(Trainer):
-        def fit(self):
-            self._resume()
-            self.log.bar.close()
-            made.append(self)
-
-    def load(config: dict, resume: str | Path) -> Trainer:
-        beginning = {"output_dir": config["output_dir"] + "_beginning"} if resume == "no" else {}
-        with monkeypatch.context() as patch:
-            patch.setattr(distill, "Trainer", Loaded)
-            distil(config | beginning | {"resume": str(resume)})
-        return made.pop()
-
-    return load
+# a gradient that is little but rounding must not become a full step of random sign: updates in proportion where it is small
+ADAM = {"lr": 1e-3, "betas": [0.0, 0.99], "eps": 1e-2}
+SMALL = {"channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attention_levels": [1]}
+VARIANTS = {
+    "varflow": ("sd15", "varflow", {}),
+    "varflow of images and text": ("sdxl", "varflow", {"cross": "full", "condition_scale": 1.0}),
+    "diff_instruct": ("sd21", "diff_instruct", {}),
+    "vardiu": ("sdxl", "vardiu", {"pool": "batch"}),
+    "vardiu with networks of its own": ("sd21", "vardiu", {"posterior": {"network": SMALL}}),
+}
 
 
-# What must not show ----------------------------------------------------------------------------------------------------------
+def variant(name: str, recipe, warmup: int = 0, **more) -> dict:
+    kind, objective, options = VARIANTS[name]
+    config = recipe(objective, kind, **more)
+    config["objective"] = copy.deepcopy(config["objective"]) | copy.deepcopy(options)
+    own = name.endswith("of its own")
+    config["student"] = {"lora": None if own else LORA, "optimizer": ADAM}
+    for key in ("fake_score", "posterior"):
+        if key in config["objective"]:
+            config["objective"][key] |= {"optimizer": ADAM, "warmup_updates": warmup} | ({} if own else {"lora": LORA})
+    return config
 
 
 def end_state(output: Path) -> dict:
@@ -123,60 +99,29 @@ def end_state(output: Path) -> dict:
 @pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_never_been_killed(recipe, tmp_path):
     """Two adapters on one network with an optimiser each; killed between two checkpoints, when half of the steps are done."""
-    config = recipe("vardiu", steps=10, checkpoint_every=4)
+    config = variant("vardiu", recipe, warmup=1, steps=6, checkpoint_every=2)
     whole = end_state(distil(config, output_dir=str(tmp_path / "whole")))
     output = Path(config["output_dir"])
     command = [sys.executable, "-m", "trainers.distill", *written(config)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     metrics, deadline = output / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 6):  # a checkpoint at 4, the next at 8
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):  # a checkpoint at 2, the next at 4
         assert process.poll() is None, f"the run ended too early, with status {process.returncode}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (output / "student").exists()
-    assert last_checkpoint(output).name == "step_00000004"
+    assert last_checkpoint(output).name == "step_00000002"
     distil(config, "resume=latest")
     assert end_state(output) == whole
-
-
-# Some layers of each sort: fewer adapters than recipes have, for speed.
-LORA = {"rank": 4, "alpha": 4.0, "targets": ["to_q", "to_v", "proj_in", "conv1", "conv_shortcut", "time_emb_proj"]}
-# a gradient that is zero but for rounding must not become a full step of random sign; see test_training.py
-ADAM = {"lr": 1e-3, "betas": [0.0, 0.99], "eps": 1e-4}
-SMALL = {"channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attention_levels": [1]}
-VARIANTS = {
-    "varflow": ("sd15", "varflow", {}),
-    "varflow of images and text": ("sdxl", "varflow", {"cross": "full", "condition_scale": 1.0}),
-    "diff_instruct": ("sd21", "diff_instruct", {}),
-    "diff_instruct in two phases": ("sd15", "diff_instruct", {"joint": False}),
-    "vardiu": ("sdxl", "vardiu", {}),
-    "vardiu with a common pool": ("sd15", "vardiu", {"pool": "batch"}),
-    "vardiu with networks of its own": ("sd21", "vardiu", {"posterior": {"network": SMALL, "warmup_updates": 1}}),
-}
-
-
-def variant(name: str, recipe, optimizer: dict = ADAM, **more) -> dict:
-    kind, objective, options = VARIANTS[name]
-    config = recipe(objective, kind, **more)
-    config["objective"] = copy.deepcopy(config["objective"]) | copy.deepcopy(options)
-    own = name.endswith("of its own")
-    config["student"] = {"lora": None if own else LORA, "optimizer": optimizer}
-    for key in ("fake_score", "posterior"):
-        if key in config["objective"]:
-            config["objective"][key] |= {"optimizer": optimizer} | ({} if own else {"lora": LORA})
-    return config
 
 
 @pytest.fixture
 def recomputed(monkeypatch) -> list:
     """What diffusers and the shared network hand to torch's checkpoint: one entry for each block that is recomputed."""
-    import pipelines.adapters
-    from diffusers.models import modeling_utils
-
     calls = []
-    for module in (pipelines.adapters, torch.utils.checkpoint):
+    for module in (adapters, torch.utils.checkpoint):
         original = module.checkpoint
         monkeypatch.setattr(module, "checkpoint", lambda *a, original=original, **k: (calls.append(a[0]), original(*a, **k))[1])
     return calls
@@ -193,17 +138,13 @@ def test_neither_micro_batches_nor_recomputed_blocks_show(name, recipe, tmp_path
     saving = distil(config, output_dir=str(tmp_path / "saving"), gradient_checkpointing=True)
     assert len(recomputed) > 0
     ended, first = weights(whole), lines(whole / "metrics.jsonl")[0]
-    # lora_B starts at zero, as does the last layer of a small posterior
-    moved = min(
-        max(v.abs().max().item() for k, v in ended.items() if role in k and ("lora_B" in k or "conv_out" in k)) for role in roles
-    )
-    assert moved > 1e-5
-    for other in (split, saving):
-        assert gap(weights(other), ended) < 0.01 * moved
+    # lora_B starts at zero, as does the last layer of a small posterior: what they are is how far they went
+    moved = max(v.abs().max().item() for k, v in ended.items() if "lora_B" in k or "posterior/network.network.conv_out" in k)
+    assert moved > 1e-3
+    for other, tolerance in ((split, 2e-3), (saving, 1e-5)):
+        assert gap(weights(other), ended) < tolerance * moved
         values = lines(other / "metrics.jsonl")[0]
         assert values.keys() == first.keys()
         for key in first:
-            if other == saving or not key.endswith(
-                ("x0_std", "x0_gap")
-            ):  # a standard deviation over fewer samples is another number
+            if other == saving or not key.endswith(("x0_std", "x0_gap")):  # not the standard deviation over fewer samples
                 assert values[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     TCDScheduler,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -384,3 +385,17 @@ def test_one_step_at_another_readout(pipes):
     scheduler = sd.one_step_scheduler(pipes["sd15"].scheduler)
     assert sd.one_step_error(scheduler, denoiser, 625) < 1e-6
     assert sd.one_step_error(DDIMScheduler(**TRAILING, **CLEAN), denoiser, 625) == float("inf")
+
+
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_a_file_that_lacks_tensors_is_refused(component, tiny, tmp_path):
+    """diffusers would fill them with random numbers."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny["sd15"], folder)
+    file = folder / component / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(k for k in sorted(weights) if k.startswith("conv_in") or k.startswith("encoder.conv_in"))
+    del weights[name]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=f"{component}/ lack 1 tensors .*{name}"):
+        sd.load_pipeline(str(folder))

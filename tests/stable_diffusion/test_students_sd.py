@@ -200,6 +200,8 @@ out["timesteps"] = pipe.scheduler.timesteps
     assert out["timesteps"].tolist() == [999]
     for key in ("x0", "fused", "unloaded"):
         assert relative(out[key], run.x0) < 1e-5, key
+    stored = json.loads((run.folder / "student" / "scheduler" / "scheduler_config.json").read_text())
+    assert stored["_class_name"] == "LCMScheduler"
     tensors = load_file(run.folder / "student" / LORA)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert any("conv1" in key for key in tensors)

@@ -92,4 +92,4 @@ class DiffInstruct:
         s_fake = score(x0_fake, x_t.detach(), level)
         w = weight(self.weighting, level, x0, x0_teacher, self.teacher.sigma_data)
         loss = score_difference_loss(x_t, s_fake, s_teacher, w)
-        return LossTerms(loss, {"x0_gap": (x0_fake - x0_teacher).square().mean().sqrt(), "x0_std": x0.std()})
+        return LossTerms(loss, {"x0_gap": (x0_fake - x0_teacher).square().mean().sqrt(), "x0_std": x0.detach().std()})
