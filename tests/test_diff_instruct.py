@@ -254,7 +254,7 @@ def test_joint_descent_closes_the_gap(world):
             optimizers[role].zero_grad()
 
     def state() -> tuple[float, float]:
-        return float(world.cell_mean(world.kl)), float(objective.student_loss(draw).metrics["x0_gap"])
+        return world.cell_mean(world.kl).item(), objective.student_loss(draw).metrics["x0_gap"].item()
 
     (phase,) = objective.warmup
     for _ in range(phase.repeats):
