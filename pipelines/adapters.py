@@ -8,6 +8,7 @@ that a backward pass after a switch finds no graph.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -181,6 +182,7 @@ def parameter_tree(parameters: Mapping[str, Tensor]) -> nn.Module:
 
 
 def example_layers(network: nn.Module) -> list[str]:
-    """Distinct endings of names of layers that LoRA can adapt."""
-    endings = {n.split(".")[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    return sorted(e for e in endings if not e.isdigit() and e != "base_layer")[:8]
+    """The most frequent endings of names of layers that LoRA can adapt."""
+    names = [n.removesuffix(".base_layer") for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    endings = Counter(n.split(".")[-1] for n in names if ".lora_" not in n)
+    return [e for e, _ in endings.most_common() if not e.isdigit()][:8]

@@ -226,6 +226,7 @@ def one_step_scheduler(scheduler: Any) -> LCMScheduler:
     """The teacher's noise schedule behind the stock scheduler whose single step returns x0 itself, at t = T - 1 by default."""
     config = dict(scheduler.config) | {"clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
     config["original_inference_steps"] = config["num_train_timesteps"]  # any other that does not divide T skips t = T - 1
+    config["timestep_scaling"] = 1e6  # its skip connection, sigma_data^2 / ((t scaling)^2 + sigma_data^2), is then 0 in float32
     known = inspect.signature(LCMScheduler.__init__).parameters  # an unknown key would be complained of at every loading
     return LCMScheduler.from_config({k: v for k, v in config.items() if k in known})
 

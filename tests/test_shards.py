@@ -3,7 +3,9 @@
 import copy
 import json
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,10 +141,17 @@ def processes(count: int, run: Callable[[SimpleNamespace], None]) -> list[BaseEx
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_any_number_of_processes_builds_the_same_files(count, tmp_path, whole):
-    """Each shard by one of them; five processes for three shards leave two with nothing to do."""
-    folder, encoders = tmp_path / "cache", [Encoder() for _ in range(count)]
-    assert processes(count, lambda a: make(folder, encoders[a.process_index], accelerator=a)) == []
+    """Each shard by one of them; five processes for three shards leave two with nothing to do. None is done before all are."""
+    folder, encoders, finished = tmp_path / "cache", [Encoder() for _ in range(count)], []
+
+    def slowly(rank: int, index: range) -> dict[str, Tensor]:
+        time.sleep(0.02 * rank)
+        finished.append((folder / "cache.json").exists())
+        return encoders[rank](index)
+
+    assert processes(count, lambda a: make(folder, partial(slowly, a.process_index), accelerator=a)) == []
     assert files(folder) == whole
+    assert finished == [False] * CALLS
     for rank, encoder in enumerate(encoders):
         assert {i.start // SHARD for i in encoder.calls} == set(range(3)[rank::count])
     rows = sorted(row for encoder in encoders for i in encoder.calls for row in i)
@@ -354,6 +363,7 @@ def test_the_digest_tells_dtypes_names_and_places_apart():
     with torch.no_grad():
         swapped["text"].weight.copy_(networks()["text"].weight.T)
     zeros = [{"a": nn.Linear(2, 3, bias=False)}, {"a": nn.Linear(3, 2, bias=False)}, {"b": nn.Linear(2, 3, bias=False)}]
+    zeros += [{"a": nn.Linear(2, 3, bias=False, dtype=dtype)} for dtype in (torch.bfloat16, torch.float16)]
     for network in zeros:
         nn.init.zeros_(next(iter(network.values())).weight)
     less = {"text": networks()["text"]}
