@@ -15,7 +15,7 @@ from pipelines.images import ImageSet
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule
 from trainers.data import Images
 from trainers.draws import DrawSource
-from trainers.objectives.varflow import VarFlow, condition_vector, energy_loss, pairwise_power
+from trainers.objectives.varflow import VarFlow, condition_vector, energy_loss, pairwise_power, spread
 
 BETAS = (0.5, 1.0, 1.5, 1.9)
 SHAPE = (5, 2, 3, 7)  # K = 5 samples
@@ -398,6 +398,8 @@ def test_joint_loss_by_hand(cross, make_draw, randn):
     student.forward = lambda z, condition: 2 * z + 0.5
     objective = VarFlow(student, RectifiedFlowSchedule(), lambda u, p: u, "sigma2", beta, cross, condition_scale=scale)
     said = draw.condition["text_embeds"] / draw.condition["text_embeds"].norm(dim=1, keepdim=True)
+    said = said - said.mean(0)
+    said = said / math.sqrt(math.fsum(v * v for v in said.flatten().tolist()) / 5)
     x = (1 - t) * (2 * draw.z + 0.5) + t * draw.eps
     y = (1 - t) * draw.x0 + t * draw.normals["data_eps"]
 
@@ -416,12 +418,17 @@ def test_joint_loss_by_hand(cross, make_draw, randn):
     assert min(abs(a - b) for a, b in zip(plain.tolist(), loss.tolist(), strict=True)) > 1e-3
 
 
-def test_the_scale_of_conditions():
-    """At condition_scale 1 two opposite conditions are as far apart as two images that differ by 2 in every value."""
-    said, image = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.zeros(2, 3, 5, 7)
-    other = torch.stack([torch.ones(3, 5, 7), -torch.ones(3, 5, 7)])
-    conditions = torch.cat([image.flatten(1), 105**0.5 * said], 1)  # as in batch_loss, of images that are equal
-    assert distance(*conditions) == pytest.approx(distance(*other), rel=1e-6)
+def test_the_spread_of_conditions(randn):
+    """Over all pairs of rows the mean square distance is 2, as of two vectors whose values have variance 1 / n, wherever they lay
+    and however close together; rows that are all equal say nothing.
+    """
+    for said in (randn(5, 7), 1e-3 * randn(5, 7) + 40.0):
+        vectors = spread(said)
+        assert float(torch.cdist(vectors, vectors).square().mean()) == pytest.approx(2.0, rel=1e-9)
+        ratio = torch.cdist(said, said) / torch.cdist(vectors, vectors)
+        off = ~torch.eye(5, dtype=torch.bool)
+        assert float(ratio[off].max() / ratio[off].min()) == pytest.approx(1.0, rel=1e-6)
+    assert torch.equal(spread(torch.full((3, 2), 0.3)), torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("cross", ["full", "paired"])
@@ -429,8 +436,8 @@ def test_the_scale_of_conditions():
 def test_joint_matching_sees_what_was_asked_for(scale, cross, make_draw):
     """Data +1 for class 0 and -1 for class 1; a right student, and one that swaps them and so has the same marginal.
 
-    Exact means over all batches of two. With D = sqrt(4 + 2 s^2), the distance of (1, class 0) and (-1, class 1):
-    right D/2 - D/4, swapped (2 + s sqrt(2))/2 - D/4. They are equal at s = 0 alone: marginal matching cannot tell.
+    Exact means over all batches of two. With D = sqrt(4 + 4 s^2), the distance of (1, class 0) and (-1, class 1):
+    right D/2 - D/4, swapped (2 + 2 s)/2 - D/4. They are equal at s = 0 alone: marginal matching cannot tell.
     """
     truth = torch.tensor([1.0, -1.0], dtype=torch.float64)
 
@@ -448,7 +455,7 @@ def test_joint_matching_sees_what_was_asked_for(scale, cross, make_draw):
 
         return mean_of_rows(loss, [0, 1], 2)
 
-    d = math.sqrt(4 + 2 * scale**2)
+    d = math.sqrt(4 + 4 * scale**2)
     assert mean_loss(1.0) == pytest.approx(d / 4, rel=1e-6)
-    assert mean_loss(-1.0) == pytest.approx((2 + scale * math.sqrt(2)) / 2 - d / 4, rel=1e-6)
+    assert mean_loss(-1.0) == pytest.approx((2 + 2 * scale) / 2 - d / 4, rel=1e-6)
     assert (mean_loss(-1.0) - mean_loss(1.0) > 0.05) == (scale > 0)

@@ -23,6 +23,7 @@ from .config import DistillConfig, TeacherConfig
 from .config_data import TEXT_DATA, Captions, Prompts, TeacherSamples
 from .draws import derive_seed
 from .sources import CaptionRows, PromptRows, image_batch, load_rows
+from .teachers import teacher_folder
 
 TextData = Prompts | Captions | TeacherSamples
 
@@ -150,7 +151,8 @@ def open_cache(config: DistillConfig | TeacherConfig, accelerator: Accelerator) 
     if isinstance(config, TeacherConfig):
         return Encoded(config.pipeline, config.data, folder, accelerator, torch.float32, seed=config.seed)
     t = config.teacher
-    return Encoded(t.path, config.data, folder, accelerator, sd.DTYPES[t.dtype], t.negative_prompt, t.variant, config.seed)
+    source, dtype = teacher_folder(t.path), sd.DTYPES[t.dtype]
+    return Encoded(source, config.data, folder, accelerator, dtype, t.negative_prompt, t.variant, config.seed)
 
 
 def kind_of(argv: list[str] | None) -> type[DistillConfig] | type[TeacherConfig]:

@@ -24,7 +24,7 @@ from .objectives.resampled import ResampledScore
 from .objectives.vardiu import VarDiU
 from .objectives.varflow import VarFlow
 from .stable_diffusion import StableDiffusionModels
-from .teachers import family_of
+from .teachers import family_of, teacher_folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def run(config: DistillConfig) -> None:
         micro_batch_size=config.micro_batch_size,
     )
     facts = models.facts | {
-        "base_model": config.teacher.path,
+        "base_model": teacher_folder(config.teacher.path),
         "objective": config.objective.name,
         "estimator": getattr(config.objective, "estimator", None),
         "seed": config.seed,

@@ -15,6 +15,7 @@ from pipelines.students import save_model
 
 from . import setup
 from .config import DistillConfig, Network
+from .config_data import TEXT_DATA
 from .data import Images, Labels
 from .draws import derive_seed
 from .models import refuse
@@ -35,6 +36,8 @@ class EDMModels:
         shape = pipeline.unet.config
         self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
         self.num_classes = shape.num_classes or 0
+        if not self.num_classes and config.objective.name == "varflow" and config.objective.condition_scale:
+            raise ValueError("objective.condition_scale has no effect: the teacher is unconditional; remove it")
         data = setup.load_data(config.data) if config.data else None
         self._check_data(data)
         if data is not None and config.objective.name == "varflow":
@@ -108,6 +111,10 @@ class EDMModels:
 def check(config: DistillConfig) -> None:
     """Settings that only Stable Diffusion has are refused, before anything is loaded."""
     t, s, o = config.teacher, config.student, config.objective
+    if isinstance(config.data, TEXT_DATA):
+        raise ValueError(
+            f"data: {config.data.name!r} is for Stable Diffusion teachers; an EDM teacher takes digits, parquet, hub or folder"
+        )
     settings = {
         "teacher.negative_prompt": t.negative_prompt,
         "teacher.variant": t.variant,

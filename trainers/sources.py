@@ -67,7 +67,8 @@ class CaptionRows(PromptRows):
             self.index += [i] * len(each)
         super().__init__(captions, source)
         self.images, self.column = rows, data.image_column
-        self.identity["images"] = rows._fingerprint if data.source == "hub" else files_identity(data.paths)
+        files = rows._fingerprint if data.source == "hub" else files_identity(data.paths)
+        self.identity["images"] = f"{data.image_column} of {files}"
 
     def image(self, row: int, size: int) -> ImageRow:
         """Resized so that the shorter side is `size` (Lanczos), then cut from the middle."""

@@ -24,6 +24,7 @@ from .config_data import TEXT_DATA
 from .draws import derive_seed
 from .models import refuse
 from .posteriors import COVARIANCES, UNetPosterior
+from .teachers import teacher_folder
 
 
 class StableDiffusionModels:
@@ -35,12 +36,13 @@ class StableDiffusionModels:
         self.config, self.device = config, accelerator.device
         check(config)
         t = config.teacher
-        index = sd.read_index(t.path)
+        path = teacher_folder(t.path)
+        index = sd.read_index(path)
         encoded = open_cache(config, accelerator)
         self.examples, self.latent_shape, null = encoded.examples, encoded.shape, encoded.null
         kept = {"unet", "scheduler"} | ({"vae"} if config.sample_every else set())
         left_out = [k for k in index if not k.startswith("_") and k not in kept]
-        self.pipe = sd.load_pipeline(t.path, sd.DTYPES[t.dtype], left_out, t.variant)
+        self.pipe = sd.load_pipeline(path, sd.DTYPES[t.dtype], left_out, t.variant)
         self.base = SharedNetwork(self.pipe.unet)
         self.teacher = sd.denoiser(self.pipe, self.base.teacher(), t.guidance_scale, null)
         last = int(self.teacher.schedule.t_range[1])

@@ -12,11 +12,16 @@ from pipelines.edm import EDMPipeline, EDMUNet
 from pipelines.stable_diffusion import FAMILIES, read_index
 
 
-def family_of(path: str) -> str:
-    """One of edm, sd, sdxl: what a pipeline folder or hub id says it holds; a run's output_dir counts as its teacher/."""
+def teacher_folder(path: str) -> str:
+    """The pipeline folder that a path means: an output_dir of train_teacher is its teacher/; hub ids are left alone."""
     folder = Path(path)
-    if (folder / "teacher" / "model_index.json").is_file() and not (folder / "model_index.json").is_file():
-        path = str(folder / "teacher")
+    inside = (folder / "teacher" / "model_index.json").is_file() and not (folder / "model_index.json").is_file()
+    return str(folder / "teacher") if inside else path
+
+
+def family_of(path: str) -> str:
+    """One of edm, sd, sdxl: what a pipeline folder (see teacher_folder) or hub id says it holds."""
+    path = teacher_folder(path)
     try:
         name = read_index(path).get("_class_name")
     except FileNotFoundError as error:

@@ -104,7 +104,6 @@ def test_what_is_not_for_edm_is_refused(objective, override, key, edm_recipe, ca
     run(config, "steps=1")
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="trainers/edm.py asks text data for its image_column")
 @pytest.mark.parametrize("name", ["prompts", "captions", "teacher_samples"])
 def test_text_data_are_not_for_edm(name, edm_recipe, capsys):
     section = {"captions": "source: parquet, paths: [x.parquet]"}.get(name, "file: x.txt")

@@ -71,6 +71,13 @@ def condition_vector(condition: Condition, num_classes: int) -> Tensor:
     return torch.nn.functional.normalize(text.float(), dim=1)
 
 
+def spread(said: Tensor) -> Tensor:
+    """(K, n) -> the same, moved and scaled to mean 0 and mean square length 1 over the rows; zeros where all rows are equal."""
+    centred = said - said.mean(0)
+    length = centred.square().sum(1).mean().sqrt()
+    return centred / length if length > 1e-6 else torch.zeros_like(centred)
+
+
 class VarFlow:
     """student: the generator; schedule: the teacher's noise; data come with each draw."""
 
@@ -101,14 +108,16 @@ class VarFlow:
     def batch_loss(self, x0: Tensor, x0_data: Tensor, eps: Tensor, eps_data: Tensor, said: Tensor | None, draw: Draw) -> Tensor:
         """(K,) over a whole batch, noised to the one level that `shared_u` picks; said (K, n): the condition vectors, if any.
 
-        At condition_scale 1 two opposite conditions are as far apart as two images that differ by 2 in every value.
+        At condition_scale 1 two conditions of the batch are as far apart, in root mean square, as two images of unit variance:
+        prompts of one data set lie close together in a text encoder's space, so that lengths of its own would say little.
         """
         level = sample_level(draw.shared_u.expand(len(x0)), self.levels, draw.progress, self.schedule)
         x_student, x_data = add_noise(x0, eps, level), add_noise(x0_data, eps_data, level)
         w = weight(self.weighting, level, x0, x0_data, self.sigma_data).flatten()
         if said is not None:
             scale = self.condition_scale * x0[0].numel() ** 0.5
-            x_student, x_data = (torch.cat([x.flatten(1), scale * said.to(x)], 1) for x in (x_student, x_data))
+            said = scale * spread(said).to(x_student)
+            x_student, x_data = (torch.cat([x.flatten(1), said], 1) for x in (x_student, x_data))
         return w * energy_loss(x_student, x_data, self.beta, self.cross, same_condition=draw.condition is not None)
 
     def said(self, draw: Draw) -> Tensor | None:
