@@ -24,13 +24,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from eval.frechet import GaussianStats, frechet_distance
-from pipelines.images import load_parquet, to_pixels, to_unit
+from pipelines.images import ImageSet, load_parquet, to_pixels, to_unit
 from pipelines.provenance import git_commit, versions
 from pipelines.stable_diffusion import decode_latents, encode_images, load_pipeline, one_step_scheduler
 from pipelines.students import load_student
@@ -237,6 +238,44 @@ def student_config(folder: Path, objective: str, captions: Path, prompts: Path, 
     }
 
 
+class Judge:
+    """A classifier trained on the real images as the VAE draws them: what it cannot draw is no student's fault.
+
+    file: where its weights are kept. held_out: the numbers of a tenth of the images, kept apart; examples: two of each class.
+    """
+
+    def __init__(self, vae: AutoencoderKL, data: ImageSet, file: Path) -> None:
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+        noise = torch.zeros(500, 4, 8, 8)
+        parts = [decode_latents(vae, encode_images(vae, to_unit(data.pixels[i]), noise)) for i in order.split(500)]
+        pixels, labels, rest = to_pixels(torch.cat(parts)), data.labels[order], len(data) // 10
+        torch.manual_seed(0)
+        self.net = Classifier()
+        if file.is_file():
+            self.net.load_state_dict(load_file(file))
+        else:
+
+            def loss(rows: Tensor) -> Tensor:
+                x = to_unit(pixels[rest:][rows])
+                x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+                return F.cross_entropy(self.net.train()(x)[1], labels[rest:][rows])
+
+            train(self.net, loss, len(pixels) - rest, 2000, 128, 5e-3, "classifier")
+            save_file(self.net.state_dict(), file)
+        features, classes = self.net.read(pixels)
+        self.real = GaussianStats.of(features[rest:])
+        fd = frechet_distance(GaussianStats.of(features[:rest]), self.real)
+        self.held_out = {"fd": fd, "accuracy": (classes[:rest] == labels[:rest]).double().mean().item()}
+        self.examples = torch.stack([pixels[(labels == i % 10).nonzero()[i // 10, 0]] for i in range(20)])
+
+    def measure(self, pixels: Tensor) -> dict[str, float]:
+        """Of images for the classes in turn."""
+        features, classes = self.net.read(pixels)
+        wanted = torch.arange(len(pixels)) % 10
+        fd = frechet_distance(GaussianStats.of(features), self.real)
+        return {"fd": fd, "accuracy": (classes == wanted).double().mean().item()}
+
+
 def draw(pipe: StableDiffusionPipeline, **call: Any) -> Tensor:
     """uint8 images (IMAGES, 3, 32, 32), the classes in turn, from the same noise for every pipeline."""
     z = torch.randn(IMAGES, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -281,41 +320,16 @@ def main() -> None:
         jobs.append(Job(name, file, folder / name, []))
     run_all(jobs, len(jobs), threads=max(1, cores() // len(jobs)))
 
-    # Measured in the VAE's own range: what it cannot draw is no student's fault.
     base = load_pipeline(str(folder / "teacher" / "teacher"))
-    order = torch.randperm(len(data.pixels), generator=torch.Generator().manual_seed(0))
-    noise = torch.zeros(500, 4, 8, 8)
-    parts = [decode_latents(base.vae, encode_images(base.vae, to_unit(data.pixels[i]), noise)) for i in order.split(500)]
-    seen, labels = to_pixels(torch.cat(parts)), data.labels[order]
-    torch.manual_seed(0)
-    judge = Classifier()
-    held_out = len(seen) // 10
-
-    def loss(rows: Tensor) -> Tensor:
-        x = to_unit(seen[held_out:][rows])
-        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
-        return F.cross_entropy(judge.train()(x)[1], labels[held_out:][rows])
-
-    train(judge, loss, len(seen) - held_out, 2000, 128, 5e-3, "classifier")
-    features, classes = judge.read(seen)
-    real = GaussianStats.of(features[held_out:])
-    numbers: dict[str, dict[str, float]] = {
-        "real, held out": {
-            "fd": frechet_distance(GaussianStats.of(features[:held_out]), real),
-            "accuracy": (classes[:held_out] == labels[:held_out]).double().mean().item(),
-        }
-    }
-    wanted = torch.arange(IMAGES) % 10
-    pictures = []
+    judge = Judge(base.vae, data, folder / "judge.safetensors")
+    pictures = [judge.examples]
+    numbers = {"real, held out": judge.held_out}
 
     def measure(name: str, pixels: Tensor, more: dict[str, float]) -> None:
-        features, classes = judge.read(pixels)
-        accuracy = (classes == wanted).double().mean().item()
-        numbers[name] = {"fd": frechet_distance(GaussianStats.of(features), real), "accuracy": accuracy} | more
-        print(f"{name:28} FD {numbers[name]['fd']:8.3f}  prompted class {accuracy:.3f}", flush=True)
+        numbers[name] = judge.measure(pixels) | more
+        print(f"{name:20} FD {numbers[name]['fd']:8.3f}  prompted class {numbers[name]['accuracy']:.3f}", flush=True)
         pictures.append(pixels[:20])
 
-    pictures.append(torch.stack([seen[(labels == i % 10).nonzero()[i // 10, 0]] for i in range(20)]))
     measure("teacher, 50 steps", draw(base, num_inference_steps=50, guidance_scale=1.0), {})
     base.scheduler = one_step_scheduler(base.scheduler)
     measure("teacher, 1 step", draw(base, num_inference_steps=1, guidance_scale=1.0), {})
