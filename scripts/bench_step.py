@@ -140,6 +140,7 @@ def our_step(shape: dict[str, Any], objective: str, copies: bool, device: torch.
         "batch_size": BATCH[objective],
         "micro_batch_size": 1,
         "gradient_checkpointing": True,
+        "ema_decay": 0.0,
         "log_every": 1000,
     }
     config = validate(DistillConfig, raw, "the benchmark's configuration")

@@ -598,6 +598,17 @@ def test_ema_is_its_closed_form_and_swaps_exactly():
     assert torch.equal(ema.average["weight"], average)
 
 
+def test_an_ema_without_decay_holds_no_copy():
+    """d = 0: the average is the parameter."""
+    module = torch.nn.Linear(3, 2)
+    ema = Ema(module, decay=0.0)
+    module.weight.data.fill_(7.0)
+    ema.update()
+    assert (ema.average, ema.updates) == ({}, 1)
+    with ema.swapped() as swapped:
+        assert torch.equal(swapped.weight, torch.full((2, 3), 7.0))
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_at_its_ends(schedule):
     config = Optimizer(lr=0.6, warmup_steps=4, schedule=schedule, final_ratio=0.25)

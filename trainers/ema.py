@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """average <- d average + (1 - d) parameter with d = min(decay, (1 + n) / (10 + n)) at the n-th update."""
+    """average <- d average + (1 - d) parameter with d = min(decay, (1 + n) / (10 + n)) at the n-th update.
+
+    With decay 0 the average is the parameter itself: no copy is held, and swapping does nothing.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay, self.updates = module, decay, 0
-        self.average = {n: p.detach().clone() for n, p in trained_parameters(module).items()}
+        kept = trained_parameters(module) if decay else {}
+        self.average = {n: p.detach().clone() for n, p in kept.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
+        if not self.average:
+            return
         parameters = trained_parameters(self.module)
         averages = list(self.average.values())
         torch._foreach_lerp_(averages, [parameters[n].detach() for n in self.average], 1 - decay)
