@@ -239,16 +239,16 @@ def student_config(folder: Path, objective: str, captions: Path, prompts: Path, 
 
 
 class Judge:
-    """A classifier trained on the real images as the VAE draws them: what it cannot draw is no student's fault.
+    """A classifier trained on 20,000 real images as the VAE draws them: what it cannot draw is no student's fault.
 
     file: where its weights are kept. held_out: the numbers of a tenth of the images, kept apart; examples: two of each class.
     """
 
     def __init__(self, vae: AutoencoderKL, data: ImageSet, file: Path) -> None:
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:20_000]
         noise = torch.zeros(500, 4, 8, 8)
         parts = [decode_latents(vae, encode_images(vae, to_unit(data.pixels[i]), noise)) for i in order.split(500)]
-        pixels, labels, rest = to_pixels(torch.cat(parts)), data.labels[order], len(data) // 10
+        pixels, labels, rest = to_pixels(torch.cat(parts)), data.labels[order], len(order) // 10
         torch.manual_seed(0)
         self.net = Classifier()
         if file.is_file():
@@ -260,7 +260,7 @@ class Judge:
                 x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
                 return F.cross_entropy(self.net.train()(x)[1], labels[rest:][rows])
 
-            train(self.net, loss, len(pixels) - rest, 2000, 128, 5e-3, "classifier")
+            train(self.net, loss, len(pixels) - rest, 800, 128, 5e-3, "classifier")
             save_file(self.net.state_dict(), file)
         features, classes = self.net.read(pixels)
         self.real = GaussianStats.of(features[rest:])

@@ -296,7 +296,7 @@ def test_what_a_run_leaves(objective, lab, watched, tmp_path, monkeypatch):
     # student/ is the average in memory: the same weights and, through stock loading, exactly the same images
     info = read_info(output / "student", "student")
     assert info["calls"] == CALLS[objective]
-    assert (info["steps"], info["readout_sigma"], info["base_model"]) == (STEPS, 2.0, str(lab.teacher))
+    assert (info["steps"], info["readout_sigma"], info["base_model"]) == (STEPS, 2.0, str(lab.teacher / "teacher"))
     pipeline, labels = load_student(output), torch.tensor([0, 1, 1, 0, 2])  # 2: no label
     z = torch.randn(5, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     with trainer.ema.swapped() as student, torch.no_grad():
