@@ -588,7 +588,7 @@ def damaged_config(teacher: Path) -> None:
     ("damage", "message"),
     [
         (no_folder, "teacher.path: no such folder"),
-        (no_index, "is not an EDMPipeline folder: it has no model_index.json"),
+        (no_index, "is not a diffusers pipeline folder: it has no model_index.json"),
         (no_weights, "has no weights: expected diffusion_pytorch_model.safetensors in unet/"),
         (truncated_weights, "is damaged"),
         (a_tensor_missing, "conv_in.weight"),
