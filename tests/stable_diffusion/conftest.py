@@ -148,3 +148,8 @@ def recipe(tiny, tmp_path, prompt_file):
         } | more
 
     return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_networks(one_thread):
+    """Every test here is faster on one thread."""
