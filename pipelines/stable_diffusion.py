@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,12 @@ from torch import Tensor, nn
 from .denoiser import Condition, Denoiser
 from .noise import VPSchedule, from_x0, widen
 
-logger = logging.getLogger(__name__)
-
 FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-CONDITIONING = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 # never needed to distil; a safety checker would blacken images of an untrained student
-UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def read_index(source: str) -> dict[str, Any]:

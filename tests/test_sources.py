@@ -230,6 +230,19 @@ def test_images_are_part_of_the_identity(tmp_path):
     assert identities[0]["images"] != identities[1]["images"]
 
 
+def test_the_column_is_part_of_the_identity(tmp_path):
+    """One file, two columns of images: two data sets."""
+    import datasets
+
+    picture = Image.new("RGB", (8, 8), (3, 0, 0))
+    rows = datasets.Dataset.from_dict({"image": [picture], "depth": [picture], "caption": ["a"]})
+    rows.to_parquet(tmp_path / "a.parquet")
+    data = {"name": "captions", "source": "parquet", "paths": [str(tmp_path / "a.parquet")]}
+    one, other = (load_rows(Captions(**data, image_column=column)).identity for column in ("image", "depth"))
+    assert one["prompts"] == other["prompts"]
+    assert one["images"] != other["images"]
+
+
 def test_copied_images_are_the_same(tmp_path):
     """Names and contents count, not where they lie or when they were written."""
     data = make("imagefolder", tmp_path)

@@ -31,7 +31,7 @@ TextData = Prompts | Captions | TeacherSamples
 class Encoded:
     """The rows of a data section behind a cache, and the null condition: all that text encoders and VAE are needed for.
 
-    They are freed when this is made; `cache_folder` holds what they said.
+    They are freed when this is made; the cache in `folder` holds what they said.
     """
 
     def __init__(
@@ -128,8 +128,7 @@ def scheduler_sha256(scheduler: Any) -> str:
 
 def vae_factor(source: str) -> int:
     """Pixels a latent, on a side."""
-    config = DiffusionPipeline.load_config(source) if not Path(source).is_dir() else sd.read_index(source)
-    if config.get("vae", [None])[0] is None:
+    if sd.read_index(source).get("vae", [None])[0] is None:
         return 1
     return 2 ** (len(AutoencoderKL.load_config(source, subfolder="vae")["block_out_channels"]) - 1)
 

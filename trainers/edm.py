@@ -6,8 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.edm import EDMDecoder, EDMPipeline, EDMScheduler
 from pipelines.images import ImageSet
@@ -17,9 +15,8 @@ from . import setup
 from .config import DistillConfig, Network
 from .config_data import TEXT_DATA
 from .data import Images, Labels
-from .draws import derive_seed
-from .models import refuse
-from .posteriors import COVARIANCES, UNetPosterior
+from .models import build_covariance, refuse
+from .posteriors import UNetPosterior
 from .teachers import load_edm_teacher
 
 
@@ -77,9 +74,7 @@ class EDMModels:
 
     def posterior(self, with_mean: bool) -> UNetPosterior:
         p, unet, shape = self.config.objective.posterior, self.teacher.network, self.teacher.network.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.config.seed, "init", "covariance"))
-            covariance = COVARIANCES[p.covariance](self.latent_shape, **p.covariance_options())
+        covariance = build_covariance(self.config, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         if p.network == "shared":
             network = EDMDecoder(unet, out_channels)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from pipelines.denoiser import Denoiser, OneStepGenerator
 
+from .config import DistillConfig
 from .data import Examples
-from .posteriors import UNetPosterior
+from .draws import derive_seed
+from .posteriors import COVARIANCES, Covariance, UNetPosterior
 
 
 class Models(Protocol):
@@ -32,6 +36,14 @@ class Models(Protocol):
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         """The student as users load it."""
+
+
+def build_covariance(config: DistillConfig, shape: tuple[int, int, int]) -> Covariance:
+    """The posterior's covariance over latents (c, h, w); what it draws to start with depends on the seed alone."""
+    p = config.objective.posterior
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "init", "covariance"))
+        return COVARIANCES[p.covariance](shape, **p.covariance_options())
 
 
 def refuse(family: str, settings: dict[str, Any]) -> None:

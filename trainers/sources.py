@@ -73,6 +73,7 @@ class CaptionRows(PromptRows):
     def image(self, row: int, size: int) -> ImageRow:
         """Resized so that the shorter side is `size` (Lanczos), then cut from the middle."""
         from PIL import Image
+        from torchvision.transforms.functional import pil_to_tensor
 
         try:
             image = self.images[self.index[row]][self.column]
@@ -84,8 +85,6 @@ class CaptionRows(PromptRows):
         scale = size / min(image.size)
         width, height = round(image.width * scale), round(image.height * scale)
         left, top = (width - size) // 2, (height - size) // 2
-        from torchvision.transforms.functional import pil_to_tensor
-
         cut = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
         return ImageRow(to_unit(pil_to_tensor(cut)), (image.height, image.width, top, left))
 

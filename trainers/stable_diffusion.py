@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from .cache import open_cache
 from .config import DistillConfig, Lora, Network
 from .config_data import TEXT_DATA
 from .draws import derive_seed
-from .models import refuse
-from .posteriors import COVARIANCES, UNetPosterior
+from .models import build_covariance, refuse
+from .posteriors import UNetPosterior
 from .teachers import teacher_folder
 
 
@@ -71,9 +70,7 @@ class StableDiffusionModels:
 
     def posterior(self, with_mean: bool) -> UNetPosterior:
         p, base = self.config.objective.posterior, self.base.network
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.config.seed, "init", "covariance"))
-            covariance = COVARIANCES[p.covariance](self.latent_shape, **p.covariance_options())
+        covariance = build_covariance(self.config, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         if p.network == "adapter":
             network = AdapterHead(self._role("aux", p.lora), out_channels)
@@ -127,13 +124,11 @@ def lora_config(lora: Lora) -> LoraConfig:
 
 
 def whole_copy(network: nn.Module) -> nn.Module:
-    """A float32 copy whose weights can be trained, made before adapters sit on the original."""
-    if any(".lora_" in name for name, _ in network.named_parameters()):
-        clean = type(network).from_config(network.config)
-        weights = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if ".lora_" not in k}
-        clean.load_state_dict(weights)
-        return clean.float().eval().requires_grad_(True)
-    return copy.deepcopy(network).float().eval().requires_grad_(True)
+    """A float32 copy whose weights can be trained, without the adapters that may sit on the original by now."""
+    weights = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if ".lora_" not in k}
+    clean = type(network).from_config(network.config)
+    clean.load_state_dict(weights)
+    return clean.float().eval().requires_grad_(True)
 
 
 class TextUNet(nn.Module):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -16,6 +17,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from trainers import distill
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KINDS = ("sd15", "sd21", "sdxl")
@@ -148,6 +151,30 @@ def recipe(tiny, tmp_path, prompt_file):
         } | more
 
     return make
+
+
+@pytest.fixture
+def written():
+    """written(config): the arguments of a command, the configuration in a file beside its output_dir."""
+
+    def write(config: dict) -> list[str]:
+        file = Path(config["output_dir"]).with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(config))
+        return ["--config", str(file)]
+
+    return write
+
+
+@pytest.fixture
+def distil(written):
+    """distil(config, *overrides, **changes): trainers.distill in this process -> its output_dir."""
+
+    def run(config: dict, *overrides: str, **changes) -> Path:
+        config = config | changes
+        distill.main([*written(config), *overrides])
+        return Path(config["output_dir"])
+
+    return run
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -61,18 +60,6 @@ def images(tmp_path) -> dict:
     return {"name": "captions", "source": "imagefolder", "paths": [str(folder)], "cache": str(tmp_path / "encoded")}
 
 
-def written(config: dict) -> list[str]:
-    file = Path(config["output_dir"]).with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(config))
-    return ["--config", str(file)]
-
-
-def distil(config: dict, *overrides: str, **changes) -> Path:
-    config = config | changes
-    distill.main([*written(config), *overrides])
-    return Path(config["output_dir"])
-
-
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -82,7 +69,7 @@ def last_checkpoint(output: Path) -> Path:
 
 
 @pytest.fixture
-def loaded(monkeypatch):
+def loaded(monkeypatch, distil):
     """loaded(config, resume) -> the trainer that distill would start with, at that checkpoint ("no": at its beginning)."""
     made = []
 
@@ -141,7 +128,7 @@ def varflow(kind: str, recipe, images: dict, **more) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["sd21", "sdxl"])
-def test_varflow_brings_the_student_nearer_to_the_data(kind, recipe, images, loaded):
+def test_varflow_brings_the_student_nearer_to_the_data(kind, recipe, images, loaded, distil):
     """On captioned images. Measured where there is signal: 128 samples, three levels, the same numbers before and after."""
     config = varflow(kind, recipe, images)
     distil(config)
@@ -150,7 +137,7 @@ def test_varflow_brings_the_student_nearer_to_the_data(kind, recipe, images, loa
 
 
 @pytest.mark.slow
-def test_accelerate_launch_of_two_processes(recipe, images, loaded, tmp_path):
+def test_accelerate_launch_of_two_processes(recipe, images, loaded, tmp_path, distil, written):
     """The command as users give it. Two processes encode the images, learn as one, and end where one process does.
 
     Gradients of both are added in another order; 30 updates may amplify that, the distance to the data hardly notices.
@@ -205,7 +192,7 @@ def student_samples(trainer: Trainer) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("objective", "kind"), [("diff_instruct", "sd15"), ("diff_instruct", "sdxl"), ("vardiu", "sd21")])
-def test_both_networks_learn(objective, kind, recipe, loaded):
+def test_both_networks_learn(objective, kind, recipe, loaded, distil):
     """From the end of the warm-up to the end of the run, on a fixed batch of 64:
 
     - the second network's own loss, on what the student makes *now*, is below a share of what it was with its first weights;
@@ -249,7 +236,7 @@ def assert_student_is_what_was_trained(output: Path, trainer: Trainer, dtype: to
     torch.testing.assert_close(made.float(), x0, rtol=tolerance, atol=tolerance * float(x0.std()))
 
 
-def test_a_whole_student_and_a_small_posterior(recipe, loaded):
+def test_a_whole_student_and_a_small_posterior(recipe, loaded, distil):
     """All weights of the student are its own: the teacher's stay, and its folder holds a network."""
     config = recipe("vardiu", "sd21", steps=2, checkpoint_every=2, student={"lora": None, "optimizer": ADAM})
     config["objective"] = config["objective"] | {"posterior": {"network": SMALL, "warmup_updates": 1, "optimizer": ADAM}}
@@ -268,7 +255,7 @@ def test_a_whole_student_and_a_small_posterior(recipe, loaded):
     assert_student_is_what_was_trained(output, trainer)
 
 
-def test_a_teacher_in_bfloat16(recipe, loaded):
+def test_a_teacher_in_bfloat16(recipe, loaded, distil):
     """Frozen weights in half of the memory, as in the rounded file; adapters and their optimisers in float32."""
     config = recipe("vardiu", "sdxl", steps=1, checkpoint_every=1)
     config["student"], config["objective"] = {"lora": LORA, "optimizer": ADAM}, copy.deepcopy(config["objective"])
@@ -317,7 +304,7 @@ def teacher_config(kind: str, tiny, images: dict, tmp_path: Path, **more) -> dic
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_teacher_is_trained_further(kind, tiny, images, tmp_path):
+def test_a_teacher_is_trained_further(kind, tiny, images, tmp_path, written):
     """All weights of the network and nothing else; what is saved is a pipeline that loads and denoises the data better."""
     config = teacher_config(kind, tiny, images, tmp_path, **({"sample_every": 12} if kind == "sdxl" else {}))
     before = {f.relative_to(tiny[kind]): f.read_bytes() for f in tiny[kind].rglob("*.safetensors")}
@@ -336,7 +323,7 @@ def test_a_teacher_is_trained_further(kind, tiny, images, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["teacher/teacher", "teacher"])
-def test_a_teacher_that_was_trained_further_is_distilled(where, tiny, images, tmp_path, recipe):
+def test_a_teacher_that_was_trained_further_is_distilled(where, tiny, images, tmp_path, recipe, distil, written):
     """By the pipeline's folder, or by the output_dir that holds it, as an EDM teacher."""
     train_teacher.main(written(teacher_config("sd15", tiny, images, tmp_path, steps=1)))
     output = distil(recipe("diff_instruct", steps=1, teacher={"path": str(tmp_path / where)}))

@@ -12,32 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines import adapters
 from pipelines.students import read_info
-from trainers import checkpoint, distill
+from trainers import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 # Some layers of each sort: fewer adapters than recipes have, for speed.
 LORA = {"rank": 4, "alpha": 4.0, "targets": ["to_q", "to_v", "proj_in", "conv1", "conv_shortcut", "time_emb_proj"]}
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread")
-
-
-def written(config: dict) -> list[str]:
-    file = Path(config["output_dir"]).with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(config))
-    return ["--config", str(file)]
-
-
-def distil(config: dict, *overrides: str, **changes) -> Path:
-    config = config | changes
-    distill.main([*written(config), *overrides])
-    return Path(config["output_dir"])
 
 
 def lines(file: Path) -> list[dict]:
@@ -97,7 +84,7 @@ def end_state(output: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_never_been_killed(recipe, tmp_path):
+def test_a_killed_run_ends_as_if_it_had_never_been_killed(recipe, tmp_path, distil, written):
     """Two adapters on one network with an optimiser each; killed between two checkpoints, when half of the steps are done."""
     config = variant("vardiu", recipe, warmup=1, steps=6, checkpoint_every=2)
     whole = end_state(distil(config, output_dir=str(tmp_path / "whole")))
@@ -128,7 +115,7 @@ def recomputed(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_neither_micro_batches_nor_recomputed_blocks_show(name, recipe, tmp_path, recomputed):
+def test_neither_micro_batches_nor_recomputed_blocks_show(name, recipe, tmp_path, recomputed, distil):
     """2 of 4 at a time, or each block computed again in backward: logged numbers and weights up to rounding."""
     config = variant(name, recipe, steps=2, checkpoint_every=2)
     config["data"]["cache"] = str(tmp_path / "shared")

@@ -394,8 +394,7 @@ def test_a_file_that_lacks_tensors_is_refused(component, tiny, tmp_path):
     shutil.copytree(tiny["sd15"], folder)
     file = folder / component / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    name = next(k for k in sorted(weights) if k.startswith("conv_in") or k.startswith("encoder.conv_in"))
-    del weights[name]
-    save_file(weights, file)
+    name = next(k for k in sorted(weights) if "conv_in" in k)
+    save_file({k: v for k, v in weights.items() if k != name}, file)
     with pytest.raises(ValueError, match=f"{component}/ lack 1 tensors .*{name}"):
         sd.load_pipeline(str(folder))

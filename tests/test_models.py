@@ -1,0 +1,33 @@
+"""trainers/models.py: what both families of teachers share."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainers.config import Posterior
+from trainers.models import build_covariance, refuse
+
+
+@pytest.mark.parametrize("covariance", ["learned", "flow"])
+def test_a_covariance_starts_by_the_seed_alone(covariance):
+    """Same seed, same numbers, whatever the global generator holds, which is left as it was; another seed, other numbers."""
+    posterior = Posterior(covariance=covariance, optimizer={"lr": 1e-3})
+
+    def numbers(seed: int, state: int) -> list[torch.Tensor]:
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        config = SimpleNamespace(seed=seed, objective=SimpleNamespace(posterior=posterior))
+        made = build_covariance(config, (3, 4, 4))
+        assert torch.equal(torch.get_rng_state(), before)
+        return list(made.state_dict().values())
+
+    one, again, other = numbers(5, 1), numbers(5, 2), numbers(6, 1)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_refuse_names_the_first_setting_that_is_given():
+    refuse("an EDM teacher", {"a.b": None, "c": None})
+    with pytest.raises(ValueError, match=r"^c has no effect for an EDM teacher; remove it$"):
+        refuse("an EDM teacher", {"a.b": None, "c": 0, "d": 1})
