@@ -30,15 +30,15 @@ def timed(pipe: DiffusionPipeline, prompts: list[str], z: Tensor, **call) -> tup
 
 
 def grid(columns: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
-    """Titles above, prompts at the left, one row a prompt."""
-    width, height = next(iter(columns.values()))[0].size
+    """Titles above, prompts at the left, one row a prompt; small images enlarged, or their titles would run into one another."""
+    width, height = (max(1, 192 // side) * side for side in next(iter(columns.values()))[0].size)
     top, side = 24, max(160, max(len(p) for p in prompts) * 6 + 12)
     sheet = Image.new("RGB", (side + width * len(columns), top + height * len(prompts)), "white")
     draw = ImageDraw.Draw(sheet)
     for j, (title, images) in enumerate(columns.items()):
         draw.text((side + j * width + 4, 6), title, fill="black")
         for i, image in enumerate(images):
-            sheet.paste(image, (side + j * width, top + i * height))
+            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (side + j * width, top + i * height))
     for i, prompt in enumerate(prompts):
         draw.text((6, top + i * height + height // 2 - 6), prompt, fill="black")
     return sheet

@@ -88,9 +88,9 @@ def test_a_grid_of_teacher_and_student(student, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "teacher, 2 steps:" in said
     assert "student, 1 step:" in said
-    width, height = Image.open(file).size
-    assert height == 24 + 3 * 16
-    assert width > 2 * 16
+    width, height = Image.open(file).size  # images of 16 pixels, twelve times as large
+    assert height == 24 + 3 * 192
+    assert width == 160 + 2 * 192
 
 
 def test_a_grid_without_a_student(tmp_path, capsys):
