@@ -142,6 +142,9 @@ class Role(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         self.shared.network.enable_gradient_checkpointing(self.shared.checkpointed)
 
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        self.shared.network.compile_repeated_blocks(**options)
+
     def _apply(self, fn, recurse: bool = True):
         self.shared.network._apply(fn, recurse)  # the adapter's parameters are the same objects
         return self

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from pipelines.denoiser import Denoiser
 from pipelines.edm import EDMDecoder, EDMUNet
-from pipelines.edm.unet import ResidualBlock, fourier_features
+from pipelines.edm.unet import ResidualBlock, SelfAttention, fourier_features
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, edm_coefficients, widen
 
 # three resolutions of 2x2 blocks, attention on the two lower ones, channels that differ everywhere
@@ -49,6 +49,20 @@ def test_every_weight_is_used(randn, randomise):
     # a single-head attention is blind to a shift of its keys, so that third of the bias has no gradient
     silent = [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-12]
     assert silent == []
+
+
+def test_compiled_blocks_give_the_same(randn, randomise):
+    """Outputs and gradients; every block of either sort is compiled."""
+    unet, inputs = randomise(EDMUNet(**DEEP)), deep_inputs(randn)
+    compiled = copy.deepcopy(unet)
+    compiled.compile_repeated_blocks(backend="aot_eager")
+    blocks = [m for m in compiled.modules() if type(m).__name__ in EDMUNet._repeated_blocks]
+    assert {type(m) for m in blocks} == {ResidualBlock, SelfAttention}
+    assert all(m._compiled_call_impl for m in blocks)
+    outs = [net(*inputs).sample for net in (unet, compiled)]
+    gradients = [torch.autograd.grad(o.square().sum(), list(n.parameters())) for o, n in zip(outs, (unet, compiled), strict=True)]
+    assert_close(outs[1], outs[0], rtol=1e-12, atol=1e-12)
+    assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
 
 
 def test_samples_do_not_mix(randn, randomise):

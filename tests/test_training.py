@@ -31,8 +31,9 @@ from trainers.data import Images
 from trainers.draws import DrawSource
 from trainers.edm import EDMModels
 from trainers.ema import Ema
-from trainers.loop import Trainer, learning_rate
+from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase
+from trainers.optimizers import learning_rate
 from trainers.setup import write_preview
 
 ROOT = Path(__file__).resolve().parents[1]

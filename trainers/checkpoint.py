@@ -112,7 +112,7 @@ def restore_tensors(into: dict[str, Tensor], saved: dict[str, Tensor], source: s
 def optimizer_tensors(optimizers: dict[str, Optimizer], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
     """'<role>/<parameter>/<moment>' -> tensor, of every parameter that has been stepped."""
     return {
-        f"{role}/{name}/{moment}": value
+        f"{role}/{name}/{moment}": torch.as_tensor(value)
         for role, optimizer in optimizers.items()
         for name, parameter in trained_parameters(networks[role]).items()
         for moment, value in optimizer.state.get(parameter, {}).items()
@@ -131,8 +131,10 @@ def restore_optimizers(
         # The file holds contiguous tensors; a moment must have its parameter's strides (channels_last), since fused kernels walk
         # both in memory order.
         if value.shape == parameter.shape:
-            value = torch.empty_like(parameter).copy_(value)
-        optimizers[role].state[parameter][moment] = value.to(parameter.device)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        # bitsandbytes counts steps in an int, which the file holds as int64; torch's count is float32
+        whole = value.dtype == torch.int64
+        optimizers[role].state[parameter][moment] = int(value) if whole else value.to(parameter.device)
 
 
 def _sha256(file: Path) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipelines import noise
@@ -95,6 +97,7 @@ class Optimizer(Strict):
     """Adam (decoupled weight decay). The rate warms up linearly, then follows `schedule` down to final_ratio * lr."""
 
     lr: PositiveFloat
+    bits: Literal[8, 32] = 32  # of each moment; 8 needs bitsandbytes
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -102,6 +105,12 @@ class Optimizer(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _installed(self):
+        if self.bits == 8 and find_spec("bitsandbytes") is None:
+            raise ValueError("bits: 8 needs bitsandbytes, which is not installed; pip install bitsandbytes, or use 32")
+        return self
 
 
 class Run(Strict):
@@ -123,6 +132,13 @@ class Run(Strict):
     resume: str = "no"  # "no", "latest", or the path of a checkpoint
     trackers: list[str] = []  # any that accelerate knows, e.g. tensorboard
     gradient_checkpointing: bool = False  # recompute each block in backward: about a third more time, a fraction of the memory
+    compile: str | None = None  # a torch.compile backend, e.g. inductor, for the blocks that a network repeats
+
+    @model_validator(mode="after")
+    def _backend_exists(self):
+        if self.compile is not None and self.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise ValueError(f"compile: no backend {self.compile!r}; torch has {', '.join(known)}")
+        return self
 
 
 class TeacherConfig(Run):

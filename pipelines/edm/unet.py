@@ -117,6 +117,7 @@ class EDMUNet(UpPath, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _repeated_blocks = ("ResidualBlock", "SelfAttention")  # what compile_repeated_blocks compiles
     _no_split_modules = ("ResidualBlock",)
 
     @register_to_config

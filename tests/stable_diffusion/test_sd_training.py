@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from pipelines import adapters
 from pipelines.students import read_info
@@ -135,3 +136,17 @@ def test_neither_micro_batches_nor_recomputed_blocks_show(name, recipe, tmp_path
         for key in first:
             if other == saving or not key.endswith(("x0_std", "x0_gap")):  # not the standard deviation over fewer samples
                 assert values[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
+
+
+def test_compiled_blocks_do_not_show(recipe, tmp_path, distil):
+    """One compilation serves the teacher and both adapters, recomputed in backward: it must tell them apart."""
+    config = variant("vardiu", recipe, steps=2, checkpoint_every=2, gradient_checkpointing=True)
+    config["data"]["cache"] = str(tmp_path / "shared")
+    plain = distil(config)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = distil(config, output_dir=str(tmp_path / "compiled"), compile="aot_eager")
+    assert counters["stats"]["unique_graphs"] >= 3
+    assert not counters["recompile_limit"]
+    ended = weights(plain)
+    assert gap(weights(compiled), ended) < 1e-5 * max(v.abs().max().item() for k, v in ended.items() if "lora_B" in k)
