@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 # A condition is flat; SDXL's network wants these two in a dictionary of their own.
@@ -29,6 +30,7 @@ class SharedNetwork:
     def __init__(self, network: nn.Module) -> None:
         self.network = network.requires_grad_(False).eval()
         self.active: str | None = None
+        self.sharded = False
         self._layers: list[BaseTunerLayer] = []
 
     def add_adapter(self, name: str, config: LoraConfig) -> Role:
@@ -56,6 +58,20 @@ class SharedNetwork:
             parameter.requires_grad_(".lora_" in key)
         self._switch(None)
         return Role(self, name)
+
+    def shard(self) -> None:
+        """Split the frozen weights over all processes (FSDP2): each holds a share, and gathers a block when it is run.
+
+        To be called on every process after the last `add_adapter`. Adapters stay whole: they are small, and a backward pass for
+        the inputs of one role finds nothing behind a shard (gradients would be None). From here on every call is collective.
+        """
+        adapters = {p for key, p in self.network.named_parameters() if ".lora_" in key}
+        units = (*self.network._repeated_blocks, "ResnetBlock2D")
+        for module in self.network.modules():
+            if type(module).__name__ in units:
+                fully_shard(module, ignored_params=adapters)
+        fully_shard(self.network, ignored_params=adapters)
+        self.sharded = True
 
     def teacher(self) -> Role:
         return Role(self, None)
@@ -110,7 +126,7 @@ class Whole(nn.Module):
 class Role(nn.Module):
     """network(sample, timestep, **condition) under one adapter; `name` None is the teacher, which has no parameters here.
 
-    Moves the shared network when it is moved.
+    Moves the shared network when it is moved, unless that is sharded: then its weights are where they belong.
     """
 
     def __init__(self, shared: SharedNetwork, name: str | None) -> None:
@@ -146,6 +162,8 @@ class Role(nn.Module):
         self.shared.network.compile_repeated_blocks(**options)
 
     def _apply(self, fn, recurse: bool = True):
+        if self.shared.sharded:
+            return super()._apply(fn, recurse)
         self.shared.network._apply(fn, recurse)  # the adapter's parameters are the same objects
         return self
 

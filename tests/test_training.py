@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.utils import save_image
 
 from pipelines.denoiser import Denoiser
 from pipelines.images import load_folder, to_unit
@@ -34,7 +35,7 @@ from trainers.ema import Ema
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase
 from trainers.optimizers import learning_rate
-from trainers.setup import write_preview
+from trainers.setup import preview
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_2 = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
@@ -305,7 +306,7 @@ def test_what_a_run_leaves(objective, lab, watched, tmp_path, monkeypatch):
     assert (pipeline(5, class_labels=labels, latents=z, output_type="pt").images - x0).abs().max() < 1e-6
     pipeline.unet.to(memory_format=torch.channels_last)  # the trainer's; convolutions then add in the same order
     assert torch.equal(pipeline(5, class_labels=labels, latents=z, output_type="pt").images, x0)
-    write_preview(pipeline, tmp_path / "again.png", 4, trainer.run.seed)
+    save_image(preview(pipeline, 4, trainer.run.seed), tmp_path / "again.png", nrow=2)
     assert (tmp_path / "again.png").read_bytes() == (output / "samples" / "step_00000003.png").read_bytes()
     snapshot = read_info(output / "snapshots" / "step_00000002", "student")
     assert snapshot["steps"] == 2

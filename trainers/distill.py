@@ -40,6 +40,8 @@ def run(config: DistillConfig) -> None:
     setup.check_output(config, accelerator)
     models = load_models(config, family, accelerator)
     objective, optimizers = build_objective(config, models)
+    if setup.sharded():
+        models.shard()
     draws = DrawSource(
         config.seed,
         config.batch_size,
@@ -83,7 +85,9 @@ def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, d
     o, student, teacher = config.objective, models.student, models.teacher
     levels, sigma_data = o.levels.sampler(), teacher.sigma_data
     if o.name == "varflow":
-        more = {"condition_scale": o.condition_scale, "num_classes": models.num_classes}
+        more = {"condition_scale": o.condition_scale, "num_classes": models.num_classes, "grids": o.grids}
+        if any(side % n for n in o.grids for side in models.latent_shape[1:]):
+            raise ValueError(f"objective.grids: {o.grids} must all divide the sides of the latents, {models.latent_shape[1:]}")
         return VarFlow(student, teacher.schedule, levels, o.weighting, o.beta, o.cross, sigma_data, **more), {}
     if o.name == "diff_instruct":
         f = o.fake_score

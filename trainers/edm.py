@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.edm import EDMDecoder, EDMPipeline, EDMScheduler
 from pipelines.images import ImageSet
@@ -96,8 +98,11 @@ class EDMModels:
             posterior.start_mean(unet.conv_out)
         return posterior
 
-    def preview(self, path: Path) -> None:
-        setup.write_preview(self.pipeline, path, self.config.num_samples, self.config.seed)
+    def preview(self) -> Tensor:
+        return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+
+    def shard(self) -> None:
+        raise ValueError("FSDP has no effect for an EDM teacher, whose networks are small; use configs/accelerate/gpu_8.yaml")
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         save_model(folder, self.pipeline, "student", info)

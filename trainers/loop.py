@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 from . import checkpoint
 from .config import Optimizer as OptimizerConfig
@@ -41,7 +42,8 @@ class Trainer:
 
     primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
 
-    preview(file) writes a picture and export(folder, info) the model, both called with the EMA weights in place. The result goes
+    preview() gives pictures (n, c, h, w) in [0, 1] and export(folder, info) writes the model, both called with the EMA weights in
+    place: preview on every process, since where weights are sharded none can run a network alone. The result goes
     to <output_dir>/<primary>/, a snapshot every run.snapshot_every steps to <output_dir>/snapshots/step_<step>/.
     """
 
@@ -53,7 +55,7 @@ class Trainer:
         primary: str,
         optimizers: dict[str, OptimizerConfig],
         draws: DrawSource,
-        preview: Callable[[Path], None],
+        preview: Callable[[], Tensor],
         export: Callable[[Path, dict], None],
         record: Callable[[], None],
     ) -> None:
@@ -137,9 +139,8 @@ class Trainer:
             rates = {f"{r}/lr": learning_rate(c, self.step - 1, run.steps) for r, c in self.optimizer_configs.items()}
             self.log.write(self.step, self.seconds, rates)
         self.log.bar.update()
-        if run.sample_every and self.step % run.sample_every == 0 and self.accelerator.is_main_process:
-            with self.ema.swapped():
-                self.preview(self.output / "samples" / f"step_{self.step:08d}.png")
+        if run.sample_every and self.step % run.sample_every == 0:
+            self._preview(self.output / "samples" / f"step_{self.step:08d}.png")
         if run.snapshot_every and self.step % run.snapshot_every == 0:
             self._export(self.output / "snapshots" / f"step_{self.step:08d}")
         if run.checkpoint_every and self.step % run.checkpoint_every == 0 and self.step < run.steps:
@@ -269,6 +270,13 @@ class Trainer:
         self.ema.updates, self.calls = state["ema_updates"], Counter(state["calls"])
         self.log.resume(state["log"], self.step)
         self.log.say(f"Resumed from {path} at step {self.step}.")
+
+    def _preview(self, file: Path) -> None:
+        with self.ema.swapped():
+            drawn = self.preview()
+        if self.accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_image(drawn, file, nrow=max(1, round(len(drawn) ** 0.5)))
 
     def _export(self, folder: Path) -> None:
         if self.accelerator.is_main_process:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
 
@@ -31,8 +32,11 @@ class Models(Protocol):
     def posterior(self, with_mean: bool) -> UNetPosterior:
         """A posterior that starts as the prior, its mean, where it has one, as the teacher if it is made from its weights."""
 
-    def preview(self, path: Path) -> None:
-        """A grid of images from fixed noise."""
+    def preview(self) -> Tensor:
+        """Images (n, c, h, w) in [0, 1] from fixed noise."""
+
+    def shard(self) -> None:
+        """Split frozen weights over the processes, once every role has been built."""
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         """The student as users load it."""

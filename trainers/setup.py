@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
-from torchvision.utils import save_image
+from torch import Tensor
 
 from pipelines import images
 from pipelines.edm import EDMPipeline, EDMUNet
@@ -57,18 +57,24 @@ def make_accelerator(run: Run) -> Accelerator:
             f"{started} processes were started, but accelerate takes each for the only one; on a CPU set ACCELERATE_USE_CPU=true "
             "(or launch with configs/accelerate/cpu_2.yaml)"
         )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type.value} is not supported: a step differentiates several networks separately, which "
-            "its wrapper cannot follow. Adapters share one frozen network, so that little could be sharded: use MULTI_GPU "
-            "(configs/accelerate/gpu_8.yaml), gradient_checkpointing and teacher.dtype=bfloat16"
+            "its engine cannot follow. Use FSDP2, which shards the frozen network (configs/accelerate/fsdp2.yaml)"
         )
+    if sharded() and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError("FSDP: only version 2 is supported; set fsdp_config.fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed precision {accelerator.mixed_precision!r} is not supported: a run must stop at the first non-finite number, "
             "and loss scaling makes such numbers on purpose. Use --mixed_precision bf16 or no"
         )
     return accelerator
+
+
+def sharded() -> bool:
+    """Whether the launch asked for FSDP. accelerate itself forgets it on a CPU, where it works as well."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def check_output(run: Run, accelerator: Accelerator) -> None:
@@ -132,15 +138,14 @@ def build_unet(network: Network, seed: int, role: str, sample_size: int, **shape
         return EDMUNet(sample_size=sample_size, **shape, **network.model_dump())
 
 
-def write_preview(pipeline: EDMPipeline, path: Path, count: int, seed: int) -> None:
-    """A grid of images from fixed noise, so that pictures of one run can be compared."""
+def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
+    """Images (count, c, h, w) in [0, 1] from fixed noise, so that pictures of one run can be compared; small ones enlarged."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "preview"))
     num_classes = pipeline.unet.config.num_classes
     labels = torch.arange(count) % num_classes if num_classes else None
     drawn = pipeline(count, class_labels=labels, generator=generator, output_type="pt").images
-    path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 32 // drawn.shape[-1])
-    save_image(drawn.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=max(1, round(count**0.5)))
+    return drawn.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
 def write_text(file: Path, text: str) -> None:

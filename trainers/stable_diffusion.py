@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer
@@ -23,6 +22,7 @@ from .config_data import TEXT_DATA
 from .draws import derive_seed
 from .models import build_covariance, refuse
 from .posteriors import UNetPosterior
+from .setup import sharded
 from .teachers import teacher_folder
 
 
@@ -84,7 +84,7 @@ class StableDiffusionModels:
         return posterior
 
     @torch.no_grad()
-    def preview(self, path: Path) -> None:
+    def preview(self) -> Tensor:
         """The student's images for the first prompts of the data."""
         count = min(self.config.num_samples, len(self.examples))
         images = []
@@ -94,8 +94,10 @@ class StableDiffusionModels:
             z = torch.randn(len(index), *self.latent_shape, generator=generator).to(self.device)
             condition = {k: v.to(self.device) for k, v in self.examples.rows(index)[1].items()}
             images.append(sd.decode_latents(self.pipe.vae, self.student(z, condition)).cpu())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(torch.cat(images) / 2 + 0.5, path, nrow=max(1, round(count**0.5)))
+        return torch.cat(images) / 2 + 0.5
+
+    def shard(self) -> None:
+        self.base.shard()
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         scheduler = sd.one_step_scheduler(self.pipe.scheduler)
@@ -108,6 +110,8 @@ class StableDiffusionModels:
 def check(config: DistillConfig) -> None:
     """What does not fit a Stable Diffusion teacher is refused, before anything is loaded."""
     s, o = config.student, config.objective
+    if config.compile and sharded():
+        raise ValueError("compile: FSDP and compiled blocks do not go together; set compile: null, or use gpu_8.yaml")
     refuse("a Stable Diffusion teacher", {"student.sigma_init": s.sigma_init, "student.image_range": s.image_range})
     if not isinstance(config.data, TEXT_DATA):
         raise ValueError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")

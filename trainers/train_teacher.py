@@ -7,11 +7,9 @@ Writes <output_dir>/teacher, a pipeline folder that `trainers.distill` and `from
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
-from torchvision.utils import save_image
+from torch import Tensor
 
 from pipelines import stable_diffusion
 from pipelines.adapters import Whole
@@ -36,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: TeacherConfig) -> None:
     accelerator = setup.make_accelerator(config)
+    if setup.sharded():
+        raise ValueError("FSDP shards frozen weights, and a teacher in training has none; use configs/accelerate/gpu_8.yaml")
     setup.check_output(config, accelerator)
     teacher = NewEDM(config) if config.pipeline is None else FurtherStableDiffusion(config, accelerator)
     objective = Denoising(teacher.denoiser, config.levels.sampler(), config.weighting)
@@ -91,10 +91,11 @@ class NewEDM:
         self.null_condition = {"class_labels": torch.tensor(num_classes)}
         self.facts = {"image_size": size, "class_names": list(data.class_names)}
 
-    def preview(self, path: Path) -> None:
+    def preview(self) -> Tensor:
         self.unet.eval()
-        setup.write_preview(self.pipeline, path, self.config.num_samples, self.config.seed)
+        drawn = setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
         self.unet.train()
+        return drawn
 
 
 class FurtherStableDiffusion:
@@ -111,14 +112,13 @@ class FurtherStableDiffusion:
         self.facts = {"image_size": encoded.image_size, "base_model": config.pipeline}
 
     @torch.no_grad()
-    def preview(self, path: Path) -> None:
+    def preview(self) -> Tensor:
         self.pipeline.to(self.device).unet.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
         options = {"height": self.image_size, "width": self.image_size, "num_inference_steps": 25, "output_type": "pt"}
         drawn = self.pipeline(self.prompts, generator=generator, **options).images
         self.pipeline.unet.train()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(drawn.float(), path, nrow=max(1, round(len(drawn) ** 0.5)))
+        return drawn.float()
 
 
 if __name__ == "__main__":

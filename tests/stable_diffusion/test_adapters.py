@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, call, last_layer
@@ -352,3 +353,40 @@ def test_adapter_head_in_half_precision(base, inputs):
     head = AdapterHead(add_role(shared, "aux"), 5)
     out = head(x.float(), t, **{k: v.float() for k, v in condition.items()})
     assert (out.dtype, out.shape) == (torch.float32, (B, 5, H, W))
+
+
+# Sharded ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """This process as a group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every_kind
+def test_sharded_weights_do_not_show(kind, base, inputs, fill, process_group):
+    """FSDP2's hooks around every block: frozen weights are shards, adapters are not; outputs and both roles' gradients stay."""
+    plain, split, (x, t, condition) = SharedNetwork(base(kind)), SharedNetwork(base(kind)), inputs(kind)
+    roles = [[fill(add_role(shared, name)) for name in ALPHA] for shared in (plain, split)]
+    for mine, theirs in zip(*roles, strict=True):
+        theirs.load_state_dict(mine.state_dict())
+    split.shard()
+    for key, parameter in split.network.named_parameters():
+        assert isinstance(parameter, DTensor) == (".lora_" not in key), key
+    results = []
+    for shared, (student, aux) in zip((plain, split), roles, strict=True):
+        student.enable_gradient_checkpointing()
+        student.to(memory_format=torch.channels_last)  # as trainers do
+        x0 = student(x, t, **condition)
+        with torch.no_grad():
+            teacher = shared.teacher()(x0, t, **condition)
+        seen = aux(x0, t, **condition)
+        loss = ((seen - teacher) * x0).square().mean()
+        gradients = [torch.autograd.grad(loss, list(role.parameters()), retain_graph=True) for role in (student, aux)]
+        results.append([x0.detach(), teacher, seen.detach(), *gradients[0], *gradients[1]])
+    assert min(float(g.abs().max()) for g in results[0]) > 0
+    for mine, theirs in zip(*results, strict=True):
+        assert_close(theirs, mine, rtol=1e-9, atol=1e-12)

@@ -136,6 +136,15 @@ def test_varflow_brings_the_student_nearer_to_the_data(kind, recipe, images, loa
     assert after < 0.85 * before
 
 
+def launched(arguments: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """accelerate launch of two processes."""
+    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "datasets")
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={CPU_2}", "-m", "trainers.distill"]
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 400}
+    return subprocess.run([*command, *arguments], env=os.environ | environment, **how)
+
+
 @pytest.mark.slow
 def test_accelerate_launch_of_two_processes(recipe, images, loaded, tmp_path, distil, written):
     """The command as users give it. Two processes encode the images, learn as one, and end where one process does.
@@ -143,10 +152,7 @@ def test_accelerate_launch_of_two_processes(recipe, images, loaded, tmp_path, di
     Gradients of both are added in another order; 30 updates may amplify that, the distance to the data hardly notices.
     """
     config = varflow("sd15", recipe, images)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={CPU_2}", "-m", "trainers.distill"]
-    done = subprocess.run([*command, *written(config)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = launched(written(config), tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     pair = Path(config["output_dir"])
     assert json.loads((pair / "environment.json").read_text())["processes"] == 2
@@ -161,6 +167,33 @@ def test_accelerate_launch_of_two_processes(recipe, images, loaded, tmp_path, di
     assert len(first) == len(other) == STEPS
     for key in ("student/loss", "student/student_grad_norm"):
         assert other[0][key] == pytest.approx(first[0][key], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "dtype"), [("diff_instruct", "float32"), ("vardiu", "bfloat16")])
+def test_sharded_weights_do_not_show(objective, dtype, recipe, tmp_path, written):
+    """FSDP2 on two processes, with recomputed blocks and pictures on the way, leaves what two processes without it leave."""
+    data = {"name": "prompts", "file": str(tmp_path / "prompts.txt"), "cache": str(tmp_path / "shared")}
+    config = recipe(objective, "sdxl", steps=2, checkpoint_every=2, gradient_checkpointing=True, sample_every=2, data=data)
+    adam = ADAM | {"eps": 1e-2}  # a gradient that is little but rounding must not become a full step of random sign
+    config |= {"num_samples": 2, "student": {"lora": LORA, "optimizer": adam}, "objective": copy.deepcopy(config["objective"])}
+    config["teacher"]["dtype"] = dtype
+    config["objective"]["fake_score" if objective == "diff_instruct" else "posterior"] |= {"lora": LORA, "optimizer": adam}
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    outputs = []
+    for name, environment in (("whole", {}), ("sharded", sharded)):
+        done = launched(written(config | {"output_dir": str(tmp_path / name)}), tmp_path, **environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        outputs.append(tmp_path / name)
+    for file in ("networks", "optimizers"):
+        one, two = (load_file(last_checkpoint(output) / f"{file}.safetensors") for output in outputs)
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            tolerance = 1e-3 if dtype == "float32" else float("inf")  # sums in another order, which bfloat16 would amplify
+            assert float((two[key] - value).abs().max()) <= tolerance * float(value.abs().max()), key
+    pictures = [np.asarray(Image.open(output / "samples" / "step_00000002.png")).astype(int) for output in outputs]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert pictures[0].std() > 10
 
 
 def second_network(trainer: Trainer) -> str:
@@ -191,7 +224,8 @@ def student_samples(trainer: Trainer) -> tuple[Tensor, Tensor]:
     return x0, w * (level.alpha / level.sigma).square() * (learned - teacher)
 
 
-@pytest.mark.parametrize(("objective", "kind"), [("diff_instruct", "sd15"), ("diff_instruct", "sdxl"), ("vardiu", "sd21")])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("objective", ["diff_instruct", "vardiu"])
 def test_both_networks_learn(objective, kind, recipe, loaded, distil):
     """From the end of the warm-up to the end of the run, on a fixed batch of 64:
 
@@ -214,7 +248,7 @@ def test_both_networks_learn(objective, kind, recipe, loaded, distil):
     change = moved - x0
     cosine = float((gradient * change).sum() / (gradient.norm() * change.norm()))
     ended, begun = learner_loss(end, end), learner_loss(first, end)
-    share, bound = (0.98, -0.2) if objective == "diff_instruct" else (0.9, -0.1)
+    share, bound = (0.98, -0.2) if objective == "diff_instruct" else (0.95, -0.1)
     assert ended < share * begun
     assert cosine < bound
 

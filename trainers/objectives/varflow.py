@@ -6,6 +6,12 @@ Student sample i and data sample i share their condition. The cross term is then
 an expectation over independent draws is what Eq. 9 says. The condition can be part of the sample (`condition_scale` > 0: joint
 matching, of images *and* what was asked for) or not (marginal matching, as in the paper: prompts may then be ignored).
 
+In many dimensions the distance is blind to detail: all samples are about equally far from one another, and what remains is their
+mean and their overall spread. `grids` adds the distances of the blocks of n x n grids, each an energy distance of marginals, so
+still >= 0 and 0 for equal laws:
+
+    L = mean_n 1/n sum_{n^2 blocks} L_block          (the gradient in a pixel is then of one size on all grids; [1]: the paper's)
+
 One t a batch. The loss needs only the students' x0, so a batch larger than memory is exact: draw all x0 without a graph,
 take dL/dx0 on the cheap loss, then re-run micro-batches with a graph and inject their rows of dL/dx0.
 """
@@ -78,6 +84,12 @@ def spread(said: Tensor) -> Tensor:
     return centred / length if length > 1e-6 else torch.zeros_like(centred)
 
 
+def grid_blocks(x: Tensor, n: int) -> Tensor:
+    """(K, c, h, w) -> (n^2, K, c (h/n) (w/n)): the blocks of an n x n grid."""
+    k, c, h, w = x.shape
+    return x.reshape(k, c, n, h // n, n, w // n).permute(2, 4, 0, 1, 3, 5).reshape(n * n, k, -1)
+
+
 class VarFlow:
     """student: the generator; schedule: the teacher's noise; data come with each draw."""
 
@@ -96,29 +108,34 @@ class VarFlow:
         sigma_data: float = 0.5,
         condition_scale: float = 0.0,
         num_classes: int = 0,
+        grids: Sequence[int] = (1,),
     ) -> None:
         self.networks: dict[str, nn.Module] = {"student": student}
         self.state: dict[str, Tensor] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.student, self.schedule, self.levels, self.weighting = student, schedule, levels, weighting
         self.beta, self.cross, self.sigma_data, self.condition_scale = beta, cross, sigma_data, condition_scale
-        self.num_classes = num_classes
+        self.num_classes, self.grids = num_classes, tuple(grids)
         self.phases = (Phase("student", ("student",), self.loss, prepare=self.prepare),)
 
     def batch_loss(self, x0: Tensor, x0_data: Tensor, eps: Tensor, eps_data: Tensor, said: Tensor | None, draw: Draw) -> Tensor:
         """(K,) over a whole batch, noised to the one level that `shared_u` picks; said (K, n): the condition vectors, if any.
 
-        At condition_scale 1 two conditions of the batch are as far apart, in root mean square, as two images of unit variance:
-        prompts of one data set lie close together in a text encoder's space, so that lengths of its own would say little.
+        At condition_scale 1 two conditions of the batch are as far apart, in root mean square, as two images (or blocks of images)
+        of unit variance: prompts of one data set lie close together in a text encoder's space, so that lengths of its own would
+        say little.
         """
         level = sample_level(draw.shared_u.expand(len(x0)), self.levels, draw.progress, self.schedule)
         x_student, x_data = add_noise(x0, eps, level), add_noise(x0_data, eps_data, level)
         w = weight(self.weighting, level, x0, x0_data, self.sigma_data).flatten()
-        if said is not None:
-            scale = self.condition_scale * x0[0].numel() ** 0.5
-            said = scale * spread(said).to(x_student)
-            x_student, x_data = (torch.cat([x.flatten(1), said], 1) for x in (x_student, x_data))
-        return w * energy_loss(x_student, x_data, self.beta, self.cross, same_condition=draw.condition is not None)
+        said = None if said is None else self.condition_scale * spread(said).to(x_student)
+        total = torch.zeros_like(w, dtype=torch.float64)
+        for n in self.grids:
+            for pair in zip(grid_blocks(x_student, n), grid_blocks(x_data, n), strict=True):
+                if said is not None:
+                    pair = [torch.cat([x, said * x.shape[1] ** 0.5], 1) for x in pair]
+                total = total + energy_loss(*pair, self.beta, self.cross, same_condition=draw.condition is not None) / n
+        return w * total / len(self.grids)
 
     def said(self, draw: Draw) -> Tensor | None:
         if not self.condition_scale or draw.condition is None:

@@ -1,0 +1,78 @@
+"""VarFlow on grids: block by block what the whole-image loss is, and what it sees that the whole does not."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from pipelines.noise import RectifiedFlowSchedule
+from trainers.objectives.varflow import VarFlow, energy_loss, grid_blocks, spread
+
+
+def student_of(x0: Tensor) -> nn.Module:
+    student = nn.Module()
+    student.forward = lambda z, condition: x0
+    return student
+
+
+def whole_loss(x0: Tensor, data: Tensor, make_draw, t: float = 0.0, condition=None, **options) -> Tensor:
+    """(K,) at level t of x_t = (1 - t) x0 + t eps, without weight; eps = 1 for students, -1 for data."""
+    draw = make_draw(x0, torch.ones_like(x0), torch.full((len(x0),), t, dtype=torch.float64), condition, data)
+    draw.normals["data_eps"] = -torch.ones_like(data)
+    return VarFlow(student_of(x0), RectifiedFlowSchedule(), lambda u, p: u, "uniform", 1.0, "full", **options).loss(draw).loss
+
+
+def test_blocks_are_those_of_the_picture():
+    """In reading order; all values of a block, of every channel."""
+    x = torch.arange(5 * 2 * 6 * 9).view(5, 2, 6, 9)
+    blocks = grid_blocks(x, 3)
+    assert blocks.shape == (9, 5, 2 * 2 * 3)
+    for i, block in enumerate(blocks):
+        row, column = divmod(i, 3)
+        picture = x[:, :, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+        assert torch.equal(block, picture.flatten(1))
+    assert torch.equal(grid_blocks(x, 1)[0], x.flatten(1))
+
+
+@pytest.mark.parametrize("grids", [[1], [3], [1, 3]])
+def test_loss_by_hand(grids, make_draw, randn):
+    """Each grid's blocks, noised, with the condition's vector scaled to the size of a block, over n; then the mean over grids."""
+    x0, data, text, t, scale = randn(5, 2, 6, 9), randn(5, 2, 6, 9), randn(5, 7), 0.3, 0.8
+    x, y, said = 0.7 * x0 + 0.3, 0.7 * data - 0.3, scale * spread(nn.functional.normalize(text, dim=1))
+    expected = torch.zeros(5, dtype=torch.float64)
+    for n in grids:
+        for row in range(n):
+            for column in range(n):
+                cut = (..., slice(row * 6 // n, (row + 1) * 6 // n), slice(column * 9 // n, (column + 1) * 9 // n))
+                pair = [torch.cat([v[cut].flatten(1), said * math.sqrt(108 / n**2)], 1) for v in (x, y)]
+                expected += energy_loss(*pair, 1.0, "full", same_condition=True) / n / len(grids)
+    condition = {"encoder_hidden_states": text[:, None], "text_embeds": text}
+    loss = whole_loss(x0, data, make_draw, t, condition, condition_scale=scale, grids=grids)
+    assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_every_grid_pulls_a_pixel_as_hard(make_draw, randn):
+    """All distances to far data are along the same unit vector: its part in one pixel is d^-1/2 on the whole, n d^-1/2 in a block."""
+    sizes = []
+    for n in (1, 2, 4):
+        x0 = 1e-4 * randn(7, 3, 8, 8)
+        x0.requires_grad_()
+        loss = whole_loss(x0, torch.full((7, 3, 8, 8), 1e4, dtype=torch.float64), make_draw, grids=[n]).mean()
+        (gradient,) = torch.autograd.grad(loss, x0)
+        sizes.append(gradient.sum(0).abs().mean().item())
+    assert sizes == pytest.approx([192**-0.5] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("grids", "low", "high"), [([1], 0.0, 0.02), ([8], 0.15, 1.0), ([1, 8], 0.07, 0.5)])
+def test_grids_see_detail_that_the_whole_does_not(grids, low, high, make_draw, generator):
+    """Data of variance 1.75 and 0.25 on a chequerboard, students of variance 1 everywhere: the same mean, the same overall spread.
+
+    The excess over the loss of equal laws, in units of what a wrong scale (standard deviation 1/2) costs.
+    """
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2
+    std = torch.where(board == 0, 1.75**0.5, 0.25**0.5).double()
+    z, other = torch.randn(2, 1000, 1, 8, 8, generator=generator, dtype=torch.float64)
+    right, wrong, small = (float(whole_loss(x, std * other, make_draw, grids=grids).mean()) for x in (std * z, z, std * z / 2))
+    assert low < (wrong - right) / (small - right) < high
