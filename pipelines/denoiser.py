@@ -6,6 +6,7 @@ A condition is a dict of tensors whose first axis is the batch, passed to the ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -102,6 +103,27 @@ class ClampToImageRange(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         outward = ((x > 1) & (gradient < 0)) | ((x < -1) & (gradient > 0))  # descent moves against the gradient
         return gradient.masked_fill(outward, 0)
+
+
+class FeatureMaps(nn.Module):
+    """x_t, level, condition -> what some layers of a denoiser's network put out on the way, each (b, c, h, w), float32 or wider.
+
+    layers: modules inside the network; they stay the network's own, and are no parameters of this module.
+    """
+
+    def __init__(self, denoiser: Denoiser, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.denoiser, self._layers = denoiser, tuple(layers)
+
+    def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> list[Tensor]:
+        seen: dict[nn.Module, Tensor] = {}
+        handles = [layer.register_forward_hook(lambda layer, args, out: seen.update({layer: out})) for layer in self._layers]
+        try:
+            self.denoiser(x_t, level, condition)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [seen[layer].to(x_t.dtype) for layer in self._layers]
 
 
 class OneStepGenerator(nn.Module):

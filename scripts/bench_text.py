@@ -43,6 +43,7 @@ IMAGES = 2000
 LEVELS = {"name": "uniform", "low": 20.0, "high": 980.0}
 LORA = {"rank": 32}
 BATCH = {"vardiu": 32, "diff_instruct": 32, "varflow": 128}
+RATE = {"vardiu": 5e-4, "diff_instruct": 5e-4, "varflow": 2e-3}
 
 
 def rate(lr: float, **more: Any) -> dict[str, Any]:
@@ -76,10 +77,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "varflow": {
         "objective": {
             "name": "varflow",
-            "levels": {"name": "uniform", "low": 1.0, "high": 400.0},
+            "levels": {"name": "uniform", "low": 1.0, "high": 200.0},
             "weighting": "uniform",
             "cross": "full",
-            "condition_scale": 1.0,
+            "condition_scale": 3.0,
+            "grids": [1, 2, 4],
+            "features": True,
         },
     },
 }
@@ -227,7 +230,7 @@ def student_config(folder: Path, objective: str, captions: Path, prompts: Path, 
     return OBJECTIVES[objective] | {
         "output_dir": str(folder / objective),
         "teacher": {"path": str(folder / "teacher" / "teacher"), "guidance_scale": 1.0},
-        "student": {"lora": LORA, "optimizer": rate(5e-4)},
+        "student": {"lora": LORA, "optimizer": rate(RATE[objective])},
         "data": data,
         "steps": steps,
         "batch_size": BATCH[objective],

@@ -11,11 +11,13 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipelines.denoiser import Denoiser, FeatureMaps
 from pipelines.images import ImageSet
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule
 from trainers.data import Images
 from trainers.draws import DrawSource
-from trainers.objectives.varflow import VarFlow, condition_vector, energy_loss, pairwise_power, spread
+from trainers.objectives.energy import condition_vector, energy_loss, pairwise_power, spread
+from trainers.objectives.varflow import VarFlow
 
 BETAS = (0.5, 1.0, 1.5, 1.9)
 SHAPE = (5, 2, 3, 7)  # K = 5 samples
@@ -289,15 +291,34 @@ def update(objective: VarFlow, source: DrawSource, gather) -> tuple[list[Tensor]
 PRECISIONS = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-10, 1e-10)}
 
 
-@pytest.mark.parametrize("condition_scale", [0.0, 0.7])
+class TinyTeacher(nn.Module):
+    """network(x, time, class_labels); `hidden` puts out feature maps of other channels and sides than x."""
+
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Conv2d(2, 3, 3, stride=2), nn.ConvTranspose2d(3, 2, 3, stride=2)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.to(dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
+        shift = (time + class_labels)[:, None, None, None]
+        return self.out(self.hidden((x + shift).tanh().to(self.out.weight.dtype)).tanh())
+
+
+@pytest.mark.parametrize("options", [{}, {"condition_scale": 0.7}, {"condition_scale": 0.7, "features": True}])
 @pytest.mark.parametrize("weighting", ["sigma2", "dmd"])
 @pytest.mark.parametrize("cross", ["full", "paired"])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_micro_batches_give_the_gradient_of_the_batch(dtype, cross, weighting, condition_scale, image_set, generator):
+def test_micro_batches_give_the_gradient_of_the_batch(dtype, cross, weighting, options, image_set, generator):
     """Cut into micro-batches of 5, 3 and 1, and over three processes: the update of one pass over all 15."""
     student, levels = TinyStudent(generator, dtype), lambda u, progress: 0.1 + u + progress
-    joint = {"condition_scale": condition_scale, "num_classes": 3}
-    objective = VarFlow(student, EDMSchedule(), levels, weighting, 1.0, cross, **joint)
+    options = {"num_classes": 3} | options
+    if "features" in options:
+        teacher = TinyTeacher(generator, dtype)
+        options["features"] = FeatureMaps(Denoiser(teacher, EDMSchedule()), [teacher.hidden])
+    objective = VarFlow(student, EDMSchedule(), levels, weighting, 1.0, cross, **options)
     rtol, atol = PRECISIONS[dtype]
 
     def source(micro: int | None, rank: int = 0, world: int = 1) -> DrawSource:

@@ -274,6 +274,7 @@ class VarFlowConfig(Strict):
     beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
     cross: Literal["full", "paired"] = "paired"
     condition_scale: Annotated[float, Field(ge=0)] = 0.0  # of the condition in the distance; 0 matches images whatever they say
+    features: bool = False  # compare the frozen teacher's feature maps of x_t too
     grids: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # n: a distance for each block of an n x n grid; 1: the whole
 
 

@@ -86,6 +86,7 @@ def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, d
     levels, sigma_data = o.levels.sampler(), teacher.sigma_data
     if o.name == "varflow":
         more = {"condition_scale": o.condition_scale, "num_classes": models.num_classes, "grids": o.grids}
+        more["features"] = models.features() if o.features else None
         if any(side % n for n in o.grids for side in models.latent_shape[1:]):
             raise ValueError(f"objective.grids: {o.grids} must all divide the sides of the latents, {models.latent_shape[1:]}")
         return VarFlow(student, teacher.schedule, levels, o.weighting, o.beta, o.cross, sigma_data, **more), {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMDecoder, EDMPipeline, EDMScheduler
 from pipelines.images import ImageSet
 from pipelines.students import save_model
@@ -69,6 +69,11 @@ class EDMModels:
                 f"data: {len(data.class_names)} classes, the teacher has {self.num_classes}; "
                 "give labels for a class-conditional teacher and none for an unconditional one"
             )
+
+    def features(self) -> FeatureMaps:
+        """Without guidance: x_t of either side is compared under its own label."""
+        network, teacher = self.teacher.network, self.teacher
+        return FeatureMaps(Denoiser(network, teacher.schedule, "edm", teacher.sigma_data), (network.bottom,))
 
     def fake_score(self) -> Denoiser:
         network = copy.deepcopy(self.teacher.network).train().requires_grad_(True)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 
 from .config import DistillConfig
 from .data import Examples
@@ -28,6 +28,9 @@ class Models(Protocol):
 
     def fake_score(self) -> Denoiser:
         """A score network that starts as the teacher."""
+
+    def features(self) -> FeatureMaps:
+        """Maps of the frozen network at its lowest resolution, and, where it has them, the next."""
 
     def posterior(self, with_mean: bool) -> UNetPosterior:
         """A posterior that starts as the prior, its mean, where it has one, as the teacher if it is made from its weights."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer
-from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.students import save_stable_diffusion
 
 from .cache import open_cache
@@ -67,6 +67,11 @@ class StableDiffusionModels:
 
     def fake_score(self) -> Denoiser:
         return sd.denoiser(self.pipe, self._role("aux", self.config.objective.fake_score.lora))
+
+    def features(self) -> FeatureMaps:
+        """Without guidance: x_t of either side is compared under its own condition."""
+        network = self.base.network
+        return FeatureMaps(sd.denoiser(self.pipe, self.base.teacher()), (network.mid_block, network.up_blocks[0]))
 
     def posterior(self, with_mean: bool) -> UNetPosterior:
         p, base = self.config.objective.posterior, self.base.network

@@ -148,6 +148,7 @@ class EDMUNet(UpPath, ModelMixin, ConfigMixin, PeftAdapterMixin):
         widths = [channels * m for m in channel_mult]
         c, skips = channels, [channels]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.bottom = nn.Identity()  # where FeatureMaps listens: a hook on a compiled block would not be heard
         for level, width in enumerate(widths):
             if level:  # halve the resolution: average pooling, then the next block widens
                 self.down.append(nn.AvgPool2d(2))
@@ -206,7 +207,7 @@ class EDMUNet(UpPath, ModelMixin, ConfigMixin, PeftAdapterMixin):
                 skips[-1] = h
             else:
                 skips.append(h)
-        return Features(h, tuple(skips), embedding)
+        return Features(self.bottom(h), tuple(skips), embedding)
 
 
 class EDMDecoder(UpPath, nn.Module):

@@ -24,7 +24,8 @@ from trainers.draws import DrawSource, MicroDraw
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, sample_level
 from trainers.objectives.denoising import Denoising
-from trainers.objectives.varflow import pairwise_power
+from trainers.objectives.energy import pairwise_power
+from trainers.objectives.varflow import Batch
 from trainers.shards import Cached
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,10 +111,11 @@ def energy_distance(trainer: Trainer) -> float:
     x0, noise = o.student(draw.z, draw.condition), draw.normal("data_eps", *draw.eps.shape[1:])
     for u in (0.1, 0.3, 0.5):
         draw.shared_u = torch.tensor(u)
-        loss = o.batch_loss(x0, draw.x0, draw.eps, noise, None, draw).mean()
-        level = sample_level(draw.shared_u.expand(len(x0)), o.levels, 0.0, o.schedule)
-        among = pairwise_power(*[add_noise(draw.x0, noise, level)] * 2, o.beta).sum() / (len(x0) * (len(x0) - 1))
-        distance += float(loss - level.sigma[0].square() * among / 2)
+        level = o.level(draw, len(x0))
+        data = add_noise(draw.x0, noise, level)
+        loss = o.batch_loss(Batch(add_noise(x0, draw.eps, level), []), Batch(data, []), None, True).mean()
+        among = pairwise_power(data, data, o.beta).sum() / (len(x0) * (len(x0) - 1))
+        distance += float(level.sigma[0].square() * (loss - among / 2))
     return distance
 
 
