@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ class SharedNetwork:
     def __init__(self, network: nn.Module) -> None:
         self.network = network.requires_grad_(False).eval()
         self.active: str | None = None
-        self.sharded = False
+        self.sharded = self.checkpointing = False
         self._layers: list[BaseTunerLayer] = []
 
     def add_adapter(self, name: str, config: LoraConfig) -> Role:
@@ -86,15 +88,33 @@ class SharedNetwork:
         finally:
             self._switch(before)
 
-    def checkpointed(self, module: nn.Module, *args: Any) -> Any:
+    def enable_gradient_checkpointing(self) -> None:
+        """Blocks keep their inputs alone and are computed again in backward, for all roles.
+
+        diffusers recomputes what is inside a transformer, but keeps what its projections read, in float32 where they have
+        adapters: twice as much as all the rest. A transformer of one block is therefore recomputed as a whole, at the same cost.
+        """
+        if self.checkpointing:
+            return
+        self.checkpointing = True
+        self.network.enable_gradient_checkpointing(self.checkpointed)
+        for module in self.network.modules():
+            if isinstance(module, Transformer2DModel) and len(module.transformer_blocks) == 1:
+                module.gradient_checkpointing = False
+                module.forward = partial(self._recomputed, module.forward)
+
+    def _recomputed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpointed(forward, *args, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+
+    def checkpointed(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A block recomputed in backward, under the adapter that it ran with: by then another one may be active."""
         name = self.active
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             with self.running(name):
-                return module(*args)
+                return function(*args, **kwargs)
 
-        return checkpoint(run, *args, use_reentrant=False)
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     def _switch(self, name: str | None) -> None:
         self.active = name
@@ -156,7 +176,7 @@ class Role(nn.Module):
         return seen[0]
 
     def enable_gradient_checkpointing(self) -> None:
-        self.shared.network.enable_gradient_checkpointing(self.shared.checkpointed)
+        self.shared.enable_gradient_checkpointing()
 
     def compile_repeated_blocks(self, **options: Any) -> None:
         self.shared.network.compile_repeated_blocks(**options)
