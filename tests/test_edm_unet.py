@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pipelines.denoiser import Denoiser
+from pipelines.denoiser import Denoiser, FeatureMaps
 from pipelines.edm import EDMDecoder, EDMUNet
 from pipelines.edm.unet import ResidualBlock, SelfAttention, fourier_features
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, edm_coefficients, widen
@@ -63,6 +63,16 @@ def test_compiled_blocks_give_the_same(randn, randomise):
     gradients = [torch.autograd.grad(o.square().sum(), list(n.parameters())) for o, n in zip(outs, (unet, compiled), strict=True)]
     assert_close(outs[1], outs[0], rtol=1e-12, atol=1e-12)
     assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
+
+
+def test_feature_maps_of_the_bottom(randn, randomise):
+    """Also where blocks are compiled, whose hooks are not heard."""
+    unet, (x, _, labels) = randomise(EDMUNet(**DEEP | {"out_channels": 3})), deep_inputs(randn)
+    denoiser, level = Denoiser(unet, EDMSchedule()), EDMSchedule().level(torch.linspace(0.1, 3, 5, dtype=torch.float64))
+    expected = denoiser(x, level, {"class_labels": labels}, return_features=True)[1].bottom
+    assert torch.equal(FeatureMaps(denoiser, [unet.bottom])(x, level, {"class_labels": labels})[0], expected)
+    unet.compile_repeated_blocks(backend="eager")
+    assert_close(FeatureMaps(denoiser, [unet.bottom])(x, level, {"class_labels": labels})[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_samples_do_not_mix(randn, randomise):

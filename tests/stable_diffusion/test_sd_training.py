@@ -53,6 +53,7 @@ SMALL = {"channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attention_leve
 VARIANTS = {
     "varflow": ("sd15", "varflow", {}),
     "varflow of images and text": ("sdxl", "varflow", {"cross": "full", "condition_scale": 1.0}),
+    "varflow of features": ("sd15", "varflow", {"cross": "full", "features": True, "grids": [1, 2, 4]}),
     "diff_instruct": ("sd21", "diff_instruct", {}),
     "vardiu": ("sdxl", "vardiu", {"pool": "batch"}),
     "vardiu with networks of its own": ("sd21", "vardiu", {"posterior": {"network": SMALL}}),

@@ -64,6 +64,8 @@ SHARED = {"network": "shared", "warmup_updates": 0, "optimizer": {"lr": 1e-3}}
         ("vardiu", "data=", "data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples"),
         ("diff_instruct", "student.readout_t=1000", "the readout level t=1000 is outside the schedule's range [0.0, 999.0]"),
         ("diff_instruct", "objective.fake_score.lora.targets=[to_q, nonsense]", "lora.targets: 'nonsense' fits no layer"),
+        ("varflow", "objective.grids=[1, 3]", "objective.grids: [1, 3] must all divide the sides of the latents, (8, 8)"),
+        ("vardiu", "compile=nonsense", "compile: no backend 'nonsense'; torch has "),
         ("varflow", "data={name: prompts, file: x.txt}", "data: objective 'varflow' needs images; 'prompts' has none"),
     ],
 )
@@ -108,3 +110,27 @@ def test_what_is_not_for_edm_is_refused(objective, override, key, edm_recipe, ca
 def test_text_data_are_not_for_edm(name, edm_recipe, capsys):
     section = {"captions": "source: parquet, paths: [x.parquet]"}.get(name, "file: x.txt")
     assert refusal(edm_recipe("vardiu"), capsys, f"data={{name: {name}, {section}}}").startswith("error: data: ")
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("family", "environment", "override", "message"),
+    [
+        ("sd", {"FSDP_VERSION": "1"}, "steps=1", "FSDP: only version 2 is supported; set fsdp_config.fsdp_version: 2"),
+        ("sd", {}, "compile=aot_eager", "compile: FSDP and compiled blocks do not go together; set compile: null"),
+        (
+            "edm",
+            {},
+            "steps=1",
+            "FSDP has no effect for an EDM teacher, whose networks are small; use",
+        ),
+    ],
+)
+def test_where_fsdp_has_nothing_to_shard(family, environment, override, message, recipe, edm_recipe, monkeypatch, capsys):
+    for key, value in (FSDP | environment).items():
+        monkeypatch.setenv(key, value)
+    config = recipe("vardiu") if family == "sd" else edm_recipe("vardiu")
+    assert message in refusal(config, capsys, override)
+    assert not (Path(config["output_dir"]) / "metrics.jsonl").exists()
