@@ -110,6 +110,7 @@ def environment(accelerator: Accelerator) -> dict:
         "git_commit": git_commit(),
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
+        "sharded": sharded(),
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
     }
