@@ -127,7 +127,7 @@ def test_unit_channels(randn):
 def test_loss_of_feature_maps_by_hand(scale, make_draw, randn, generator):
     """Positions of the maps are blocks, over the square root of their number; the mean over the whole and both maps."""
     net, t = Teacher(generator), 0.3
-    x0, data, text = randn(5, 2, 6, 9), randn(5, 2, 6, 9), randn(5, 3, 7)
+    x0, data, text = randn(5, 2, 6, 9).requires_grad_(), randn(5, 2, 6, 9), randn(5, 3, 7)
     condition = {"encoder_hidden_states": text}
     features = FeatureMaps(Denoiser(net, RectifiedFlowSchedule(), "flow"), [net.first, net.second])
     said = scale * spread(nn.functional.normalize(text.mean(1).float(), dim=1)).double()
@@ -147,3 +147,5 @@ def test_loss_of_feature_maps_by_hand(scale, make_draw, randn, generator):
                 expected = expected + share(mine[:, :, i, j], theirs[:, :, i, j]) / math.sqrt(height * width)
     loss = whole_loss(x0, data, make_draw, t, condition, condition_scale=scale, features=features)
     assert_close(loss, expected / 3, rtol=1e-6, atol=1e-9)
+    (by_hand,) = torch.autograd.grad(expected.sum() / 3, x0)
+    assert_close(torch.autograd.grad(loss.sum(), x0)[0], by_hand, rtol=1e-5, atol=1e-8)
