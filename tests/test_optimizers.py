@@ -60,6 +60,8 @@ def test_an_optimiser_goes_on_from_a_checkpoint_bit_for_bit(bits, tmp_path):
     again = build_optimizer(resumed.parameters(), Optimizer(lr=1e-3, betas=(0.9, 0.99), bits=bits))
     checkpoint.restore_tensors(checkpoint.network_tensors({"student": resumed}), saved["networks"], "here")
     checkpoint.restore_optimizers({"student": again}, {"student": resumed}, saved["optimizers"], "here")
+    for mine, theirs in zip(resumed.parameters(), net.parameters(), strict=True):
+        assert {k: type(v) for k, v in again.state[mine].items()} == {k: type(v) for k, v in optimizer.state[theirs].items()}
     for number in range(5, 9):
         step(resumed, again, number)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))

@@ -4,6 +4,7 @@ The reference is always a deep copy with a plain peft adapter of the same weight
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -204,9 +205,11 @@ def kept_bytes(role: Role, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -
 
 def test_recomputed_blocks_keep_little(base, inputs, fill):
     """A third less than diffusers' own switch leaves, with adapters on every sort of layer; twice on is once on."""
-    sizes = []
+    sizes, calls = [], []
     for way in ("none", "theirs", "ours"):
         shared = SharedNetwork(base())
+        original = shared.checkpointed
+        shared.checkpointed = lambda *a, original=original, **k: (calls.append(a[0]), original(*a, **k))[1]
         role = fill(add_role(shared, "student", ["to_q", "to_v", "proj_in", "proj_out", "conv1", "conv2", "ff.net.2"]))
         if way == "theirs":
             shared.network.enable_gradient_checkpointing(shared.checkpointed)
@@ -214,6 +217,10 @@ def test_recomputed_blocks_keep_little(base, inputs, fill):
             role.enable_gradient_checkpointing()
             role.enable_gradient_checkpointing()
         sizes.append(kept_bytes(role, *inputs()))
+    transformers = [m for m in shared.network.modules() if type(m).__name__ == "Transformer2DModel"]
+    assert len(transformers) > 2
+    assert sum(getattr(c, "__self__", None) in transformers for c in calls) == len(transformers)
+    assert not any(isinstance(c, partial) for c in calls)  # nothing is wrapped twice
     assert sizes[1] < 0.5 * sizes[0]
     assert sizes[2] < 0.7 * sizes[1]
 

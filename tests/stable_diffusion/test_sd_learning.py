@@ -183,7 +183,7 @@ def sharded_run(recipe, tmp_path, written):
         config |= {"student": {"lora": LORA, "optimizer": adam}, "objective": copy.deepcopy(config["objective"])}
         config["objective"]["fake_score" if objective == "diff_instruct" else "posterior"] |= {"lora": LORA, "optimizer": adam}
         config["teacher"]["dtype"] = dtype
-        output = tmp_path / config_file
+        output = tmp_path / Path(config_file).stem
         config |= {"output_dir": str(output), "gradient_checkpointing": True}
         done = launched(written(config), tmp_path, config_file)
         assert done.returncode == 0, done.stderr[-4000:]
