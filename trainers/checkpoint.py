@@ -112,7 +112,8 @@ def restore_tensors(into: dict[str, Tensor], saved: dict[str, Tensor], source: s
 def optimizer_tensors(optimizers: dict[str, Optimizer], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
     """'<role>/<parameter>/<moment>' -> tensor, of every parameter that has been stepped."""
     return {
-        f"{role}/{name}/{moment}": torch.as_tensor(value)
+        # bitsandbytes' code books are one tensor for all parameters, which a file cannot hold
+        f"{role}/{name}/{moment}": value.clone() if moment.startswith("qmap") else torch.as_tensor(value)
         for role, optimizer in optimizers.items()
         for name, parameter in trained_parameters(networks[role]).items()
         for moment, value in optimizer.state.get(parameter, {}).items()
