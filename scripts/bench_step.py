@@ -210,7 +210,7 @@ def worker(pipe: Connection, name: str, objective: str, layout: str, threads: in
 def measure(name: str, objective: str, repeats: int, threads: int) -> dict[str, dict[str, float]]:
     """layout -> numbers; the first step of each is a warm-up."""
     # freed tensors leave the process, so that its peak is what was in use and not what the allocator had set aside
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     context = multiprocessing.get_context("spawn")
     running = {}
     for layout in LAYOUTS[objective]:
