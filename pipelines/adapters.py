@@ -126,10 +126,15 @@ class SharedNetwork:
 
 def call(network: nn.Module, sample: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
     """sample (b, c, h, w), timestep (b,), a flat condition -> the network's output (b, c', h, w); all floats in its dtype."""
+    return output(network, sample, timestep, condition).sample
+
+
+def output(network: nn.Module, sample: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], **options: Any) -> Any:
+    """As `call`, but all that the network puts out. options: further arguments."""
     dtype = network.dtype
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in condition.items()}
     added = {k: cast.pop(k) for k in ADDED_CONDITIONS if k in cast}
-    return network(sample.to(dtype), timestep, **cast, **({"added_cond_kwargs": added} if added else {})).sample
+    return network(sample.to(dtype), timestep, **cast, **({"added_cond_kwargs": added} if added else {}), **options)
 
 
 class Whole(nn.Module):
@@ -161,8 +166,11 @@ class Role(nn.Module):
     def shared(self) -> SharedNetwork:
         return self._shared[0]
 
-    def forward(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, return_features: bool = False, **condition: Tensor) -> Any:
+        """(b, c', h, w); with return_features, which the network must know, its whole output."""
         with self.shared.running(self.name) as network:
+            if return_features:
+                return output(network, sample, timestep, condition, return_features=True)
             return call(network, sample, timestep, condition)
 
     def features(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
@@ -203,9 +211,23 @@ class AdapterHead(nn.Module):
         return self.conv_out(self.role.features(sample, timestep, **condition).to(self.conv_out.weight.dtype))
 
 
+def whole_copy(network: nn.Module) -> nn.Module:
+    """A float32 copy whose weights can be trained, without the adapters that may sit on the original by now."""
+    weights = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if ".lora_" not in k}
+    clean = type(network).from_config(network.config)
+    clean.load_state_dict(weights)
+    return clean.float().eval().requires_grad_(True)
+
+
 def last_layer(network: nn.Module) -> nn.Conv2d:
     """The network's own last convolution, also where an adapter sits on it."""
     return getattr(network.conv_out, "base_layer", network.conv_out)
+
+
+def block_layers(network: nn.Module) -> list[str]:
+    """The names, within their block, of all linear layers and convolutions in the blocks that a network repeats."""
+    blocks = (m for m in network.modules() if type(m).__name__ in network._repeated_blocks)
+    return sorted({n for block in blocks for n, m in block.named_children() if isinstance(m, nn.Linear | nn.Conv2d)})
 
 
 def parameter_tree(parameters: Mapping[str, Tensor]) -> nn.Module:

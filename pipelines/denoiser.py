@@ -12,25 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .noise import Level, Schedule, edm_coefficients, to_x0
+from .noise import Level, Schedule
+from .preconditioning import Preconditioner, make_preconditioner
 
 Condition = dict[str, Tensor] | None
-Parameterization = Literal["edm", "sample", "epsilon", "v_prediction", "flow"]
-
-
-def read_out(out: Tensor, x_t: Tensor, level: Level, parameterization: Parameterization, sigma_data: float) -> Tensor:
-    """A network's output (b, c, h, w) at x_t -> x0."""
-    if parameterization != "edm":
-        return to_x0(out, x_t, level, parameterization)
-    _, c_skip, c_out = edm_coefficients(level, sigma_data)
-    return c_skip * x_t + c_out * out
+Parameterization = Literal["edm", "sample", "epsilon", "v_prediction", "flow"] | Preconditioner
 
 
 class Denoiser(nn.Module):
     """E[x0 | x_t, condition] from a network `network(x, time, **condition) -> object with .sample or tensor`.
 
-    parameterization "edm" is Karras et al. 2022 Eq. 7 with Table 1's coefficients (alpha = 1); the others are the
-    network's prediction type, solved for x0. With guidance_scale w != 1 the estimate is D_null + w (D_cond - D_null)
+    parameterization: a preconditioner, or by name "edm" (Karras et al. 2022 Eq. 7 with sigma_data), or the network's prediction
+    type. With guidance_scale w != 1 the estimate is D_null + w (D_cond - D_null)
     (Ho & Salimans 2022 in x0), both in one batch; null_condition holds one unbatched tensor for each condition key that guidance
     turns off; other keys (an image's size) are the same in both.
     """
@@ -53,6 +46,7 @@ class Denoiser(nn.Module):
         self.network = network
         self.schedule = schedule
         self.parameterization = parameterization
+        self.preconditioner = make_preconditioner(parameterization, sigma_data)
         self.sigma_data = sigma_data
         self.guidance_scale = guidance_scale
         self.null_condition = null_condition
@@ -76,12 +70,8 @@ class Denoiser(nn.Module):
 
     def _denoise(self, x_t: Tensor, level: Level, condition: Condition, return_features: bool) -> tuple[Tensor, Any]:
         options = (condition or {}) | ({"return_features": True} if return_features else {})
-        if self.parameterization == "edm":
-            c_in, _, _ = edm_coefficients(level, self.sigma_data)
-            out, features = self._call(c_in * x_t, level.t.log() / 4, options)
-        else:
-            out, features = self._call(x_t, level.t, options)
-        return read_out(out, x_t, level, self.parameterization, self.sigma_data), features
+        out, features = self._call(*self.preconditioner.inputs(x_t, level), options)
+        return self.preconditioner.x0(out, x_t, level), features
 
     def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> tuple[Tensor, Any]:
         out = self.network(x, time, **options)

@@ -45,6 +45,12 @@ images = pipe(batch_size=16).images""",
 pipe = {pipeline}.from_pretrained("{folder}")""",
 }
 
+EDM_LORA_USE = """from pipelines.edm import EDMPipeline
+
+pipe = EDMPipeline.from_pretrained("{base_model}")
+pipe.load_lora_weights("{folder}")  # with its scheduler: one step, at the noise level it was trained for
+images = pipe(batch_size=16).images"""
+
 STABLE_DIFFUSION_CARD = """---
 library_name: diffusers
 base_model: {base_model}
@@ -77,6 +83,32 @@ def save_model(folder: Path, pipeline: DiffusionPipeline, kind: str, info: dict[
     replace_folder(folder, pipeline.save_pretrained, kind, info, card)
 
 
+def save_edm_student(folder: Path, pipeline: EDMPipeline, info: dict[str, Any], adapter: str | None = None) -> None:
+    """A student of an EDM teacher: the whole pipeline, or with `adapter`, its name on the network, LoRA weights and scheduler."""
+    if adapter is None:
+        return save_model(folder, pipeline, "student", info)
+
+    def write(partial: Path) -> None:
+        pipeline.scheduler.save_pretrained(partial / "scheduler")
+        save_lora(partial, type(pipeline), pipeline.unet, adapter)
+
+    card = CARD.format(
+        title=f"One-step student of {info['base_model']}",
+        facts=facts_list(info),
+        use=EDM_LORA_USE.format(folder=folder.name, base_model=info["base_model"]),
+    )
+    return replace_folder(folder, write, "student", info, card)
+
+
+def save_lora(folder: Path, pipeline: type[DiffusionPipeline], network: nn.Module, adapter: str) -> None:
+    """pytorch_lora_weights.safetensors. The raw PEFT state dict with its metadata is the one form that keeps alpha, and all of
+    the layers (convolutions too).
+    """
+    layers = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(network, adapter_name=adapter).items()}
+    metadata = network.peft_config[adapter].to_dict()
+    pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+
+
 def save_stable_diffusion(
     folder: Path,
     pipeline: type[DiffusionPipeline],
@@ -87,8 +119,6 @@ def save_stable_diffusion(
 ) -> None:
     """A Stable Diffusion student: LoRA weights (adapter: the network and the name on it) or a whole network in unet/, beside the
     scheduler that makes one step of a stock pipeline its x0.
-
-    The raw PEFT state dict with its metadata is the one form that keeps alpha, and all of the layers (convolutions too).
     """
 
     def write(partial: Path) -> None:
@@ -96,11 +126,7 @@ def save_stable_diffusion(
         if adapter is None:
             network.save_pretrained(partial / "unet")
             return
-        base, name = adapter
-        layers = get_peft_model_state_dict(base, adapter_name=name)
-        layers = {k: v.detach().cpu().contiguous() for k, v in layers.items()}
-        metadata = base.peft_config[name].to_dict()
-        pipeline.save_lora_weights(partial, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+        save_lora(partial, pipeline, *adapter)
 
     last = scheduler.config.num_train_timesteps - 1
     card = STABLE_DIFFUSION_CARD.format(
@@ -147,10 +173,9 @@ def load_student(
     folder = find_student(source)
     info = read_info(folder, "student")
     if info.get("family") not in stable_diffusion.FAMILIES.values():
-        for name, value in (("base_model", base_model), ("scheduler", scheduler)):
-            if value is not None:
-                raise ValueError(f"{name} has no effect for the student in {str(folder)!r}: it is a pipeline of its own")
-        return EDMPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
+        if scheduler is not None:
+            raise ValueError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
+        return EDMPipeline.from_pretrained(folder, base_model=base_model, use_safetensors=True, dtype=dtype)
     whole = info["weights"] == "unet"
     stable_diffusion.check_weights(folder, ["unet" if whole else ""])
     incomplete = f"{str(folder)!r} is not complete: {{}} Save or copy the student again"

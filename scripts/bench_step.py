@@ -46,6 +46,7 @@ from trainers.distill import build_objective
 from trainers.draws import DrawSource
 from trainers.loop import Trainer
 from trainers.posteriors import COVARIANCES, UNetPosterior
+from trainers.stable_diffusion import ALL_LAYERS
 
 from .jobs import cores, exit_cleanly
 
@@ -85,7 +86,7 @@ class RandomModels:
 
     def _role(self, name: str) -> Role:
         base = SharedNetwork(copy.deepcopy(self.base.network)) if self.copies else self.base
-        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.rank, target_modules=list(self.lora.targets))
+        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.rank, target_modules=list(self.lora.targets or ALL_LAYERS))
         return base.add_adapter(name, config)
 
     def _denoiser(self, network: nn.Module) -> Denoiser:
@@ -158,7 +159,7 @@ def lcm_step(shape: dict[str, Any], device: torch.device) -> Callable[[], None]:
     """The update of diffusers' LCM-LoRA example (Luo et al. 2023): consistency between t and the teacher's DDIM step from t."""
     teacher = random_unet(shape, device)
     student = SharedNetwork(copy.deepcopy(teacher))
-    role = student.add_adapter("student", LoraConfig(r=shape["rank"], target_modules=Lora().targets))
+    role = student.add_adapter("student", LoraConfig(r=shape["rank"], target_modules=list(ALL_LAYERS)))
     student.network.enable_gradient_checkpointing(student.checkpointed)
     optimizer = torch.optim.AdamW(role.parameters(), lr=1e-5)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
-from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
+from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,7 +220,7 @@ SMALL = {"sample_size": 4, "in_channels": 2, "out_channels": 2, "channels": 8, "
 
 
 class GaussianUNet(ModelMixin, ConfigMixin):
-    """Affine behind the interface of EDMUNet: its pipeline samples N(mean, std^2) exactly, or N(label, .) with classes."""
+    """Affine behind the interface of PatchUNet: its pipeline samples N(mean, std^2) exactly, or N(label, .) with classes."""
 
     @register_to_config
     def __init__(self, in_channels: int = 2, sample_size: int = 5, num_classes: int = 0, mean: float = 0.1, std: float = 0.2):
@@ -296,7 +296,7 @@ def test_heun_by_hand(randn):
 
 @pytest.mark.parametrize("sampler", ["heun", "renoise"])
 def test_one_step_is_the_generator(sampler, randn, randomise):
-    unet, z = randomise(EDMUNet(**SMALL)), randn(3, 2, 4, 4)
+    unet, z = randomise(PatchUNet(**SMALL)), randn(3, 2, 4, 4)
     scheduler = EDMScheduler(sigma_data=0.3, sigma_max=2.5, sampler=sampler, num_inference_steps=1)
     pipeline = quiet(EDMPipeline(unet, scheduler))
     x0 = OneStepGenerator(Denoiser(unet, EDMSchedule(), "edm", 0.3), 2.5)(z)
@@ -322,7 +322,7 @@ def test_renoise_by_hand(generator, randn):
 
 @pytest.mark.parametrize("sampler", ["heun", "renoise"])
 def test_images_do_not_depend_on_the_batch(sampler, randomise):
-    unet = randomise(EDMUNet(**SMALL, num_classes=3))
+    unet = randomise(PatchUNet(**SMALL, num_classes=3))
     pipeline = quiet(EDMPipeline(unet, EDMScheduler(sampler=sampler, sigma_max=3.0)))
 
     def draw(numbers: list[int]) -> Tensor:
@@ -421,7 +421,7 @@ numpy.save(sys.argv[1] + "/images.npy", pipeline(3, **given).images)
 
 
 def test_pipeline_save_and_load_in_a_fresh_process(tmp_path, randomise):
-    unet = randomise(EDMUNet(**SMALL, num_classes=3, attention_levels=(0,))).float().eval()
+    unet = randomise(PatchUNet(**SMALL, num_classes=3, attention_levels=(0,))).float().eval()
     pipeline = quiet(EDMPipeline(unet, EDMScheduler(sigma_data=0.4, sigma_max=3.0, rho=5.0, num_inference_steps=3)))
     given = {"class_labels": [0, 2, 1], "generator": torch.Generator().manual_seed(5), "output_type": "np"}
     images = pipeline(3, **given).images
@@ -435,7 +435,7 @@ def test_pipeline_save_and_load_in_a_fresh_process(tmp_path, randomise):
 
 def test_generator_is_differentiable(randn, randomise):
     """The student's gradient through one readout, against a directional finite difference."""
-    unet, z = randomise(EDMUNet(**SMALL)), randn(3, 2, 4, 4)
+    unet, z = randomise(PatchUNet(**SMALL)), randn(3, 2, 4, 4)
     student = OneStepGenerator(Denoiser(unet, EDMSchedule(), "edm", 0.3), 2.5)
     weights, direction = unet.conv_in.weight, randn(*unet.conv_in.weight.shape)
     (gradient,) = torch.autograd.grad(student(z).pow(3).sum(), weights)

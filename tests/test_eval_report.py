@@ -22,7 +22,7 @@ from eval.metrics import class_balance
 from eval.protocols import PROTOCOLS, get_protocol
 from eval.report import FILES, write_atomically, write_report
 from eval.runs import Run, curves, ess_by_level, find_run, read_metrics
-from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
+from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
 from pipelines.images import load_digits
 from pipelines.students import save_model
 
@@ -32,7 +32,7 @@ INFO = {"objective": "vardiu", "steps": 300, "train_seconds": 22.5, "calls": {"s
 
 def save_run(folder: Path, kind: str, sampler: str, steps: int, seed: int, num_classes: int = 0) -> Path:
     """A run folder with a tiny random network, a log that ends in the middle of a line, and nothing trained."""
-    unet = EDMUNet(channels=16, num_blocks=1, patch_size=2, num_classes=num_classes)
+    unet = PatchUNet(channels=16, num_blocks=1, patch_size=2, num_classes=num_classes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in unet.parameters():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pipelines.edm import EDMUNet
+from pipelines.edm import PatchUNet
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule
 from trainers.posteriors import COVARIANCES, Covariance, UNetPosterior
 
@@ -35,7 +35,7 @@ def build(name: str, with_mean: bool = False, **config) -> UNetPosterior:
     covariance = fresh(name, side)
     network = {"sample_size": side, "in_channels": CHANNELS, "channels": 8, "num_blocks": 1}
     network |= {"out_channels": UNetPosterior.num_channels(covariance, with_mean), "num_classes": 3, "norm_groups": 2}
-    return UNetPosterior(EDMUNet(**network | config), covariance, SIGMA_DATA, with_mean)
+    return UNetPosterior(PatchUNet(**network | config), covariance, SIGMA_DATA, with_mean)
 
 
 @pytest.fixture

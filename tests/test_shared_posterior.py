@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
-from pipelines.edm import EDMDecoder, EDMUNet
+from pipelines.edm import PatchUNet
+from pipelines.edm.features import second_decoder
 from pipelines.noise import EDMSchedule, add_noise
 from trainers.objectives.amortized import AmortizedScore
 from trainers.objectives.importance import log_standard_normal
@@ -54,11 +55,11 @@ def build(randomise):
     """build(patch_size, trained): a student, a frozen teacher and a posterior on its features, at its start or randomised."""
 
     def make(patch_size: int = 1, trained: bool = False, guidance: float = 1.0) -> Networks:
-        unet = randomise(EDMUNet(**UNET | {"patch_size": patch_size}))
+        unet = randomise(PatchUNet(**UNET | {"patch_size": patch_size}))
         teacher = Denoiser(unet, EDMSchedule(), "edm", SIGMA_DATA, guidance, {"class_labels": torch.tensor(3)})
-        student = OneStepGenerator(Denoiser(randomise(EDMUNet(**UNET)), EDMSchedule(), "edm", SIGMA_DATA), 2.5)
+        student = OneStepGenerator(Denoiser(randomise(PatchUNet(**UNET)), EDMSchedule(), "edm", SIGMA_DATA), 2.5)
         covariance = COVARIANCES["diag"](SHAPE)
-        decoder = EDMDecoder(unet, UNetPosterior.num_channels(covariance, with_mean=True))
+        decoder = second_decoder(unet.dec, UNetPosterior.num_channels(covariance, with_mean=True))
         posterior = UNetPosterior(decoder, covariance, SIGMA_DATA, with_mean=True)
         posterior.start_mean(unet.conv_out)
         if trained:

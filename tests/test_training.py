@@ -31,7 +31,7 @@ from trainers.config_file import load_config
 from trainers.data import Images
 from trainers.draws import DrawSource
 from trainers.edm import EDMModels
-from trainers.ema import Ema
+from trainers.ema import Ema, constant_decay
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase
 from trainers.optimizers import learning_rate
@@ -577,7 +577,7 @@ def test_ema_is_its_closed_form_and_swaps_exactly():
     module.bias.requires_grad_(False)
     values = [torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(14)]
     module.weight.data = values[0].clone()
-    ema = Ema(module, decay=0.5)
+    ema = Ema(module, constant_decay(0.5))
     expected = values[0]
     for n, value in enumerate(values[1:]):
         module.weight.data.copy_(value)
@@ -603,7 +603,7 @@ def test_ema_is_its_closed_form_and_swaps_exactly():
 def test_an_ema_without_decay_holds_no_copy():
     """d = 0: the average is the parameter."""
     module = torch.nn.Linear(3, 2)
-    ema = Ema(module, decay=0.0)
+    ema = Ema(module, constant_decay(0.0))
     module.weight.data.fill_(7.0)
     ema.update()
     assert (ema.average, ema.updates) == ({}, 1)

@@ -10,6 +10,7 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipelines import noise
+from pipelines.edm.layout import ARCHITECTURES
 
 from .config_data import TEXT_DATA, Data, PositiveFloat, PositiveInt, Prompts, Strict
 from .config_file import KINDS
@@ -83,7 +84,7 @@ Levels = Annotated[UniformLevels | LogUniformLevels | LogNormalLevels | KarrasLe
 
 
 class Network(Strict):
-    """pipelines.edm.EDMUNet without what the data decide (resolution, channels, classes)."""
+    """pipelines.edm.PatchUNet without what the data decide (resolution, channels, classes)."""
 
     channels: Annotated[int, Field(gt=0, multiple_of=2)] = 64
     channel_mult: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
@@ -91,6 +92,29 @@ class Network(Strict):
     attention_levels: list[int] = []
     patch_size: PositiveInt = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class EDMNetwork(Strict):
+    """pipelines.edm.EDMUNet without what the data decide. None: the architecture's own, as Karras et al. 2022 have it."""
+
+    architecture: Literal["ddpmpp", "ncsnpp", "adm"]
+    model_channels: Annotated[int, Field(gt=0, multiple_of=4)] | None = None
+    channel_mult: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    num_blocks: PositiveInt | None = None
+    attention_resolutions: list[PositiveInt] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of EDMUNet."""
+        given = {k: v for k, v in self.model_dump(exclude={"architecture"}).items() if v is not None}
+        return ARCHITECTURES[self.architecture] | given
+
+
+# Told apart by a key that one of them requires.
+TeacherNetwork = Annotated[
+    Annotated[Network, Tag(KINDS[1])] | Annotated[EDMNetwork, Tag(KINDS[2])],
+    Discriminator(lambda value: KINDS[1 + ("architecture" in (value if isinstance(value, dict) else dict(value)))]),
+]
 
 
 class Optimizer(Strict):
@@ -123,6 +147,7 @@ class Run(Strict):
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    ema_halflife: PositiveInt | None = None  # instead of ema_decay: in images, as in EDM, which ramps it up (see ema.py)
     log_every: PositiveInt = 50
     sample_every: PositiveInt | None = None
     num_samples: PositiveInt = 64
@@ -135,6 +160,12 @@ class Run(Strict):
     compile: str | None = None  # a torch.compile backend, e.g. inductor, for the blocks that a network repeats
 
     @model_validator(mode="after")
+    def _one_average(self):
+        if self.ema_halflife is not None and self.ema_decay != Run.model_fields["ema_decay"].default:
+            raise ValueError("ema_halflife, ema_decay: give one of them")
+        return self
+
+    @model_validator(mode="after")
     def _backend_exists(self):
         if self.compile is not None and self.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise ValueError(f"compile: no backend {self.compile!r}; torch has {', '.join(known)}")
@@ -145,11 +176,12 @@ class TeacherConfig(Run):
     """`accelerate launch -m trainers.train_teacher`."""
 
     data: Data
-    network: Network | None = None  # a new EDM network
+    network: TeacherNetwork | None = None  # a new network: small, or by `architecture` one of the EDM paper's
     pipeline: str | None = None  # or: a Stable Diffusion pipeline whose network is trained further, on captioned images
     sigma_data: PositiveFloat = 0.5
     levels: Levels
     weighting: Weight = "edm"
+    augment: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of each of EDM's augmentations; the network is told of them
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # share trained with the null label, for guidance
     optimizer: Optimizer
     sigma_min: PositiveFloat = 0.002
@@ -184,17 +216,15 @@ class Teacher(Strict):
     variant: str | None = None  # of the weight files, e.g. fp16
 
 
-# Every layer that the published one-step and few-step LoRAs of Stable Diffusion adapt (the LCM-LoRA set).
-ALL_LAYERS = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut downsamplers.0.conv"
-ALL_LAYERS += " upsamplers.0.conv time_emb_proj"
-
-
 class Lora(Strict):
-    """Low-rank adapters, W + alpha/rank B A, on every layer whose name ends with a target."""
+    """Low-rank adapters, W + alpha/rank B A, on every layer whose name ends with a target.
+
+    targets None: the layers of the published LoRAs (Stable Diffusion), all layers of all blocks (EDM).
+    """
 
     rank: PositiveInt = 64
     alpha: PositiveFloat | None = None  # None: rank
-    targets: Annotated[list[str], Field(min_length=1)] = ALL_LAYERS.split()
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 class Student(Strict):

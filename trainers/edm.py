@@ -1,29 +1,31 @@
-"""EDM teachers: pixel-space networks whose students, fake scores and posteriors are copies, or decoders on the frozen encoder."""
+"""EDM teachers: one frozen network; students and scores are adapters on it or copies, posteriors decoders on its encoder too."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_layer, whole_copy
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
-from pipelines.edm import EDMDecoder, EDMPipeline, EDMScheduler
+from pipelines.edm import EDMPipeline, EDMScheduler
+from pipelines.edm.features import second_decoder, with_outputs
 from pipelines.images import ImageSet
-from pipelines.students import save_model
+from pipelines.students import save_edm_student
 
 from . import setup
-from .config import DistillConfig, Network
+from .config import DistillConfig, Lora
 from .config_data import TEXT_DATA
 from .data import Images, Labels
-from .models import build_covariance, refuse
+from .models import add_role, build_covariance, refuse
 from .posteriors import UNetPosterior
 from .teachers import load_edm_teacher
 
 
 class EDMModels:
-    """See models.Models."""
+    """See models.Models. Students run without dropout: g(z) has to be one function of z for its score to mean anything."""
 
     facts: dict[str, Any]
 
@@ -31,8 +33,7 @@ class EDMModels:
         self.config = config
         check(config)
         pipeline = load_edm_teacher(config.teacher.path)
-        self.teacher = pipeline.denoiser(config.teacher.guidance_scale).eval()
-        shape = pipeline.unet.config
+        shape, lora = pipeline.unet.config, config.student.lora
         self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
         self.num_classes = shape.num_classes or 0
         if not self.num_classes and config.objective.name == "varflow" and config.objective.condition_scale:
@@ -43,16 +44,37 @@ class EDMModels:
             self.examples = Images(data)
         else:
             self.examples = Labels(self.num_classes) if self.num_classes else None
-        sigma_init = 2.5 if config.student.sigma_init is None else config.student.sigma_init
-        # The student runs without dropout: g(z) has to be one function of z for its posterior and its score to mean anything.
-        unet = copy.deepcopy(pipeline.unet).eval().requires_grad_(True)
+        self.base = SharedNetwork(pipeline.unet)
+        self._behind = pipeline.denoiser(config.teacher.guidance_scale)
+        self.teacher = self._denoiser(self.base.teacher(), guided=True)
+        sigma_init = self._readout_level(2.5 if config.student.sigma_init is None else config.student.sigma_init)
         scheduler = EDMScheduler.from_config(
             pipeline.scheduler.config, sigma_max=sigma_init, sampler="renoise", num_inference_steps=1
         )
-        self.pipeline = EDMPipeline(unet, scheduler)
+        network = self._role("student", lora)
+        self.pipeline = EDMPipeline(self.base.network if lora else network, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.student = OneStepGenerator(self.pipeline.denoiser(), sigma_init, config.student.image_range is not False)
-        self.facts = {"family": "edm", "readout_sigma": sigma_init}
+        self.student = OneStepGenerator(self._denoiser(network), sigma_init, config.student.image_range is not False)
+        self.facts = {"family": "edm", "weights": "lora" if lora else "unet", "readout_sigma": sigma_init}
+
+    def _readout_level(self, sigma_init: float) -> float:
+        """The level nearest to it that the teacher knows."""
+        known = self._behind.preconditioner
+        low, high = known.sigma_range
+        if not low <= sigma_init <= high:
+            raise ValueError(f"student.sigma_init: {sigma_init:g} is outside the teacher's noise levels, {low:g} to {high:g}")
+        return float(known.nearest(torch.tensor(sigma_init, dtype=torch.float64)))
+
+    def _denoiser(self, network: nn.Module, guided: bool = False) -> Denoiser:
+        """A network behind the teacher's preconditioning."""
+        b = self._behind
+        guidance = (b.guidance_scale, b.null_condition) if guided else ()
+        return Denoiser(network, b.schedule, b.preconditioner, b.sigma_data, *guidance)
+
+    def _role(self, name: str, lora: Lora | None) -> nn.Module:
+        """An adapter on the teacher's weights, or a copy of them."""
+        network = self.base.network
+        return whole_copy(network) if lora is None else add_role(self.base, name, lora, block_layers(network), self.config.seed)
 
     def _check_data(self, data: ImageSet | None) -> None:
         """The data must be what the teacher makes: same channels, resolution and classes."""
@@ -72,50 +94,45 @@ class EDMModels:
 
     def features(self) -> FeatureMaps:
         """Without guidance: x_t of either side is compared under its own label."""
-        network, teacher = self.teacher.network, self.teacher
-        return FeatureMaps(Denoiser(network, teacher.schedule, "edm", teacher.sigma_data), (network.bottom,))
+        return FeatureMaps(self._denoiser(self.base.teacher()), (self.base.network.bottom,))
 
     def fake_score(self) -> Denoiser:
-        network = copy.deepcopy(self.teacher.network).train().requires_grad_(True)
-        return Denoiser(network, self.teacher.schedule, "edm", self.teacher.sigma_data)
+        """A copy trains with the teacher's dropout."""
+        return self._denoiser(self._role("aux", self.config.objective.fake_score.lora).train())
 
     def posterior(self, with_mean: bool) -> UNetPosterior:
-        p, unet, shape = self.config.objective.posterior, self.teacher.network, self.teacher.network.config
+        p, base, behind = self.config.objective.posterior, self.base.network, self._behind
         covariance = build_covariance(self.config, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
-        if p.network == "shared":
-            network = EDMDecoder(unet, out_channels)
-        else:
-            network = setup.build_unet(
-                Network(**{k: shape[k] for k in Network.model_fields}) if p.network == "copy" else p.network,
-                self.config.seed,
-                "posterior",
-                shape.sample_size,
-                in_channels=shape.in_channels,
-                out_channels=out_channels,
-                num_classes=shape.num_classes,
-            )
-            if p.network == "copy":
-                started = {k: v for k, v in unet.state_dict().items() if not k.startswith("conv_out.")}
-                network.load_state_dict(started, strict=False)
-        posterior = UNetPosterior(network, covariance, self.teacher.sigma_data, with_mean)
-        if with_mean and p.network in ("shared", "copy"):
-            posterior.start_mean(unet.conv_out)
-        return posterior
+        if isinstance(p.network, str):
+            network = {
+                "shared": lambda: second_decoder(whole_copy(base).dec, out_channels),
+                "copy": lambda: with_outputs(whole_copy(base), out_channels),
+                "adapter": lambda: AdapterHead(self._role("aux", p.lora), out_channels),
+            }[p.network]()
+            posterior = UNetPosterior(network, covariance, behind.sigma_data, with_mean, behind.preconditioner)
+            if with_mean:
+                posterior.start_mean(last_layer(base))
+            return posterior
+        channels, size, _ = self.latent_shape
+        shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": self.num_classes}
+        network = setup.build_unet(p.network, self.config.seed, "posterior", size, **shape)
+        return UNetPosterior(network, covariance, behind.sigma_data, with_mean)
 
     def preview(self) -> Tensor:
-        return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+        with self.base.running("student" if self.config.student.lora else None):
+            return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
 
     def shard(self) -> None:
         raise ValueError("FSDP has no effect for an EDM teacher, whose networks are small; use configs/accelerate/gpu_8.yaml")
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
-        save_model(folder, self.pipeline, "student", info)
+        save_edm_student(folder, self.pipeline, info, "student" if self.config.student.lora else None)
 
 
 def check(config: DistillConfig) -> None:
     """Settings that only Stable Diffusion has are refused, before anything is loaded."""
-    t, s, o = config.teacher, config.student, config.objective
+    t, s = config.teacher, config.student
     if isinstance(config.data, TEXT_DATA):
         raise ValueError(
             f"data: {config.data.name!r} is for Stable Diffusion teachers; an EDM teacher takes digits, parquet, hub or folder"
@@ -125,8 +142,5 @@ def check(config: DistillConfig) -> None:
         "teacher.variant": t.variant,
         "teacher.dtype": None if t.dtype == "float32" else t.dtype,
         "student.readout_t": s.readout_t,
-        "student.lora": s.lora,
-        "objective.fake_score.lora": o.fake_score.lora if o.name == "diff_instruct" else None,
-        "objective.posterior.network=adapter": (o.name == "vardiu" and o.posterior.network == "adapter") or None,
     }
     refuse("an EDM teacher", settings)

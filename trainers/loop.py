@@ -27,7 +27,7 @@ from . import checkpoint
 from .config import Optimizer as OptimizerConfig
 from .config import Run
 from .draws import DrawSource
-from .ema import Ema, trained_parameters
+from .ema import Ema, constant_decay, halflife_decay, trained_parameters
 from .log import RunLog
 from .objectives.base import Draw, LossTerms, Objective, Phase
 from .optimizers import build_optimizer, learning_rate
@@ -79,7 +79,8 @@ class Trainer:
                 parameter.data = broadcast(parameter.data)
         self.optimizer_configs = optimizers
         self.optimizers = {role: build_optimizer(self.parameters[role], c) for role, c in optimizers.items()}
-        self.ema = Ema(self.networks[primary], run.ema_decay)
+        decay = halflife_decay(run.ema_halflife, run.batch_size) if run.ema_halflife else constant_decay(run.ema_decay)
+        self.ema = Ema(self.networks[primary], decay)
         self.step = self.warmup_done = 0
         self.seconds = 0.0
         self.calls: Counter[str] = Counter()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
+from pipelines.adapters import Role, SharedNetwork
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 
-from .config import DistillConfig
+from .config import DistillConfig, Lora
 from .data import Examples
 from .draws import derive_seed
 from .posteriors import COVARIANCES, Covariance, UNetPosterior
@@ -43,6 +46,15 @@ class Models(Protocol):
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         """The student as users load it."""
+
+
+def add_role(base: SharedNetwork, name: str, lora: Lora, layers: Sequence[str], seed: int) -> Role:
+    """An adapter whose initial weights depend on the seed and its name alone. layers: targets where `lora` names none."""
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    targets = list(layers if lora.targets is None else lora.targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "init", name))
+        return base.add_adapter(name, LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True))
 
 
 def build_covariance(config: DistillConfig, shape: tuple[int, int, int]) -> Covariance:

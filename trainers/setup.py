@@ -16,12 +16,12 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 
 from pipelines import images
-from pipelines.edm import EDMPipeline, EDMUNet
+from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet
 from pipelines.images import ImageSet
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
-from .config import Data, Network, Run
+from .config import Data, EDMNetwork, Network, Run
 from .config_file import ConfigError, load_config
 from .draws import derive_seed
 from .loop import NonFiniteError, find_checkpoint
@@ -132,11 +132,13 @@ def load_data(data: Data) -> ImageSet:
     return images.load_hub(data.id, data.split, *columns)
 
 
-def build_unet(network: Network, seed: int, role: str, sample_size: int, **shape: int) -> EDMUNet:
-    """An EDMUNet whose initial weights depend on the seed and its role alone."""
+def build_unet(network: Network | EDMNetwork, seed: int, role: str, sample_size: int, **shape: int) -> PatchUNet | EDMUNet:
+    """A network whose initial weights depend on the seed and its role alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", role))
-        return EDMUNet(sample_size=sample_size, **shape, **network.model_dump())
+        if isinstance(network, EDMNetwork):
+            return EDMUNet(sample_size=sample_size, **shape, **network.options())
+        return PatchUNet(sample_size=sample_size, **shape, **network.model_dump())
 
 
 def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from pipelines import stable_diffusion as sd
-from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer
+from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer, whole_copy
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.students import save_stable_diffusion
 
@@ -20,10 +19,16 @@ from .cache import open_cache
 from .config import DistillConfig, Lora, Network
 from .config_data import TEXT_DATA
 from .draws import derive_seed
-from .models import build_covariance, refuse
+from .models import add_role, build_covariance, refuse
 from .posteriors import UNetPosterior
 from .setup import sharded
 from .teachers import teacher_folder
+
+# Every layer that the published one-step and few-step LoRAs of Stable Diffusion adapt (the LCM-LoRA set).
+ALL_LAYERS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut"),
+    *("downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
 
 
 class StableDiffusionModels:
@@ -61,9 +66,7 @@ class StableDiffusionModels:
         """An adapter on the teacher's weights, or a network of its own in float32."""
         if lora is None:
             return Whole(whole_copy(self.base.network))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.config.seed, "init", name))
-            return self.base.add_adapter(name, lora_config(lora))
+        return add_role(self.base, name, lora, ALL_LAYERS, self.config.seed)
 
     def fake_score(self) -> Denoiser:
         return sd.denoiser(self.pipe, self._role("aux", self.config.objective.fake_score.lora))
@@ -125,19 +128,6 @@ def check(config: DistillConfig) -> None:
             f"objective.posterior.network: {o.posterior.network!r} is for EDM teachers; set adapter, or a section "
             "{channels: ..., channel_mult: [...]} for a small network of its own"
         )
-
-
-def lora_config(lora: Lora) -> LoraConfig:
-    alpha = lora.rank if lora.alpha is None else lora.alpha
-    return LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets), init_lora_weights=True)
-
-
-def whole_copy(network: nn.Module) -> nn.Module:
-    """A float32 copy whose weights can be trained, without the adapters that may sit on the original by now."""
-    weights = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if ".lora_" not in k}
-    clean = type(network).from_config(network.config)
-    clean.load_state_dict(weights)
-    return clean.float().eval().requires_grad_(True)
 
 
 class TextUNet(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipelines.edm import EDMPipeline, EDMUNet
+from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet
 from pipelines.stable_diffusion import FAMILIES, read_index
 
 
@@ -63,13 +63,18 @@ def load_edm_teacher(path: str) -> EDMPipeline:
             raise ValueError(
                 f"teacher.path: {str(folder / name)!r} is not valid JSON ({error}); copy or train it again"
             ) from error
+    named = json.loads((folder / "model_index.json").read_text()).get("unet")
+    networks = {cls.__name__: cls for cls in (EDMUNet, PatchUNet)}
+    if not isinstance(named, list) or named[-1] not in networks:
+        raise ValueError(f"teacher.path: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
+    network = networks[named[-1]]
     try:
         with safe_open(weights, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"teacher.path: {str(weights)!r} is damaged ({error}); copy or train it again") from error
     with torch.device("meta"):
-        expected = {n: tuple(t.shape) for n, t in EDMUNet.from_config(EDMUNet.load_config(folder / "unet")).state_dict().items()}
+        expected = {n: tuple(t.shape) for n, t in network.from_config(network.load_config(folder / "unet")).state_dict().items()}
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
             raise ValueError(

@@ -1,7 +1,23 @@
-"""Pixel-space EDM models (Karras et al. 2022) as diffusers components: network, scheduler, pipeline."""
+"""Pixel-space EDM models (Karras et al. 2022) as diffusers components: networks, scheduler, pipeline.
 
-from .pipeline import EDMPipeline
-from .scheduler import EDMScheduler
-from .unet import EDMDecoder, EDMUNet
+Loaded when they are asked for: converting a snapshot needs neither torch nor diffusers, which take longer to import, and more
+memory, than the conversion.
+"""
 
-__all__ = ["EDMDecoder", "EDMPipeline", "EDMScheduler", "EDMUNet"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .patch_unet import PatchUNet
+    from .pipeline import EDMPipeline
+    from .scheduler import EDMScheduler
+    from .unet import EDMUNet
+
+_HOMES = {"EDMPipeline": "pipeline", "EDMScheduler": "scheduler", "EDMUNet": "unet", "PatchUNet": "patch_unet"}
+__all__ = ["EDMPipeline", "EDMScheduler", "EDMUNet", "PatchUNet"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

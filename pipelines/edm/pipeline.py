@@ -2,33 +2,119 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..noise import EDMSchedule
+from .patch_unet import PatchUNet
 from .scheduler import EDMScheduler
 from .unet import EDMUNet
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
-class EDMPipeline(DiffusionPipeline):
-    """unet: an EDMUNet; scheduler: an EDMScheduler, which knows the preconditioning and the default sampler."""
+
+@dataclass(frozen=True)
+class Churn:
+    """Karras et al. 2022, Algorithm 2: noise added before each step whose sigma is in [S_min, S_max]; S_churn 0 adds none."""
+
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+
+    def gamma(self, sigma: Tensor, steps: int) -> float:
+        return min(self.S_churn / steps, math.sqrt(2) - 1) if self.S_min <= sigma <= self.S_max else 0.0
+
+
+class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
+    """unet: an EDMUNet or PatchUNet; scheduler: an EDMScheduler, which knows the preconditioning and the default sampler."""
 
     model_cpu_offload_seq = "unet"
+    _lora_loadable_modules = ("unet",)
 
-    def __init__(self, unet: EDMUNet, scheduler: EDMScheduler) -> None:
+    def __init__(self, unet: EDMUNet | PatchUNet, scheduler: EDMScheduler) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._teacher_scheduler: EDMScheduler | None = None
+        self._channels_last()
+
+    def _channels_last(self) -> None:
+        """As in training: convolutions on a CPU are 1.5 times as fast, and images have the same bits as the trainer's."""
+        self.unet.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> EDMPipeline:
+        """A teacher, a full student, or a LoRA student's folder: then its base model with the adapter on it.
+
+        base_model=...: where a LoRA student's base model lies now, if not where it did.
+        """
+        folder, base_model = Path(pretrained_model_name_or_path), kwargs.pop("base_model", None)
+        lora_student = (folder / LORA_FILE).is_file() and not (folder / "model_index.json").is_file()
+        if not lora_student:
+            if base_model is not None:
+                raise ValueError(f"base_model has no effect for {str(folder)!r}: it is a pipeline of its own")
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if base_model is None:
+            if not (folder / "student.json").is_file():
+                raise FileNotFoundError(f"{str(folder)!r} has no student.json to name its base model; give base_model=")
+            base_model = json.loads((folder / "student.json").read_text())["base_model"]
+        if not Path(base_model).is_dir() and str(base_model).count("/") != 1:
+            raise FileNotFoundError(f"the base model of {str(folder)!r} is not at {base_model!r}; give base_model=")
+        pipeline = super().from_pretrained(base_model, **kwargs)
+        pipeline.load_lora_weights(folder, adapter_name="student")
+        return pipeline
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """An adapter for the U-Net. From a student's folder, its scheduler comes with it: the adapter means something at its one
+        noise level only. `unload_lora_weights` puts the scheduler back. kwargs: see diffusers' `load_lora_adapter`.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, dict):
+            kwargs.setdefault("weight_name", LORA_FILE)
+        before = set(getattr(self.unet, "peft_config", {}))
+        self.unet.load_lora_adapter(source, prefix="unet", adapter_name=adapter_name, use_safetensors=True, **kwargs)
+        if set(self.unet.peft_config if before or hasattr(self.unet, "peft_config") else {}) == before:
+            raise ValueError(f"{source!r} holds no LoRA weights for a U-Net: expected keys that start with 'unet.'")
+        self._channels_last()
+        if not isinstance(source, dict) and (Path(source) / "scheduler" / "scheduler_config.json").is_file():
+            self._teacher_scheduler = self._teacher_scheduler or self.scheduler
+            self.scheduler = EDMScheduler.from_pretrained(source, subfolder="scheduler")
+
+    def unload_lora_weights(self) -> None:
+        super().unload_lora_weights()
+        if self._teacher_scheduler is not None:
+            self.scheduler, self._teacher_scheduler = self._teacher_scheduler, None
+
+    @classmethod
+    def save_lora_weights(
+        cls, save_directory: str | Path, unet_lora_layers: dict[str, Tensor], unet_lora_adapter_metadata: dict | None = None
+    ) -> None:
+        """The adapter alone, with its rank and alpha: what `load_lora_weights` reads."""
+        cls._save_lora_weights(save_directory, {"unet": unet_lora_layers}, {"unet": unet_lora_adapter_metadata})
 
     def denoiser(self, guidance_scale: float = 1.0) -> Denoiser:
-        """The network behind EDM preconditioning; guidance uses the null class label."""
+        """D(x_t, level, condition): the network behind its preconditioning; guidance uses the null class label."""
         num_classes = self.unet.config.num_classes
         null = {"class_labels": torch.tensor(num_classes)} if num_classes else None
         # The network is defined at every sigma > 0; the scheduler's range is only where it is sampled.
         schedule = EDMSchedule(sigma_min=0.0, sigma_max=float("inf"))
-        return Denoiser(self.unet, schedule, "edm", self.scheduler.config.sigma_data, guidance_scale, null)
+        scheduler = self.scheduler
+        return Denoiser(self.unet, schedule, scheduler.preconditioner(), scheduler.config.sigma_data, guidance_scale, null)
 
     @torch.no_grad()
     def __call__(
@@ -38,6 +124,13 @@ class EDMPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         sigmas: list[float] | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        rho: float | None = None,
+        S_churn: float = 0.0,
+        S_min: float = 0.0,
+        S_max: float = math.inf,
+        S_noise: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -45,33 +138,43 @@ class EDMPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Draw images.
 
-        class_labels (b,): required by a class-conditional network unless its null label is wanted.
-        sigmas: the noise levels, descending, instead of the scheduler's grid of num_inference_steps.
-        latents: unit noise z (b, c, h, w) instead of a draw; generator: one, or one for each image.
-        output_type: "pil", "np" (b, h, w, c) in [0, 1] or "pt" (b, c, h, w) in [0, 1].
+        class_labels: (b,) integers, num_classes of them being the null label, or (b, num_classes) floats; None: the null label.
+        sigmas: the noise levels, descending, instead of the grid of num_inference_steps from sigma_max to sigma_min with rho
+        (None: the scheduler's own). S_churn, S_min, S_max, S_noise: stochasticity of the Heun sampler.
+        latents: unit noise z (b, c, h, w) instead of a draw; generator: one, or one for each image, which then does not depend
+        on the batch it is made in. output_type: "pil", "np" (b, h, w, c) in [0, 1] or "pt" (b, c, h, w) in [0, 1].
         """
-        config, device, dtype = self.unet.config, self._execution_device, self.unet.dtype
+        config, device = self.unet.config, self._execution_device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image")
+        if sigmas is not None and any(v is not None for v in (num_inference_steps, sigma_min, sigma_max, rho)):
+            raise ValueError("sigmas and num_inference_steps, sigma_min, sigma_max, rho exclude each other; give one grid")
+        heun = self.scheduler.config.sampler == "heun"
+        churn = Churn(S_churn, S_min, S_max, S_noise)
+        if not heun and churn != Churn():
+            raise ValueError("S_churn, S_min, S_max and S_noise are for the 'heun' sampler; this scheduler's is 'renoise'")
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         z = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
         if z.shape != shape:
             raise ValueError(f"latents have shape {tuple(z.shape)}; expected {shape}")
         condition = None
         if class_labels is not None:
-            condition = {"class_labels": torch.as_tensor(class_labels, device=device).long()}
+            condition = {"class_labels": self._labels(class_labels, batch_size, device)}
 
         denoiser = self.denoiser(guidance_scale)
         if sigmas is None:
-            default = self.scheduler.config.num_inference_steps
-            grid = self.scheduler.sigmas(default if num_inference_steps is None else num_inference_steps)
+            steps = self.scheduler.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+            grid = self.scheduler.sigmas(steps, sigma_min, sigma_max, rho)
         else:
             grid = torch.tensor(sigmas, dtype=torch.float64)
-        sample = _heun if self.scheduler.config.sampler == "heun" else _renoise
         with self.progress_bar(total=len(grid)) as bar:
-            x0 = sample(denoiser, z, grid.to(device), condition, generator, bar)
+            if heun:
+                x0 = _heun(denoiser, z, grid.to(device), condition, churn, generator, bar)
+            else:
+                x0 = _renoise(denoiser, z, grid.to(device), condition, generator, bar)
 
         images = (x0 / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
@@ -80,26 +183,45 @@ class EDMPipeline(DiffusionPipeline):
                 images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _labels(self, class_labels: Tensor | list[int], b: int, device: torch.device) -> Tensor:
+        """ValueError for labels that are not one for each image and known to the network."""
+        labels, n = torch.as_tensor(class_labels, device=device), self.unet.config.num_classes or 0
+        if labels.is_floating_point():
+            if labels.shape != (b, n):
+                raise ValueError(f"class_labels have shape {tuple(labels.shape)}; expected ({b}, {n}), or ({b},) integers")
+            return labels
+        if labels.shape != (b,):
+            raise ValueError(f"class_labels have shape {tuple(labels.shape)}; expected ({b},), one for each image")
+        if not n:
+            raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
+        if not bool(((labels >= 0) & (labels <= n)).all()):
+            raise ValueError(f"class_labels must be in [0, {n}], where {n} is the null label; got {labels.tolist()}")
+        return labels.long()
 
-def _at(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition) -> Tensor:
-    return denoiser(x, denoiser.schedule.level(sigma.to(x.dtype).expand(len(x))), condition)
+
+def _at(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition, dtype: torch.dtype) -> Tensor:
+    return denoiser(x.to(dtype), denoiser.schedule.level(sigma.to(dtype).expand(len(x))), condition)
 
 
-def _heun(denoiser: Denoiser, z: Tensor, sigmas: Tensor, condition, generator, bar) -> Tensor:
-    """Karras et al. 2022, Algorithm 1: 2n - 1 network calls."""
-    x = z * sigmas[0].to(z.dtype)
+def _heun(denoiser: Denoiser, z: Tensor, sigmas: Tensor, condition, churn: Churn, generator, bar) -> Tensor:
+    """Karras et al. 2022, Algorithm 2 (Algorithm 1 without churn): 2n - 1 network calls, the state in float64."""
+    known, dtype, x = denoiser.preconditioner, z.dtype, z.double() * sigmas[0]
     for i, sigma in enumerate(sigmas):
         following = sigmas[i + 1] if i + 1 < len(sigmas) else torch.zeros_like(sigma)
-        slope = (x - _at(denoiser, x, sigma, condition)) / sigma.to(x.dtype)
-        step = (following - sigma).to(x.dtype)
+        if churn.S_churn:
+            eps = randn_tensor(z.shape, generator, z.device, torch.float64)
+            raised = known.nearest(sigma * (1 + churn.gamma(sigma, len(sigmas))))
+            x, sigma = x + (raised**2 - sigma**2).sqrt() * churn.S_noise * eps, raised
+        slope = (x - _at(denoiser, x, sigma, condition, dtype)) / sigma
+        step = following - sigma
         euler = x + step * slope
         if following > 0:
-            slope_next = (euler - _at(denoiser, euler, following, condition)) / following.to(x.dtype)
+            slope_next = (euler - _at(denoiser, euler, following, condition, dtype)) / following
             x = x + step * (slope + slope_next) / 2
         else:
             x = euler
         bar.update()
-    return x
+    return x.to(dtype)
 
 
 def _renoise(denoiser: Denoiser, z: Tensor, sigmas: Tensor, condition, generator, bar) -> Tensor:
@@ -107,6 +229,6 @@ def _renoise(denoiser: Denoiser, z: Tensor, sigmas: Tensor, condition, generator
     x0 = torch.zeros_like(z)
     for i, sigma in enumerate(sigmas):
         eps = z if i == 0 else randn_tensor(z.shape, generator, z.device, z.dtype)
-        x0 = _at(denoiser, (x0 if i else 0) + sigma.to(z.dtype) * eps, sigma, condition)
+        x0 = _at(denoiser, (x0 if i else 0) + sigma.to(z.dtype) * eps, sigma, condition, z.dtype)
         bar.update()
     return x0

@@ -1,4 +1,4 @@
-"""The noise levels an EDM model is sampled at, stored beside the weights as scheduler_config.json."""
+"""The noise levels an EDM model is sampled at and its preconditioning, stored beside the weights as scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
+from ..preconditioning import IDDPM, PRECONDITIONERS, VP, Preconditioner
+
+# which of the scheduler's settings a preconditioner takes
+SETTINGS = {"edm": ("sigma_data",), "vp": ("beta_d", "beta_min", "M", "epsilon_t"), "ve": (), "iddpm": ("C_1", "C_2", "M")}
+
 
 class EDMScheduler(SchedulerMixin, ConfigMixin):
-    """sigma_data: the data's standard deviation, part of the preconditioning. sigma_min/sigma_max/rho: the grid (Eq. 5).
+    """sigma_data: the data's standard deviation, part of EDM's preconditioning. sigma_min/sigma_max/rho: the grid (Eq. 5).
 
-    sampler "heun": EDM's deterministic second-order sampler (Algorithm 1 without churn), for teachers.
+    sampler "heun": EDM's second-order sampler (Algorithms 1 and 2), for teachers.
     sampler "renoise": x0 = D(x; sigma_i), then x = x0 + sigma_{i+1} eps, for one- and few-step students, whose readout
     level is sigma_max. num_inference_steps is the default number of steps.
+    preconditioning: edm, vp, ve or iddpm (Table 1); beta_d, beta_min, epsilon_t are vp's, C_1 and C_2 iddpm's, M of both.
     """
 
     @register_to_config
@@ -25,15 +31,44 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         rho: float = 7.0,
         sampler: str = "heun",
         num_inference_steps: int = 18,
+        preconditioning: str = "edm",
+        beta_d: float = VP.beta_d,
+        beta_min: float = VP.beta_min,
+        epsilon_t: float = VP.epsilon_t,
+        C_1: float = IDDPM.C_1,
+        C_2: float = IDDPM.C_2,
+        M: int = VP.M,
     ) -> None:
         if sampler not in ("heun", "renoise"):
             raise ValueError(f"scheduler.sampler is {sampler!r}; expected 'heun' or 'renoise'")
+        if preconditioning not in PRECONDITIONERS:
+            raise ValueError(f"scheduler.preconditioning is {preconditioning!r}; expected one of {', '.join(PRECONDITIONERS)}")
 
-    def sigmas(self, num_inference_steps: int) -> Tensor:
-        """(n,) float64 descending from sigma_max; to sigma_min when n > 1 (Karras et al. 2022, Eq. 5)."""
+    def preconditioner(self) -> Preconditioner:
+        name = self.config.preconditioning
+        return PRECONDITIONERS[name](**{key: self.config[key] for key in SETTINGS[name]})
+
+    def sigmas(
+        self,
+        num_inference_steps: int,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        rho: float | None = None,
+    ) -> Tensor:
+        """(n,) float64 descending from sigma_max; to sigma_min when n > 1 (Karras et al. 2022, Eq. 5), each moved to the nearest
+        level that the network knows. None: the scheduler's own. ValueError outside the network's range.
+        """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        c = self.config
+        c, known = self.config, self.preconditioner()
+        given = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+        low, high, rho = (c[key] if value is None else value for key, value in given.items())
+        slack = 1 + 1e-6  # a bound that was read from a file may be rounded
+        if not known.sigma_range[0] / slack <= low <= high <= known.sigma_range[1] * slack:
+            raise ValueError(
+                f"sigma_min={low:g}, sigma_max={high:g} must be in order and within what {c.preconditioning} knows, "
+                f"{known.sigma_range[0]:g} to {known.sigma_range[1]:g}"
+            )
         ramp = torch.linspace(0, 1, num_inference_steps, dtype=torch.float64)
-        high, low = c.sigma_max ** (1 / c.rho), c.sigma_min ** (1 / c.rho)
-        return (high + ramp * (low - high)) ** c.rho
+        high, low = high ** (1 / rho), low ** (1 / rho)
+        return known.nearest((high + ramp * (low - high)) ** rho)

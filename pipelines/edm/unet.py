@@ -1,244 +1,284 @@
-"""A small convolutional U-Net for 8x8 to 32x32 images, sized to train on a CPU in minutes.
+"""EDMUNet: the DDPM++, NCSN++ and ADM networks in the form that Karras et al. 2022 trained them (their Table 7).
 
-Stock UNet2DModel costs 1.7 times as much for the same widths; narrow 1x1 convolutions at the skip connections and, where it is
-wanted, work on `patch_size` x `patch_size` blocks (space-to-depth) make the difference.
+DDPM++ and NCSN++ (architecture "song") are one design: blocks scaled by sqrt(1/2), one attention head, class and augmentation
+labels added before the embedding's two layers. NCSN++ feeds the downsampled input into every level of the encoder
+(encoder_type "residual"), filters with [1, 3, 3, 1], and embeds the noise level by random Fourier features. ADM ("adm",
+Dhariwal & Nichol 2021) scales and shifts each block's norm, has heads of 64 channels, and adds the class after both layers.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from .features import Decoder, EncoderDecoder, Features, refuse_augment_labels
+from .layout import STYLES, Layer, Style, check_layout, decoder_layers, encoder_layers, has_projection
 
 
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    """At most `groups` groups of at least 4 channels: a group of one would take the noise embedding out again."""
-    most = max(1, min(groups, channels // 4))
-    return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """At most 32 groups of at least 4 channels."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps)
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + embedding))), the last convolution starting at zero."""
+class Resample(nn.Module):
+    """Doubles or halves the resolution with a separable filter of even length; padding: of zeros, None for what keeps s / 2."""
 
-    def __init__(self, in_channels: int, channels: int, embedding_channels: int, dropout: float, groups: int) -> None:
+    def __init__(self, taps: tuple[int, ...], up: bool, padding: int | None = None) -> None:
         super().__init__()
-        self.norm1 = group_norm(groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.embed = nn.Linear(embedding_channels, channels)
-        self.norm2 = group_norm(groups, channels)
+        self.up, self.box = up, tuple(taps) == (1, 1)
+        self.padding = (len(taps) - 1) // 2 if padding is None else padding
+        kernel = torch.tensor(taps, dtype=torch.float32)
+        kernel = kernel.outer(kernel) / kernel.sum().square()
+        self.register_buffer("kernel", kernel * 4 if up else kernel, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.box:  # the same numbers, without a depthwise convolution
+            return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else F.avg_pool2d(x, 2)
+        c = x.shape[1]
+        kernel = self.kernel.to(x.dtype).expand(c, 1, -1, -1)
+        convolve = F.conv_transpose2d if self.up else F.conv2d
+        return convolve(x, kernel, stride=2, padding=self.padding, groups=c)
+
+
+class UNetBlock(nn.Module):
+    """norm, silu, [resample,] conv0; + embedding; norm, silu, dropout, conv1; + skip; [self-attention]."""
+
+    def __init__(
+        self, layer: Layer, style: Style, embedding_channels: int, dropout: float, resample_filter: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        c, self.in_channels, self.out_channels, self.style = layer.c_out, layer.c_in, layer.c_out, style
+        self.norm0 = group_norm(layer.c_in, style.eps)
+        self.resample = Resample(resample_filter, up=layer.resample == "up") if layer.resample else None
+        self.conv0 = nn.Conv2d(layer.c_in, c, 3, padding=1)
+        self.affine = nn.Linear(embedding_channels, c * (2 if style.adaptive_scale else 1))
+        self.norm1 = group_norm(c, style.eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.skip = nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        self.conv1 = nn.Conv2d(c, c, 3, padding=1)
+        self.skip = nn.Conv2d(layer.c_in, c, 1) if has_projection(layer, style) else None
+        self.heads = layer.heads
+        if self.heads:
+            self.norm2 = group_norm(c, style.eps)
+            self.qkv = nn.Conv2d(c, 3 * c, 1)
+            self.proj = nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + self.embed(embedding)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = F.silu(self.norm0(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv0(h)
+        shift = self.affine(embedding)[:, :, None, None]
+        if self.style.adaptive_scale:
+            scale, shift = shift.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + shift))
+        h = self.conv1(self.dropout(h))
+        h = (h + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+        return self.attend(h) if self.heads else h
+
+    def attend(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        qkv = self.qkv(self.norm2(x)).flatten(2).transpose(1, 2)  # (b, h w, 3 c): q of all heads, then k, then v
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = out.transpose(1, 2).unflatten(2, (height, width))
+        return (self.proj(out) + x) * self.style.skip_scale
 
 
-class SelfAttention(nn.Module):
-    """Residual single-head attention over the h w positions."""
+def side_layer(layer: Layer, resample_filter: tuple[int, ...]) -> nn.Module:
+    """Of an encoder: what is no block."""
+    if layer.kind == "aux_down":
+        return Resample(resample_filter, up=False)
+    if layer.kind == "aux_skip":
+        return nn.Conv2d(layer.c_in, layer.c_out, 1)
+    # aux_residual is convolved first, on a border wide enough for the filter that follows it (EDMUNet.fused)
+    border = (len(resample_filter) - 1) // 2 if layer.kind == "aux_residual" else 0
+    return nn.Conv2d(layer.c_in, layer.c_out, 3, padding=1 + border)
 
-    def __init__(self, channels: int, groups: int) -> None:
+
+class PositionalEmbedding(nn.Module):
+    """cos and sin of time (b,) at frequencies from 1 down to 1e-4 -> (b, channels); endpoint: 1e-4 itself is one of them."""
+
+    def __init__(self, channels: int, endpoint: bool, sine_first: bool) -> None:
         super().__init__()
-        self.norm = group_norm(groups, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.half, self.endpoint, self.sine_first = channels // 2, endpoint, sine_first
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)  # (b, 1, h w, c)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(out.squeeze(1).transpose(1, 2).reshape(b, c, h, w))
+    def forward(self, time: Tensor) -> Tensor:
+        # Always from float32: times reach 999, where frequencies that are exact to 1e-16 would be other numbers than those that
+        # the networks were trained with.
+        exponents = torch.arange(self.half, dtype=torch.float32, device=time.device) / (self.half - self.endpoint)
+        return waves(time, (1 / 10000) ** exponents, self.sine_first)
 
 
-class Features(NamedTuple):
-    """What an encoder hands to a decoder: its last output, the skip connections in the order they were made, the embedding."""
+class FourierEmbedding(nn.Module):
+    """cos and sin of time (b,) at random frequencies, drawn once -> (b, channels)."""
 
-    bottom: Tensor
-    skips: tuple[Tensor, ...]
-    embedding: Tensor
+    def __init__(self, channels: int, sine_first: bool, scale: float = 16.0) -> None:
+        super().__init__()
+        self.sine_first = sine_first
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
 
-    def second_half(self) -> Features:
-        """Of the batch: the conditional samples of a guided call."""
-        half = len(self.bottom) // 2
-        return Features(self.bottom[half:], tuple(s[half:] for s in self.skips), self.embedding[half:])
+    def forward(self, time: Tensor) -> Tensor:
+        return waves(time, 2 * math.pi * self.freqs, self.sine_first)
 
 
-class UpPath:
-    """What a U-Net and a second decoder share: the way up through `up` and `norm_out`, block by block."""
+def waves(time: Tensor, frequencies: Tensor, sine_first: bool) -> Tensor:
+    angle = time[:, None] * frequencies.to(time.dtype)
+    parts = (angle.sin(), angle.cos()) if sine_first else (angle.cos(), angle.sin())
+    return torch.cat(parts, dim=1)
 
-    gradient_checkpointing = False
-    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
 
-    def decode(self, features: Features) -> Tensor:
-        """The activated maps that the last convolution reads, (b, channels, s / patch_size, s / patch_size)."""
+class EDMUNetDecoder(Decoder):
+    """The decoder's blocks by name in `blocks`; a block takes up a skip connection where it has the channels for one."""
+
+    def __init__(self, blocks: dict[str, UNetBlock], out_channels: int, eps: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict(blocks)
+        width = list(blocks.values())[-1].out_channels
+        self.norm_out = group_norm(width, eps)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def maps(self, features: Features) -> Tensor:
         h, skips = features.bottom, list(features.skips)
-        for layer in self.up:
-            if isinstance(layer, nn.Conv2d):
-                h = layer(torch.cat([h, skips.pop()], dim=1))
-            else:
-                h = self.run(layer, h, features.embedding)
+        for block in self.blocks.values():
+            if h.shape[1] != block.in_channels:
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = self.run(block, h, features.embedding)
         return F.silu(self.norm_out(h))
 
-    def run(self, layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-        if not isinstance(layer, ResidualBlock | SelfAttention):
-            return layer(h)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(layer, h, embedding)
-        return layer(h, embedding)
 
+class EDMUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """F(x, c_noise, class_labels, augment_labels): the raw network inside a preconditioner (preconditioning.py).
 
-@dataclass
-class EDMUNetOutput(UNet2DOutput):
-    features: Features | None = None
+    x (b, in_channels, s, s), s a multiple of 2^(levels-1); timestep (b,) is c_noise; class_labels either (b,) integers in
+    [0, num_classes], where num_classes is the null label (also used when they are None), or (b, num_classes) floats;
+    augment_labels (b, augment_dim), zero when None. Output (b, out_channels, s, s).
 
-
-class EDMUNet(UpPath, ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """F(x, c_noise, class_labels): the raw network inside EDM preconditioning.
-
-    x (b, in_channels, s, s) with s a multiple of patch_size 2^(levels-1); timestep (b,) is c_noise = ln(sigma)/4;
-    class_labels (b,) in [0, num_classes], where num_classes is the null label (also used when they are None).
-    Output: (b, out_channels, s, s). The last convolution starts at zero, so an untrained network gives 0.
+    model_channels and the lists mean what they do in the EDM paper: level i has model_channels * channel_mult[i] channels and
+    resolution sample_size / 2^i, with self-attention where that is one of attention_resolutions.
     """
 
     _supports_gradient_checkpointing = True
-    _repeated_blocks = ("ResidualBlock", "SelfAttention")  # what compile_repeated_blocks compiles
-    _no_split_modules = ("ResidualBlock",)
+    _repeated_blocks = ("UNetBlock",)  # what compile_repeated_blocks compiles
+    _no_split_modules = ("UNetBlock",)
 
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 8,
-        in_channels: int = 1,
-        out_channels: int = 1,
-        channels: int = 64,
-        channel_mult: tuple[int, ...] = (1,),
-        num_blocks: int = 2,
-        attention_levels: tuple[int, ...] = (),
-        patch_size: int = 1,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        out_channels: int = 3,
         num_classes: int = 0,
+        augment_dim: int = 0,
+        architecture: str = "song",
+        model_channels: int = 128,
+        channel_mult: tuple[int, ...] = (2, 2, 2),
+        channel_mult_emb: int = 4,
+        channel_mult_noise: int = 1,
+        num_blocks: int = 4,
+        attention_resolutions: tuple[int, ...] = (16,),
         dropout: float = 0.0,
-        norm_groups: int = 8,
+        embedding_type: str = "positional",
+        encoder_type: str = "standard",
+        resample_filter: tuple[int, ...] = (1, 1),
     ) -> None:
         super().__init__()
-        factor = patch_size * 2 ** (len(channel_mult) - 1)
-        if sample_size % factor:
-            raise ValueError(f"sample_size {sample_size} must be a multiple of patch_size 2^(levels-1) = {factor}")
-        self.out_channels = out_channels
-        emb = 2 * channels
-        self.embed_noise = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.embed_class = nn.Embedding(num_classes + 1, emb) if num_classes else None
-        self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
+        check_layout(self.config)
+        style, song = STYLES[architecture], architecture == "song"
+        self.style = style
+        noise, emb = model_channels * channel_mult_noise, model_channels * channel_mult_emb
+        self.map_noise = (
+            PositionalEmbedding(noise, endpoint=song, sine_first=song)
+            if embedding_type == "positional"
+            else FourierEmbedding(noise, sine_first=song)
+        )
+        self.map_augment = nn.Linear(augment_dim, noise, bias=False) if augment_dim else None
+        self.map_layer0, self.map_layer1 = nn.Linear(noise, emb), nn.Linear(emb, emb)
+        self.map_label = nn.Linear(num_classes, noise if song else emb, bias=song) if num_classes else None
 
-        widths = [channels * m for m in channel_mult]
-        c, skips = channels, [channels]
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        def block(layer: Layer) -> UNetBlock:
+            return UNetBlock(layer, style, emb, dropout, resample_filter)
+
+        self.enc = nn.ModuleDict()
+        for layer in encoder_layers(self.config):
+            self.enc[layer.name] = block(layer) if layer.kind == "block" else side_layer(layer, resample_filter)
+        self.fused = Resample(resample_filter, up=False, padding=0) if encoder_type == "residual" else None
         self.bottom = nn.Identity()  # where FeatureMaps listens: a hook on a compiled block would not be heard
-        for level, width in enumerate(widths):
-            if level:  # halve the resolution: average pooling, then the next block widens
-                self.down.append(nn.AvgPool2d(2))
-                skips.append(c)
-            for _ in range(num_blocks):
-                self.down.append(ResidualBlock(c, width, emb, dropout, norm_groups))
-                if level in attention_levels:
-                    self.down.append(SelfAttention(width, norm_groups))
-                c = width
-                skips.append(c)
-        for level in reversed(range(len(widths))):
-            for i in range(num_blocks + 1):
-                self.up.append(nn.Conv2d(c + skips.pop(), widths[level], 1))  # take up one skip connection
-                c = widths[level]
-                if i < num_blocks:
-                    self.up.append(ResidualBlock(c, c, emb, dropout, norm_groups))
-                    if level in attention_levels:
-                        self.up.append(SelfAttention(c, norm_groups))
-            if level:
-                self.up.append(nn.Upsample(scale_factor=2, mode="nearest"))
-        self.norm_out = group_norm(norm_groups, c)
-        self.conv_out = nn.Conv2d(c, out_channels * patch_size**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.dec = EDMUNetDecoder({d.name: block(d) for d in decoder_layers(self.config)}, out_channels, style.eps)
+        self._initialise()
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
-        return_features: bool = False,
-    ):
-        """With return_features the output's `features` are what the encoder made, for a second decoder (EDMDecoder)."""
-        features = self.encode(sample, timestep, class_labels)
-        out = self.conv_out(self.decode(features))
-        out = F.pixel_shuffle(out, self.config.patch_size)
-        if not return_dict:
-            return (out, features) if return_features else (out,)
-        return EDMUNetOutput(sample=out, features=features if return_features else None)
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Song: Glorot-uniform weights, zero biases; ADM: PyTorch's own, class embeddings N(0, 1). Branches end near zero."""
+        song = self.config.architecture == "song"
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                continue
+            if song:
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    module.bias.zero_()
+            last = name.split(".")[-1]
+            zero = last in ("conv1", "proj", "conv_out") or (last == "map_augment" and not song)
+            factor = self.style.init_zero if zero else self.style.init_attention if last == "qkv" else 1.0
+            for parameter in module.parameters():
+                parameter.mul_(factor)
+            if name == "map_label" and not song:
+                nn.init.normal_(module.weight)
 
-    def encode(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Features:
-        embedding = self.embed_noise(fourier_features(timestep, self.config.channels).to(sample.dtype))
-        if self.embed_class is not None:
-            if class_labels is None:
-                class_labels = timestep.new_full((len(sample),), self.config.num_classes, dtype=torch.long)
-            embedding = embedding + self.embed_class(class_labels)
-        elif class_labels is not None:
-            raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
-        embedding = F.silu(embedding)
-        h = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
-        skips = [h]
-        for layer in self.down:
-            h = self.run(layer, h, embedding)
-            if isinstance(layer, SelfAttention):
-                skips[-1] = h
+    def encode(
+        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Features:
+        embedding = self.embed(sample, timestep, class_labels, augment_labels)
+        h, aux, skips = sample, sample, []
+        for name, layer in self.enc.items():
+            if name.endswith("aux_down"):
+                aux = layer(aux)
+            elif name.endswith("aux_skip"):
+                h = skips[-1] = h + layer(aux)
+            elif name.endswith("aux_residual"):
+                h = skips[-1] = aux = (h + self.fused(layer(aux))) * math.sqrt(0.5)
             else:
+                h = self.run(layer, h, embedding) if isinstance(layer, UNetBlock) else layer(h)
                 skips.append(h)
         return Features(self.bottom(h), tuple(skips), embedding)
 
+    def embed(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """(b, model_channels channel_mult_emb), activated."""
+        dtype = sample.dtype
+        time = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
+        emb = self.map_noise(time).to(dtype)
+        label = self.class_vector(class_labels, len(sample), sample)
+        song = self.config.architecture == "song"
+        if label is not None and song:
+            emb = emb + self.map_label(label * math.sqrt(self.config.num_classes))
+        if self.map_augment is None:
+            refuse_augment_labels(augment_labels)
+        elif augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels.to(dtype))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if label is not None and not song:
+            emb = emb + self.map_label(label)
+        return F.silu(emb)
 
-class EDMDecoder(UpPath, nn.Module):
-    """A second decoder on the encoder of a (frozen) EDMUNet: a copy of its decoder, with a last convolution of its own.
-
-    It has about half of the network's weights and of its cost, and starts from features that already serve to denoise.
-    """
-
-    def __init__(self, unet: EDMUNet, out_channels: int) -> None:
-        super().__init__()
-        self.up = copy.deepcopy(unet.up).requires_grad_(True)
-        self.norm_out = copy.deepcopy(unet.norm_out).requires_grad_(True)
-        self.patch_size, self.out_channels = unet.config.patch_size, out_channels
-        width = unet.conv_out.in_channels
-        self.conv_out = nn.Conv2d(width, out_channels * self.patch_size**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = True
-
-    def forward(self, features: Features) -> Tensor:
-        """Features of unet(..., return_features=True) -> (b, out_channels, s, s)."""
-        return F.pixel_shuffle(self.conv_out(self.decode(features)), self.patch_size)
-
-
-def fourier_features(time: Tensor, dim: int) -> Tensor:
-    """cos and sin of time (b,) at dim/2 frequencies from 1/8 to 8 cycles a unit -> (b, dim).
-
-    c_noise = ln(sigma)/4 moves by about 2.7 over the whole range of noise, hence the low frequencies.
-    """
-    frequencies = 2 * math.pi * torch.logspace(-3, 3, dim // 2, base=2, device=time.device, dtype=time.dtype)
-    angle = time[:, None] * frequencies
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    def class_vector(self, class_labels: Tensor | None, b: int, like: Tensor) -> Tensor | None:
+        """(b, num_classes): one-hot, all zero for the null label; None for an unconditional network."""
+        n = self.config.num_classes
+        if not n:
+            if class_labels is not None:
+                raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
+            return None
+        if class_labels is None:
+            return like.new_zeros(b, n)
+        if class_labels.is_floating_point():
+            if class_labels.shape != (b, n):
+                raise ValueError(f"class_labels have shape {tuple(class_labels.shape)}; expected ({b}, {n}), or ({b},) integers")
+            return class_labels.to(like.dtype)
+        return F.one_hot(class_labels, n + 1)[:, :n].to(like.dtype)

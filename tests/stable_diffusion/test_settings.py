@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
+from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
 from trainers import distill
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread")
@@ -32,9 +32,9 @@ def refusal(config: dict, capsys, *overrides: str) -> str:
 @pytest.fixture(scope="module")
 def edm(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("edm")
-    EDMPipeline(EDMUNet(sample_size=4, in_channels=1, out_channels=1, channels=8, num_blocks=1), EDMScheduler()).save_pretrained(
-        folder
-    )
+    EDMPipeline(
+        PatchUNet(sample_size=4, in_channels=1, out_channels=1, channels=8, num_blocks=1), EDMScheduler()
+    ).save_pretrained(folder)
     return folder
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from pipelines.denoiser import Condition, Parameterization, read_out
-from pipelines.edm import EDMDecoder, EDMUNet
-from pipelines.edm.unet import Features
-from pipelines.noise import Level, edm_coefficients
+from pipelines.denoiser import Condition, Parameterization
+from pipelines.edm.features import Decoder, Features
+from pipelines.noise import Level
+from pipelines.preconditioning import make_preconditioner
 
 from .density import Covariance, Density
 
@@ -31,12 +30,12 @@ class PosteriorOutput(NamedTuple):
 class UNetPosterior(nn.Module):
     """network: what turns x_t into `num_channels` maps (b, num_channels, h, w). One of
 
-    - an EDMDecoder of its own on the teacher's encoder, whose features `forward` is then given;
-    - an EDMUNet of its own, which sees x_t scaled to unit variance and ln(sigma/alpha)/4, so any schedule fits;
-    - an AdapterHead on the teacher's weights or a diffusers U-Net, which see x_t and the schedule's own t, as the teacher does.
+    - a second decoder on the teacher's encoder, whose features `forward` is then given;
+    - an AdapterHead on the teacher's weights, a copy of the teacher's network or one from scratch, which see x_t as
+      `parameterization` says: with "edm" it fits any schedule.
 
     The first output channels are the covariance's maps, zero at first, so that q starts as the prior. with_mean: the last c
-    channels are x0_mean in the teacher's `parameterization`; `start_mean` gives them the teacher's last layer, so that it
+    channels are x0_mean, read out by `parameterization`; `start_mean` gives them the teacher's last layer, so that it
     starts there.
     """
 
@@ -50,16 +49,16 @@ class UNetPosterior(nn.Module):
     ) -> None:
         super().__init__()
         expected = self.num_channels(covariance, with_mean)
-        out_channels = network.config.out_channels if isinstance(network, ModelMixin) else network.out_channels
+        out_channels = network.out_channels
         if out_channels != expected:
             raise ValueError(
                 f"a posterior with {type(covariance).__name__} covariance and with_mean={with_mean} over {covariance.shape[0]} "
                 f"channels needs a network with out_channels={expected}, not {out_channels}"
             )
-        self.network, self.covariance, self.sigma_data = network, covariance, sigma_data
-        self.parameterization = parameterization
+        self.network, self.covariance = network, covariance
+        self.preconditioner = make_preconditioner(parameterization, sigma_data)
         self.num_means = expected - covariance.num_maps
-        self.on_teacher_features = isinstance(network, EDMDecoder)
+        self.on_teacher_features = isinstance(network, Decoder)
 
     @staticmethod
     def num_channels(covariance: Covariance, with_mean: bool) -> int:
@@ -68,10 +67,10 @@ class UNetPosterior(nn.Module):
 
     @torch.no_grad()
     def start_mean(self, conv_out: nn.Conv2d) -> None:
-        """Copy the teacher's last convolution into the rows that make x0_mean."""
-        rows = len(conv_out.weight)
+        """Copy the teacher's last convolution into the rows that make x0_mean (further channels of its are no mean)."""
+        rows = len(self.network.conv_out.weight) * self.num_means // self.network.out_channels
         for mine, theirs in zip(self.network.conv_out.parameters(), conv_out.parameters(), strict=True):
-            mine[-rows:] = theirs
+            mine[-rows:] = theirs[:rows]
 
     def forward(
         self,
@@ -91,14 +90,11 @@ class UNetPosterior(nn.Module):
         x0_mean = None
         if self.num_means:
             mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
-            x0_mean = read_out(mean, x_t, level, self.parameterization, self.sigma_data)
+            x0_mean = self.preconditioner.x0(mean, x_t, level)
         return PosteriorOutput(log_q, sample, log_q_z, x0_mean)
 
     def _maps(self, x_t: Tensor, level: Level, condition: dict[str, Tensor], features: Features | None) -> Tensor:
         if self.on_teacher_features:
             return self.network(features)
-        if isinstance(self.network, EDMUNet):
-            c_in, _, _ = edm_coefficients(level, self.sigma_data)
-            return self.network(c_in * x_t, (level.sigma / level.alpha).log().flatten() / 4, **condition).sample
-        out = self.network(x_t, level.t, **condition)
+        out = self.network(*self.preconditioner.inputs(x_t, level), **condition)
         return getattr(out, "sample", out)

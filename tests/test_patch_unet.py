@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipelines.denoiser import Denoiser, FeatureMaps
-from pipelines.edm import EDMDecoder, EDMUNet
-from pipelines.edm.unet import ResidualBlock, SelfAttention, fourier_features
+from pipelines.edm import PatchUNet
+from pipelines.edm.features import Decoder, second_decoder
+from pipelines.edm.patch_unet import ResidualBlock, SelfAttention, fourier_features
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, edm_coefficients, widen
 
 # three resolutions of 2x2 blocks, attention on the two lower ones, channels that differ everywhere
@@ -37,14 +38,14 @@ def deep_inputs(randn):
 
 def test_untrained_network_is_silent(randn, randomise):
     x, time, labels = deep_inputs(randn)
-    out = EDMUNet(**DEEP).double()(x, time, labels).sample
+    out = PatchUNet(**DEEP).double()(x, time, labels).sample
     assert out.shape == (5, 5, 24, 24)
     assert not out.any()
-    assert randomise(EDMUNet(**DEEP))(x, time, labels, return_dict=False)[0].std() > 1e-3
+    assert randomise(PatchUNet(**DEEP))(x, time, labels, return_dict=False)[0].std() > 1e-3
 
 
 def test_every_weight_is_used(randn, randomise):
-    unet = randomise(EDMUNet(**DEEP))
+    unet = randomise(PatchUNet(**DEEP))
     unet(*deep_inputs(randn)).sample.square().sum().backward()
     # a single-head attention is blind to a shift of its keys, so that third of the bias has no gradient
     silent = [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-12]
@@ -53,10 +54,10 @@ def test_every_weight_is_used(randn, randomise):
 
 def test_compiled_blocks_give_the_same(randn, randomise):
     """Outputs and gradients; every block of either sort is compiled."""
-    unet, inputs = randomise(EDMUNet(**DEEP)), deep_inputs(randn)
+    unet, inputs = randomise(PatchUNet(**DEEP)), deep_inputs(randn)
     compiled = copy.deepcopy(unet)
     compiled.compile_repeated_blocks(backend="aot_eager")
-    blocks = [m for m in compiled.modules() if type(m).__name__ in EDMUNet._repeated_blocks]
+    blocks = [m for m in compiled.modules() if type(m).__name__ in PatchUNet._repeated_blocks]
     assert {type(m) for m in blocks} == {ResidualBlock, SelfAttention}
     assert all(m._compiled_call_impl for m in blocks)
     outs = [net(*inputs).sample for net in (unet, compiled)]
@@ -67,7 +68,7 @@ def test_compiled_blocks_give_the_same(randn, randomise):
 
 def test_feature_maps_of_the_bottom(randn, randomise):
     """Also where blocks are compiled, whose hooks are not heard."""
-    unet, (x, _, labels) = randomise(EDMUNet(**DEEP | {"out_channels": 3})), deep_inputs(randn)
+    unet, (x, _, labels) = randomise(PatchUNet(**DEEP | {"out_channels": 3})), deep_inputs(randn)
     denoiser, level = Denoiser(unet, EDMSchedule()), EDMSchedule().level(torch.linspace(0.1, 3, 5, dtype=torch.float64))
     expected = denoiser(x, level, {"class_labels": labels}, return_features=True)[1].bottom
     assert torch.equal(FeatureMaps(denoiser, [unet.bottom])(x, level, {"class_labels": labels})[0], expected)
@@ -76,7 +77,7 @@ def test_feature_maps_of_the_bottom(randn, randomise):
 
 
 def test_samples_do_not_mix(randn, randomise):
-    unet, (x, time, labels) = randomise(EDMUNet(**DEEP)), deep_inputs(randn)
+    unet, (x, time, labels) = randomise(PatchUNet(**DEEP)), deep_inputs(randn)
     out = unet(x, time, labels).sample
     for i in range(5):
         assert_close(unet(x[i : i + 1], time[i : i + 1], labels[i : i + 1]).sample, out[i : i + 1], rtol=1e-10, atol=1e-10)
@@ -85,7 +86,7 @@ def test_samples_do_not_mix(randn, randomise):
 @pytest.mark.parametrize("channels", [4, 8, 12, 16, 64])
 def test_noise_level_and_class_reach_the_output(channels, randn, randomise):
     """At every width, with the default groups: a normalisation of single channels would take the embedding out again."""
-    unet = randomise(EDMUNet(channels=channels, num_classes=3))
+    unet = randomise(PatchUNet(channels=channels, num_classes=3))
     x, time, labels = randn(5, 1, 8, 8), randn(5) / 2, torch.tensor([0, 1, 2, 3, 1])
     with torch.no_grad():
         out, later = unet(x, time, labels).sample, unet(x, time + 0.3, labels).sample
@@ -96,20 +97,20 @@ def test_noise_level_and_class_reach_the_output(channels, randn, randomise):
 
 
 def test_labels(randn, randomise):
-    unet, (x, time, _) = randomise(EDMUNet(**DEEP)), deep_inputs(randn)
+    unet, (x, time, _) = randomise(PatchUNet(**DEEP)), deep_inputs(randn)
     out = [unet(x, time, torch.full((5,), label)).sample for label in range(8)]
     for i in range(8):
         for j in range(i):
             assert (out[i] - out[j]).abs().max() > 1e-4
     assert_close(unet(x, time).sample, out[7], rtol=0, atol=0)  # none is the null label
     with pytest.raises(ValueError, match=r"unconditional network \(num_classes=0\)"):
-        EDMUNet(**SMALL)(torch.zeros(3, 2, 4, 4), torch.zeros(3), torch.zeros(3, dtype=torch.long))
+        PatchUNet(**SMALL)(torch.zeros(3, 2, 4, 4), torch.zeros(3), torch.zeros(3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("size", [4, 12, 25])
 def test_resolution_must_divide(size):
     with pytest.raises(ValueError, match=rf"sample_size {size} must be a multiple of patch_size 2\^\(levels-1\) = 8"):
-        EDMUNet(**DEEP | {"sample_size": size})
+        PatchUNet(**DEEP | {"sample_size": size})
 
 
 def test_residual_block_starts_as_its_skip(randn):
@@ -129,7 +130,7 @@ def test_fourier_features(randn):
 
 
 def test_gradient_checkpointing_changes_nothing(randn, randomise):
-    unet, inputs = randomise(EDMUNet(**DEEP)), deep_inputs(randn)
+    unet, inputs = randomise(PatchUNet(**DEEP)), deep_inputs(randn)
     runs = []
     block = next(layer for layer in unet.down if isinstance(layer, ResidualBlock))
     block.register_forward_pre_hook(lambda *args: runs.append(1))  # recomputation may stop early
@@ -154,9 +155,9 @@ def test_gradient_checkpointing_changes_nothing(randn, randomise):
 
 
 def test_network_save_and_load(tmp_path, randn, randomise):
-    unet, inputs = randomise(EDMUNet(**DEEP, dropout=0.1)).eval(), deep_inputs(randn)
+    unet, inputs = randomise(PatchUNet(**DEEP, dropout=0.1)).eval(), deep_inputs(randn)
     unet.save_pretrained(tmp_path)
-    loaded = EDMUNet.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    loaded = PatchUNet.from_pretrained(tmp_path, torch_dtype=torch.float64)
     assert not loaded.training
     assert {k: loaded.config[k] for k in DEEP} == {k: unet.config[k] for k in DEEP}
     assert loaded.config.dropout == 0.1
@@ -165,7 +166,7 @@ def test_network_save_and_load(tmp_path, randn, randomise):
 
 def test_lora(tmp_path, generator, randn, randomise):
     """An adapter starts as the identity, is the only thing trained, can be turned off, saved and loaded."""
-    unet, inputs = randomise(EDMUNet(**DEEP)), deep_inputs(randn)
+    unet, inputs = randomise(PatchUNet(**DEEP)), deep_inputs(randn)
     base = unet(*inputs).sample.detach()
     unet.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=["conv1", "conv2", "qkv", "embed"]), "student")
     assert_close(unet(*inputs).sample, base, rtol=0, atol=0)
@@ -191,8 +192,8 @@ def test_lora(tmp_path, generator, randn, randomise):
 
 
 @pytest.fixture
-def unet(randomise) -> EDMUNet:
-    return randomise(EDMUNet(**DEEP))
+def unet(randomise) -> PatchUNet:
+    return randomise(PatchUNet(**DEEP))
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def test_features_come_with_an_unchanged_output(unet, inputs):
     for features in (with_features.features, as_tuple[1], unet.encode(*inputs)):
         for a, b in zip([features.bottom, *features.skips, features.embedding], tensors(with_features.features), strict=True):
             assert torch.equal(a, b)
-    out = unet.conv_out(unet.decode(with_features.features))
+    out = unet.conv_out(unet.dec.maps(with_features.features))
     assert torch.equal(nn.functional.pixel_shuffle(out, 2), plain.sample)
 
 
@@ -225,7 +226,7 @@ def tensors(features) -> list[Tensor]:
 def test_features_can_be_decoded_again(unet, inputs):
     """Decoding uses up no skip connection of the features that it is given."""
     features = unet.encode(*inputs)
-    assert torch.equal(unet.decode(features), unet.decode(features))
+    assert torch.equal(unet.dec.maps(features), unet.dec.maps(features))
 
 
 def test_second_half_of_the_features(unet, inputs):
@@ -239,7 +240,7 @@ def test_second_half_of_the_features(unet, inputs):
 
 
 def test_decoder_with_the_last_convolution_is_the_network(unet, inputs):
-    decoder = EDMDecoder(unet, 5).double()
+    decoder = second_decoder(unet.dec, 5).double()
     features = unet.encode(*inputs)
     assert not decoder(features).any()
     assert decoder(features).shape == (5, 5, 24, 24)
@@ -250,7 +251,7 @@ def test_decoder_with_the_last_convolution_is_the_network(unet, inputs):
 def test_decoder_is_a_copy_of_half_the_network(unet, inputs):
     """No parameter of the encoder, none shared, all trained even if the network is frozen, any number of channels."""
     unet.requires_grad_(False)
-    decoder = EDMDecoder(unet, 11)
+    decoder = second_decoder(unet.dec, 11)
     names = {n.split(".")[0] for n, _ in decoder.named_parameters()}
     assert names == {"up", "norm_out", "conv_out"}
     assert all(p.requires_grad for p in decoder.parameters())
@@ -265,7 +266,7 @@ def test_decoder_is_a_copy_of_half_the_network(unet, inputs):
     assert decoder.double()(unet.encode(*inputs)).shape == (5, 11, 24, 24)
 
 
-def checkpointed_and_not(unet: EDMUNet, decoder: EDMDecoder, inputs) -> list[list[Tensor]]:
+def checkpointed_and_not(unet: PatchUNet, decoder: Decoder, inputs) -> list[list[Tensor]]:
     """Output and all gradients, those in x and in the weights, without and with gradient checkpointing of the decoder."""
     decoder, runs, results = copy.deepcopy(decoder), [], []
     block = next(m for m in decoder.modules() if isinstance(m, ResidualBlock))
@@ -285,8 +286,8 @@ def checkpointed_and_not(unet: EDMUNet, decoder: EDMDecoder, inputs) -> list[lis
 
 
 @pytest.fixture
-def decoder(unet, randomise) -> EDMDecoder:
-    made = EDMDecoder(unet, 3)
+def decoder(unet, randomise) -> Decoder:
+    made = second_decoder(unet.dec, 3)
     randomise(made.conv_out)
     return made
 
@@ -320,13 +321,13 @@ def denoiser_inputs(randn):
     return randn(3, 3, 24, 24), level, {"class_labels": torch.tensor([2, 0, 5])}
 
 
-def denoiser(unet: EDMUNet, scale: float = 1.0) -> Denoiser:
+def denoiser(unet: PatchUNet, scale: float = 1.0) -> Denoiser:
     return Denoiser(unet, EDMSchedule(), "edm", SIGMA_DATA, scale, {"class_labels": torch.tensor(7)})
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_denoiser_hands_over_the_features_of_its_conditional_call(scale, randomise, denoiser_inputs):
-    unet = randomise(EDMUNet(**DEEP | {"out_channels": 3}))
+    unet = randomise(PatchUNet(**DEEP | {"out_channels": 3}))
     x_t, level, condition = denoiser_inputs
     x0, features = denoiser(unet, scale)(x_t, level, condition, return_features=True)
     assert torch.equal(x0, denoiser(unet, scale)(x_t, level, condition))

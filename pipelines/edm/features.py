@@ -1,0 +1,130 @@
+"""U-Nets in two parts: what the encoder hands to the decoder, so that a second decoder can be put on the same encoder."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Features(NamedTuple):
+    """An encoder's last output, the skip connections in the order they were made, the embedding of noise level and class."""
+
+    bottom: Tensor
+    skips: tuple[Tensor, ...]
+    embedding: Tensor
+
+    def second_half(self) -> Features:
+        """Of the batch: the conditional samples of a guided call."""
+        half = len(self.bottom) // 2
+        return Features(self.bottom[half:], tuple(s[half:] for s in self.skips), self.embedding[half:])
+
+
+@dataclass
+class EDMUNetOutput(UNet2DOutput):
+    features: Features | None = None
+
+
+class Recomputing:
+    """Runs blocks, and with gradient checkpointing runs them again in backward instead of keeping what is inside them."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+
+    def run(self, block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, h, embedding)
+        return block(h, embedding)
+
+
+class Decoder(Recomputing, nn.Module):
+    """The way up of a U-Net: Features -> (b, out_channels, s, s). `maps` is all but the last convolution, conv_out."""
+
+    conv_out: nn.Conv2d
+    patch_size = 1
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = True
+
+    def maps(self, features: Features) -> Tensor:
+        """The activated maps that the last convolution reads."""
+        raise NotImplementedError
+
+    def forward(self, features: Features) -> Tensor:
+        return self.unpatch(self.conv_out(self.maps(features)))
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv_out.out_channels // self.patch_size**2
+
+    def unpatch(self, out: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(out, self.patch_size)
+
+
+class EncoderDecoder(Recomputing):
+    """What the U-Nets of this package share; their `encode(sample, timestep, class_labels, ...)` gives Features."""
+
+    dec: Decoder
+
+    @property
+    def conv_out(self) -> nn.Conv2d:
+        """The last convolution."""
+        return self.dec.conv_out
+
+    @property
+    def out_channels(self) -> int:
+        return self.dec.out_channels
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        return_dict: bool = True,
+        return_features: bool = False,
+    ) -> EDMUNetOutput | tuple:
+        """With return_features the output's `features` are what the encoder made, for a second decoder."""
+        features = self.encode(sample, timestep, class_labels, augment_labels)
+        out = self.dec(features)
+        if not return_dict:
+            return (out, features) if return_features else (out,)
+        return EDMUNetOutput(sample=out, features=features if return_features else None)
+
+
+def refuse_augment_labels(augment_labels: Tensor | None) -> None:
+    if augment_labels is not None:
+        raise ValueError("augment_labels were given to a network without them (augment_dim=0)")
+
+
+def second_decoder(decoder: Decoder, out_channels: int) -> Decoder:
+    """A trainable copy of a decoder, with a last convolution of its own that starts at zero.
+
+    On the encoder that the first one belongs to it has about half of the network's weights and of its cost, and starts from
+    features that already serve to denoise.
+    """
+    second = copy.deepcopy(decoder).requires_grad_(True)
+    second.conv_out = blank(decoder.conv_out, out_channels * decoder.patch_size**2)
+    return second
+
+
+def with_outputs(unet: EncoderDecoder, out_channels: int) -> EncoderDecoder:
+    """A trainable copy of a whole network, with a last convolution of its own that starts at zero."""
+    made = copy.deepcopy(unet).requires_grad_(True)
+    made.dec = second_decoder(made.dec, out_channels)
+    return made
+
+
+def blank(conv: nn.Conv2d, out_channels: int) -> nn.Conv2d:
+    """A convolution like `conv` with another number of outputs, all zero."""
+    made = nn.Conv2d(conv.in_channels, out_channels, conv.kernel_size, padding=conv.padding)
+    made.to(conv.weight.device, conv.weight.dtype)
+    nn.init.zeros_(made.weight)
+    nn.init.zeros_(made.bias)
+    return made

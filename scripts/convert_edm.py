@@ -1,0 +1,36 @@
+"""An EDM network of NVlabs' code base (.pkl of EDM or SiD, .pth of FastGen) -> an EDMPipeline folder, safetensors and JSON.
+
+    python -m scripts.convert_edm edm-cifar10-32x32-uncond-vp.pkl outputs/edm_cifar10
+
+Nothing in the file is executed: it is read as data, and refused if it holds anything that such a network does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipelines.edm.convert import convert
+from pipelines.edm.pickles import SnapshotError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("snapshot", type=Path)
+    parser.add_argument("output", type=Path, help="a folder that does not exist yet")
+    args = parser.parse_args(argv)
+    try:
+        made = convert(args.snapshot, args.output)
+    except (SnapshotError, OSError) as error:
+        print(f"error: {args.snapshot}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{args.output}: {made.parameters:,} parameters")
+    for title, settings in (("network", made.unet), ("scheduler", made.scheduler)):
+        print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    for item in made.left_out:
+        print(f"left out: {item}")
+
+
+if __name__ == "__main__":
+    main()
