@@ -198,6 +198,8 @@ class TeacherConfig(Run):
             )
         if isinstance(self.data, Prompts):
             raise ValueError("data: a teacher learns from images; 'prompts' has none")
+        if self.augment and not isinstance(self.network, EDMNetwork):
+            raise ValueError("augment: only a network with network.architecture can be told of it; set it, or augment=0")
         if self.pipeline is not None:
             for key in ("sigma_data", "sigma_min", "sigma_max", "sampling_steps"):
                 if getattr(self, key) != type(self).model_fields[key].default:
@@ -244,6 +246,7 @@ class FakeScore(Strict):
     weighting: Weight = "edm"
     updates: PositiveInt = 1
     warmup_updates: Annotated[int, Field(ge=0)] = 0
+    augment: Annotated[float, Field(ge=0, le=1)] = 0.0  # of what it learns from, not of the student: as in SiD, for EDM networks
 
 
 class FlowOptions(Strict):
@@ -295,6 +298,12 @@ class DiffInstructConfig(Strict):
     weighting: Weight = "sigma2"
     joint: bool = False  # one update of both networks on the same student samples, instead of two updates on two batches
     fake_score: FakeScore
+
+    @model_validator(mode="after")
+    def _augmentation_fits(self):
+        if self.joint and self.fake_score.augment:
+            raise ValueError("fake_score.augment and joint exclude each other: in a joint update both see the same samples")
+        return self
 
 
 class VarFlowConfig(Strict):

@@ -103,6 +103,7 @@ def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, d
             f.updates,
             f.warmup_updates,
             o.joint,
+            f.augment,
         )
         return objective, {"fake_score": f.optimizer}
     return build_vardiu(o, models), {"posterior": o.posterior.optimizer}

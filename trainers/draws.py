@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipelines.denoiser import Condition
 
+from .augment import NUMBERS, augment
 from .data import Examples, without
 
 
@@ -26,6 +27,7 @@ class DrawSource:
     """Makes the draws of each update.
 
     shape: (c, h, w) of z and eps. examples: where x0 and conditions come from; `dropout` of the conditions become null_condition.
+    augmentation: probability of each change to x0 (augment.py), of which condition["augment_labels"] then tells.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class DrawSource:
         rank: int = 0,
         world_size: int = 1,
         micro_batch_size: int | None = None,
+        augmentation: float = 0.0,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the number of processes, {world_size}")
@@ -52,6 +55,7 @@ class DrawSource:
             )
         self.seed, self.batch_size, self.shape, self.device = seed, batch_size, shape, device
         self.examples, self.null_condition, self.dropout = examples, null_condition, dropout
+        self.augmentation = augmentation
         self.first_row, self.share = rank * share, share
 
     def batch(self, key: tuple[int | str, ...], progress: float) -> list[MicroDraw]:
@@ -84,6 +88,9 @@ class MicroDraw:
             if condition is not None and source.dropout:
                 dropped = self._uniform("label_dropout")[self._rows] < source.dropout
                 condition = without(condition, source.null_condition, dropped)
+            if source.augmentation:
+                self.x0, labels = augment(self.x0, self.normal("augment", NUMBERS), source.augmentation)
+                condition = (condition or {}) | {"augment_labels": labels}
             self.condition = condition
 
     @property

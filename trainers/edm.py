@@ -15,7 +15,7 @@ from pipelines.edm.features import second_decoder, with_outputs
 from pipelines.images import ImageSet
 from pipelines.students import save_edm_student
 
-from . import setup
+from . import augment, setup
 from .config import DistillConfig, Lora
 from .config_data import TEXT_DATA
 from .data import Images, Labels
@@ -98,6 +98,11 @@ class EDMModels:
 
     def fake_score(self) -> Denoiser:
         """A copy trains with the teacher's dropout."""
+        labels = self.base.network.config.get("augment_dim", 0)
+        if self.config.objective.fake_score.augment and labels != augment.DIM:
+            raise ValueError(
+                f"objective.fake_score.augment: the teacher has augment_dim={labels}, {augment.DIM} are needed; set it to 0"
+            )
         return self._denoiser(self._role("aux", self.config.objective.fake_score.lora).train())
 
     def posterior(self, with_mean: bool) -> UNetPosterior:

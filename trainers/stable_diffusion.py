@@ -120,7 +120,13 @@ def check(config: DistillConfig) -> None:
     s, o = config.student, config.objective
     if config.compile and sharded():
         raise ValueError("compile: FSDP and compiled blocks do not go together; set compile: null, or use gpu_8.yaml")
-    refuse("a Stable Diffusion teacher", {"student.sigma_init": s.sigma_init, "student.image_range": s.image_range})
+    augmented = o.fake_score.augment or None if o.name == "diff_instruct" else None
+    refused = {
+        "student.sigma_init": s.sigma_init,
+        "student.image_range": s.image_range,
+        "objective.fake_score.augment": augmented,
+    }
+    refuse("a Stable Diffusion teacher", refused)
     if not isinstance(config.data, TEXT_DATA):
         raise ValueError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
     if o.name == "vardiu" and o.posterior.network in ("shared", "copy"):

@@ -16,7 +16,7 @@ from pipelines.adapters import Whole
 from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.students import save_model
 
-from . import setup
+from . import augment, setup
 from .cache import open_cache
 from .config import TeacherConfig
 from .data import Images
@@ -50,6 +50,7 @@ def run(config: TeacherConfig) -> None:
         accelerator.process_index,
         accelerator.num_processes,
         config.micro_batch_size,
+        config.augment,
     )
     facts = {"device": str(accelerator.device), "threads": torch.get_num_threads()}
     facts |= {"objective": "denoising", "data": config.data.name} | teacher.facts
@@ -78,6 +79,8 @@ class NewEDM:
         channels, size = self.latent_shape[:2]
         num_classes = len(data.class_names)
         shape = {"in_channels": channels, "out_channels": channels, "num_classes": num_classes}
+        if config.augment:
+            shape["augment_dim"] = augment.DIM
         self.unet = setup.build_unet(config.network, config.seed, "teacher", size, **shape)
         scheduler = EDMScheduler(
             sigma_data=config.sigma_data,

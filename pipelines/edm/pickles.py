@@ -294,8 +294,8 @@ class _Machine:
         self.stack.append(self.calls[function.name](*arguments))
 
     def build(self, at: int) -> None:
-        """State for the object on top of the stack: a module's attributes. Left alone: a numpy type's byte order, and the versions
-        that a state dict carries.
+        """State for the object on top of the stack: a module's attributes. Left alone: a numpy type's byte order, and versions
+        of a state dict.
         """
         state, target = self.pop(), self.pop()
         native = isinstance(target, np.dtype) and isinstance(state, tuple) and state[1:2] in (("<",), ("|",))

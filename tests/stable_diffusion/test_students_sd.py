@@ -80,10 +80,8 @@ def trained(runs, recipe, tmp_path_factory):
         file.write_text(yaml.safe_dump(config | {"student": config["student"] | student}))
         distill.main(["--config", str(file)])
         models = StableDiffusionModels(load_config(DistillConfig, str(file), []), Accelerator())
-        ema, (tensors, _) = (
-            Ema(models.student, constant_decay(0.5)),
-            checkpoint.load(folder / "run" / "checkpoints" / "step_00000003"),
-        )
+        ema = Ema(models.student, constant_decay(0.5))
+        tensors, _ = checkpoint.load(folder / "run" / "checkpoints" / "step_00000003")
         z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         _, condition = models.examples.rows(torch.arange(3) * len(models.examples) // 3)  # perhaps several rows a prompt
         with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.noise import Level, add_noise, score, weight
 
+from ..augment import NUMBERS, augment
 from .base import (
     Draw,
     LevelSampler,
@@ -47,13 +48,14 @@ class DiffInstruct:
         fake_updates: int = 1,
         warmup_updates: int = 0,
         joint: bool = False,
+        fake_augment: float = 0.0,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"student": student, "fake_score": fake_score}
         self.state: dict[str, Tensor] = {}
         self.frozen: dict[str, nn.Module] = {"teacher": teacher}
         self.student, self.teacher, self.fake_score = student, teacher, fake_score
         self.levels, self.fake_levels = levels, fake_levels
-        self.weighting, self.fake_weighting = weighting, fake_weighting
+        self.weighting, self.fake_weighting, self.fake_augment = weighting, fake_weighting, fake_augment
         fake = Phase("fake_score", ("fake_score",), self.fake_score_loss, fake_updates - joint)
         both = Phase("joint", ("student", "fake_score"), self.joint_loss)
         student = both if joint else Phase("student", ("student",), self.student_loss)
@@ -63,8 +65,12 @@ class DiffInstruct:
     def fake_score_loss(self, draw: Draw, context: None = None) -> LossTerms:
         with torch.no_grad():
             x0 = self.student(draw.z, draw.condition)
+        condition = draw.condition
+        if self.fake_augment:
+            x0, labels = augment(x0, draw.normal("augment", NUMBERS), self.fake_augment)
+            condition = (condition or {}) | {"augment_labels": labels}
         level = sample_level(draw.u, self.fake_levels, draw.progress, self.teacher.schedule)
-        x0_hat = self.fake_score(add_noise(x0, draw.eps, level), level, draw.condition)
+        x0_hat = self.fake_score(add_noise(x0, draw.eps, level), level, condition)
         return LossTerms(self.fake_loss(x0_hat, x0, level), {})
 
     def fake_loss(self, x0_hat: Tensor, x0: Tensor, level: Level) -> Tensor:
