@@ -70,22 +70,20 @@ def convert(source: str | Path, output: str | Path) -> Converted:
         raise FileNotFoundError(f"no such file {str(source)!r}")
     if source.stat().st_size == 0:
         raise SnapshotError(f"{str(source)!r} is empty")
+    with source.open("rb") as file:
+        # closed with its last view, which an error's traceback may hold
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    snapshot = read_zip(source) if data[:4] == b"PK\x03\x04" else read_snapshot(data)
+    unet, left_out = describe(snapshot)
+    tensors, scheduler = renamed(snapshot, unet), describe_scheduler(snapshot, unet)
+    count = sum(math.prod(t.shape) for name, t in tensors.items() if name != "map_noise.freqs")
     partial = output.with_name(f".partial_{output.name}_{os.getpid()}")
-    with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        view = memoryview(data)
-        try:
-            snapshot = read_zip(source) if view[:4] == b"PK\x03\x04" else read_snapshot(view)
-            unet, left_out = describe(snapshot)
-            tensors = renamed(snapshot, unet)
-            scheduler = describe_scheduler(snapshot, unet)
-            count = sum(math.prod(t.shape) for name, t in tensors.items() if name != "map_noise.freqs")
-            partial.mkdir(parents=True)
-            write(partial, unet, scheduler, tensors)
-            os.replace(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            snapshot = tensors = None  # views of the mapped file, which could not be closed otherwise
-            view.release()
+    try:
+        partial.mkdir(parents=True)
+        write(partial, unet, scheduler, tensors)
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return Converted(unet, scheduler, count, left_out)
 
 
@@ -145,20 +143,23 @@ def read_zip(file: Path) -> Snapshot:
     """FastGen: a state dict of the network, or a checkpoint {"model": {"ema" or "net": state dict, ...}, ...}."""
     try:
         with zipfile.ZipFile(file) as archive:
-            names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+            members = set(archive.namelist())
+            names = [n for n in members if n.endswith("/data.pkl")]
             if len(names) != 1:
                 raise SnapshotError(f"a zip file with {len(names)} data.pkl; expected torch.save's")
             root = names[0].removesuffix("data.pkl")
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise SnapshotError(f"{entry.filename} is compressed, which torch.save does not do")
-            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+            if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
                 raise SnapshotError("the file was written on a big-endian machine")
             held: dict[str, Storage] = {}
 
             def storage(key: tuple) -> Storage:
                 kind, name, size = storage_key(key)
                 if name not in held:
+                    if f"{root}data/{name}" not in members:
+                        raise SnapshotError(f"storage {name} is missing; the file is damaged or truncated")
                     data = archive.read(f"{root}data/{name}")
                     if len(data) < size * kind.itemsize:
                         raise SnapshotError(f"storage {name} of {size} numbers has {len(data)} bytes; it is truncated")
@@ -166,7 +167,7 @@ def read_zip(file: Path) -> Snapshot:
                 return held[name]
 
             value, _ = read_pickle(memoryview(archive.read(names[0])), storage)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError) as error:
         raise SnapshotError(f"the zip file is damaged or truncated ({error})") from error
     if isinstance(value, dict) and isinstance(value.get("model"), dict):
         value = value["model"].get("ema", value["model"].get("net"))
@@ -323,7 +324,7 @@ def check_levels(snapshot: Snapshot, settings: dict[str, Any]) -> None:
     for j in range(m, 0, -1):
         u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], settings["C_1"]) - 1)
     stored = snapshot.tensors.get("u")
-    if stored is None or stored.shape != (m + 1,) or not np.allclose(stored.numpy(), u, rtol=1e-3, atol=1e-6):
+    if stored is None or stored.shape != (m + 1,) or not np.allclose(stored.numpy(), u, rtol=5e-3, atol=1e-6):
         raise SnapshotError("the table of noise levels, u, is not that of C_1, C_2 and M")
 
 

@@ -1,0 +1,450 @@
+"""Snapshots in: the same function out, by all containers; anything else refused, with nothing run and nothing left behind."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch.testing import assert_close
+
+from pipelines.edm import EDMPipeline, EDMUNet
+from pipelines.edm.convert import convert
+from pipelines.edm.layout import state_shapes
+from pipelines.edm.pickles import SnapshotError, read_pickle
+from scripts import convert_edm
+
+ROOT = Path(__file__).resolve().parents[2]
+SIGMAS = (0.002, 0.03, 0.3, 2.5, 17.0, 80.0)
+
+
+def relative(actual, expected) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def inputs(reference, sigma):
+    """x, sigma, labels (one of them null) and augment labels, or None, in float64."""
+    k = reference.k
+    x = torch.randn(3, k["img_channels"], *[k["img_resolution"]] * 2, generator=torch.Generator().manual_seed(5)).double()
+    labels = None
+    if k["label_dim"]:
+        labels = torch.eye(k["label_dim"], dtype=torch.float64)[[0, 1, k["label_dim"] - 1]]
+        labels[1] = 0
+    augment = torch.randn(3, 9, generator=torch.Generator().manual_seed(6)).double() if k["augment_dim"] else None
+    return x * max(1, sigma), torch.full((3,), sigma, dtype=torch.float64), labels, augment
+
+
+# The same function --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_denoiser_is_the_snapshots(case, reference, converted, dtype, tolerance):
+    """Every family, every sigma, with class labels, null labels and augment labels."""
+    ref, pipe = reference(case), EDMPipeline.from_pretrained(converted(case), dtype=dtype)
+    denoiser = pipe.denoiser()
+    for sigma in SIGMAS:
+        x, s, labels, augment = inputs(ref, sigma)
+        named = {"class_labels": labels, "augment_labels": augment}
+        condition = {key: value.to(dtype) for key, value in named.items() if value is not None}
+        with torch.no_grad():
+            made = denoiser(x.to(dtype), denoiser.schedule.level(s.to(dtype)), condition or None)
+        assert made.dtype == dtype
+        assert relative(made.double(), ref(x, s, labels, augment)) < tolerance
+
+
+@pytest.mark.parametrize("case", ["edm_ncsnpp", "vp_ddpmpp", "edm_adm"], scope="session")
+def test_labels_by_number_and_by_vector(case, reference, converted):
+    """Integers, one-hot vectors and no label at all mean what they say; every label means something."""
+    unet = EDMPipeline.from_pretrained(converted(case), dtype=torch.float64).unet
+    n = unet.config.num_classes
+    x, s, *_ = inputs(reference(case), 0.7)
+    with torch.no_grad():
+        outs = [unet(x, s, torch.full((3,), label)).sample for label in range(n + 1)]
+        for label in range(n):
+            vector = torch.eye(n, dtype=torch.float64)[label].expand(3, n)
+            assert torch.equal(unet(x, s, vector).sample, outs[label])
+        assert torch.equal(unet(x, s).sample, outs[n])
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(outs) for b in outs[:i])
+
+
+def test_state_dict_of_fastgen(tmp_path, reference, converted):
+    """A .pth of the tensors alone: the same file, but for the dropout, which it does not say; the uncertainty is left out."""
+    held = reference("edm_ncsnpp").state_dict()
+    held |= {"model.logvar_linear.weight": torch.randn(1, 32), "model.logvar_linear.bias": torch.randn(1)}
+    torch.save(held, tmp_path / "net.pth")
+    made = convert(tmp_path / "net.pth", tmp_path / "flat")
+    assert made.left_out == ("logvar_linear (FastGen's uncertainty, of training only)",)
+    torch.save({"model": {"net": {}, "ema": reference("edm_ncsnpp").state_dict()}, "iteration": 7}, tmp_path / "trained.pth")
+    convert(tmp_path / "trained.pth", tmp_path / "nested")
+    weights = Path("unet/diffusion_pytorch_model.safetensors")
+    for folder in ("flat", "nested"):
+        assert (tmp_path / folder / weights).read_bytes() == (converted("edm_ncsnpp") / weights).read_bytes()
+        config = json.loads((tmp_path / folder / "unet" / "config.json").read_text())
+        assert config == json.loads((converted("edm_ncsnpp") / "unet" / "config.json").read_text()) | {"dropout": 0.0}
+
+
+def test_snapshot_of_sid(tmp_path, reference, converted):
+    """SiD keeps the network alone."""
+    file = tmp_path / "network-snapshot-1.200000-500000.pkl"
+    file.write_bytes(reference("edm_ddpmpp").dump(loss_fn=None, dataset_kwargs=None))
+    convert(file, tmp_path / "out")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (converted("edm_ddpmpp") / weights).read_bytes()
+
+
+def test_folder_is_safetensors_and_strict_json(case, converted):
+    folder = converted(case)
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert files == {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json", weights}
+    for name in files - {weights}:
+        json.loads((folder / name).read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no strict JSON"))
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    with safe_open(folder / weights, "np") as file:
+        assert {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()} == state_shapes(config)
+
+
+def test_layout_is_the_networks(case, converted):
+    """What a snapshot is checked against is what the network has."""
+    unet = EDMUNet.from_pretrained(converted(case) / "unet")
+    assert {n: tuple(t.shape) for n, t in unet.state_dict().items()} == state_shapes(unet.config)
+
+
+def test_sampling_range_is_within_what_the_network_knows(converted):
+    """The paper's .002 to 80, cut to the network's own range; EDM's infinity is no JSON."""
+    names = ("edm_ddpmpp", "vp_ddpmpp", "ve_ncsnpp", "iddpm_adm")
+    held = {n: json.loads((converted(n) / "scheduler" / "scheduler_config.json").read_text()) for n in names}
+    assert {n: (round(c["sigma_min"], 5), c["sigma_max"]) for n, c in held.items()} == {
+        "edm_ddpmpp": (0.002, 80.0),
+        "vp_ddpmpp": (0.002, 80.0),
+        "ve_ncsnpp": (0.02, 80.0),
+        "iddpm_adm": (0.00642, 80.0),
+    }
+    assert [c["preconditioning"] for c in held.values()] == ["edm", "vp", "ve", "iddpm"]
+
+
+def test_command(tmp_path, reference, capsys):
+    """Prints architecture, parameters and preconditioning; needs neither torch nor diffusers."""
+    file = tmp_path / "net.pkl"
+    file.write_bytes(reference("iddpm_adm").dump())
+    convert_edm.main([str(file), str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    count = sum(t.numel() for n, t in reference("iddpm_adm").tensors.items() if n != "u" and "resample" not in n)
+    for expected in (f"{count:,} parameters", "architecture adm", "preconditioning iddpm", "out_channels 6"):
+        assert expected in said
+    with pytest.raises(SystemExit):
+        convert_edm.main([str(file), str(tmp_path / "out")])
+    assert "exists already; name another folder, or remove it" in capsys.readouterr().err
+    loads = "import sys, scripts.convert_edm; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", loads], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_time_and_memory(tmp_path, new_reference):
+    """What is measured at CIFAR-10's size (docs/edm.md), at a tenth of it: memory of at most 3 times the file."""
+    kwargs = {
+        "model_type": "SongUNet",
+        "model_channels": 64,
+        "channel_mult": [1, 2, 2],
+        "num_blocks": 2,
+        "attn_resolutions": [16],
+    }
+    ref = new_reference("EDMPrecond", kwargs | {"img_resolution": 32})
+    file = tmp_path / "net.pkl"
+    file.write_bytes(ref.dump())
+    code = "import resource, sys; from scripts.convert_edm import main; b = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+    code += "main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - b)"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, file, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - began < 15
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout.split()[-1]) * unit < 3 * file.stat().st_size
+
+
+# What is refused ----------------------------------------------------------------------------------------------------------
+
+
+def refused(tmp_path, data: bytes, match: str, name: str = "bad.pkl") -> None:
+    """The command says why and with status 2, in a process that would have left a trace, and writes nothing."""
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(SnapshotError, match=match):
+        convert(file, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+
+
+class Calls:
+    """Pickled as function(*arguments)."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def trap(tmp_path) -> Calls:
+    """Running it leaves a file behind, which `refused` would see."""
+    return Calls(os.system, f"touch {tmp_path}/executed")
+
+
+@pytest.mark.parametrize("where", ["top", "in the network", "in a list"])
+def test_a_command_is_not_run(tmp_path, reference, dump_pickle, persistent, where):
+    evil = trap(tmp_path)
+    value = {
+        "top": evil,
+        "in the network": {"ema": persistent("EDMPrecond", {"_modules": {"model": evil}})},
+        "in a list": {"ema": None, "dataset_kwargs": [1, evil]},
+    }[where]
+    refused(tmp_path, dump_pickle(value), r"byte \d+: the file asks for 'posix\.system'|nt\.system")
+
+
+@pytest.mark.parametrize(
+    "function", [eval, exec, getattr, __import__, pickle.loads, subprocess.check_output, torch.load, io.open, np.load]
+)
+def test_functions_of_any_module_are_not_called(tmp_path, function):
+    refused(tmp_path, pickle.dumps(Calls(function, "1"), protocol=4), "the file asks for .*; nothing has been executed")
+
+
+def nested(tmp_path, change) -> bytes:
+    """A tensor's inner pickle, changed, inside an outer one that is as it should be."""
+    blob = io.BytesIO()
+    torch.save(torch.arange(6.0).storage(), blob, _use_new_zipfile_serialization=False)
+    return pickle.dumps({"ema": Calls(torch.storage._load_from_bytes, change(blob.getvalue()))}, protocol=4)
+
+
+def test_a_storage_is_read_as_strictly(tmp_path):
+    """torch would load the inner pickle without looking at it."""
+    evil = pickle.dumps(trap(tmp_path), protocol=2)
+    refused(tmp_path, nested(tmp_path, lambda blob: evil), "the file asks for 'posix.system'")
+    refused(tmp_path, nested(tmp_path, lambda blob: blob[:-3]), "nested storage of 6 numbers has 21 bytes; it is truncated")
+    refused(tmp_path, nested(tmp_path, lambda blob: blob + b"abc"), "nested storage of 6 numbers has 27 bytes")
+    refused(tmp_path, nested(tmp_path, lambda blob: blob[:40]), "ends here|truncated|damaged")
+    # a storage inside a storage inside ...: names that are known outside are not called inside
+    inner = pickle.dumps(Calls(torch.storage._load_from_bytes, b"x"), protocol=2)
+    refused(tmp_path, nested(tmp_path, lambda blob: inner), "the file asks for 'torch.storage._load_from_bytes'")
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [
+        (0, (7,), (1,)),
+        (1, (6,), (1,)),
+        (0, (2, 3), (4, 1)),
+        (0, (2, 2), (5, 1)),
+        (-1, (2,), (1,)),
+        (0, (3,), (-1,)),
+        (0, (-6,), (1,)),
+        (0, (2, 3), (3,)),
+        (0, (1 << 40,), (0,)),
+        (0, (2.0,), (1,)),
+    ],
+)
+def test_tensors_outside_their_storage(tmp_path, offset, shape, strides):
+    storage = torch.arange(6.0).storage()
+    tensor = Calls(torch._utils._rebuild_tensor_v2, storage, offset, shape, strides, False, {})
+    refused(tmp_path, pickle.dumps({"ema": tensor}, protocol=4), "reaches outside its storage of 6 numbers|is none")
+
+
+def test_tensors_inside_their_storage():
+    """Offsets and strides are followed, transposed views too."""
+    tensor = torch.arange(24.0)[3:23].reshape(4, 5).T[1:4]
+    value, _ = read_pickle(memoryview(pickle.dumps(tensor, protocol=4)))
+    assert np.array_equal(value.numpy(), tensor.numpy())
+    assert not value.numpy().flags.writeable
+
+
+def test_attributes_are_set_on_nothing_else(tmp_path):
+    """The opcode that could change what a name stands for."""
+    name = b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93"
+    attributes = b"}\x8c\x08__call__K\x01s"
+    refused(tmp_path, b"\x80\x04" + name + attributes + b"b.", "attributes are set on Global")
+    refused(tmp_path, b"\x80\x04" + name + b")R" + attributes + b"b.", "attributes are set on dict")
+    refused(tmp_path, b"\x80\x04]" + attributes + b"b.", "attributes are set on list")
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "match"),
+    [
+        (b"ios\nsystem\n(S'true'\ntR.", "pickle opcode INST is not something"),
+        (b"(S'true'\nios\nsystem\n.", "pickle opcode STRING is not something"),
+        (b"\x80\x04\x82\x01.", "pickle opcode EXT1 is not something"),
+        (b"\x80\x05\x97.", "pickle opcode NEXT_BUFFER is not something"),
+        (b"\x80\x06N.", "pickle protocol 6"),
+        (b"\x80\x04\xff.", "byte 0xff is not something"),
+        (b"\x80\x04a.", "damaged pickle"),
+        (b"\x80\x04.", "the stack is empty"),
+        (b"\x80\x04]K\x01(e.", "int where a list should be"),
+        (b"\x80\x04\x8eABCDEFGHxx.", "the file ends here.*truncated"),
+        (b"\x80\x04h\x07.", "damaged pickle"),
+        (b"\x80\x04NQ.", "a persistent id where a snapshot has none"),
+        (b"\x80\x04N.N.", "2 more bytes after the end"),
+        (b"\x80\x04N.", "the file holds NoneType; expected a network under 'ema'"),
+        (b"", "is empty"),
+        (b"\x00" * 64, "is not something"),
+    ],
+)
+def test_damaged_and_unknown_opcodes(tmp_path, opcodes, match):
+    refused(tmp_path, opcodes, match)
+
+
+def test_truncated_anywhere(tmp_path, reference):
+    """Cut off at any of many places: always refused, never half a model."""
+    data = reference("vp_ddpmpp").dump()
+    for cut in np.linspace(1, len(data) - 1, 97, dtype=int):
+        refused(tmp_path, data[:cut], r"truncated|damaged|ends here")
+
+
+def test_any_byte_changed(tmp_path, reference, converted):
+    """Either refused, or a change to a number or to what is not read: nothing else can come of a damaged file."""
+    data = bytearray(reference("vp_ddpmpp").dump())
+    expected = (converted("vp_ddpmpp") / "unet" / "config.json").read_text()
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for position in generator.integers(0, len(data), 150):
+        changed = data.copy()
+        changed[position] ^= 0xFF
+        file, out = tmp_path / "net.pkl", tmp_path / "out"
+        file.write_bytes(changed)
+        try:
+            convert(file, out)
+            outcomes.add("read")
+            assert (out / "unet" / "config.json").read_text() == expected
+            subprocess.run(["rm", "-r", str(out)], check=True)
+        except SnapshotError:
+            outcomes.add("refused")
+        assert [p.name for p in tmp_path.iterdir()] == ["net.pkl"]
+    assert outcomes == {"read", "refused"}
+
+
+# A network, but another one -----------------------------------------------------------------------------------------------
+
+
+def changed(reference_type, cases, case: str, change) -> bytes:
+    ref = reference_type(*cases[case])
+    change(ref)
+    return ref.dump()
+
+
+def set_attribute(name, key, value):
+    return lambda ref: ref.objects[name][1].update({key: value})
+
+
+def drop(name):
+    return lambda ref: ref.tensors.pop(name)
+
+
+def replace(name, make):
+    return lambda ref: ref.tensors.update({name: make(ref.tensors[name])})
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "match"),
+    [
+        ("edm_ddpmpp", set_attribute("model.enc.8x8_block0", "skip_scale", 1.0), "8x8_block0.skip_scale is 1.0"),
+        ("edm_ddpmpp", set_attribute("model.enc.8x8_block0", "num_heads", 2), "8x8_block0.num_heads is 2"),
+        ("edm_ddpmpp", set_attribute("model.enc.8x8_block0", "adaptive_scale", True), "adaptive_scale is True"),
+        ("edm_ddpmpp", set_attribute("model.dec.4x4_in1", "dropout", 0.2), "blocks with dropout"),
+        ("edm_ddpmpp", set_attribute("model.enc.16x16_block0.norm1", "eps", 1e-5), "norm1.eps is 1e-05"),
+        ("edm_ddpmpp", set_attribute("model.enc.16x16_block0.norm1", "num_groups", 2), "norm1.num_groups is 2"),
+        ("edm_ddpmpp", set_attribute("model.map_noise", "endpoint", False), "map_noise.endpoint is False"),
+        ("edm_ddpmpp", lambda ref: ref.kwargs.update(model_channels=32), "init_kwargs.model_channels is 32"),
+        ("edm_ddpmpp", drop("map_layer1.bias"), r"'map_layer1.bias' is missing"),
+        ("edm_ddpmpp", drop("dec.4x4_in0.qkv.weight"), r"in0.qkv.weight' is missing"),
+        ("edm_ddpmpp", replace("map_layer1.weight", lambda t: t[:, :-1]), r"map_layer1.weight' is \(64, 63\)"),
+        ("edm_ddpmpp", replace("map_layer1.weight", lambda t: t.long()), "holds int64; expected floating point"),
+        ("edm_ddpmpp", replace("map_layer1.weight", lambda t: t * float("nan")), "holds NaN or infinite values"),
+        ("edm_ddpmpp", replace("enc.8x8_down.skip.resample_filter", lambda t: t + 0.1), "is not a separable filter|differs from"),
+        ("iddpm_adm", replace("u", lambda t: t * 1.01), "the table of noise levels, u, is not that of"),
+    ],
+)
+def test_a_network_that_contradicts_itself(tmp_path, new_reference, cases, case, change, match):
+    refused(tmp_path, changed(new_reference, cases, case, change), match)
+
+
+def test_a_table_of_noise_levels_is_needed(tmp_path, reference):
+    data = reference("iddpm_adm").dump()
+    position = data.index(b"\x8c\x01u\x94")
+    refused(tmp_path, data[:position] + b"\x8c\x01v" + data[position + 3 :], "'v' is .*; expected no such tensor|u, is not")
+
+
+def test_what_concerns_training_alone_is_said(tmp_path, new_reference, cases):
+    data = changed(new_reference, cases, "edm_adm", set_attribute("model", "label_dropout", 0.1))
+    (tmp_path / "net.pkl").write_bytes(data)
+    assert convert(tmp_path / "net.pkl", tmp_path / "out").left_out == ("label_dropout 0.1 (of training only)",)
+
+
+def test_other_objects_are_refused(tmp_path, dump_pickle, persistent):
+    state = {"_modules": {"model": persistent("UNet", {})}}
+    refused(tmp_path, dump_pickle({"ema": persistent("EDMPrecond", state)}), "the model is a UNet; expected one of SongUNet")
+    refused(tmp_path, dump_pickle({"ema": persistent("StyleGAN", {})}), "the network is a StyleGAN; expected one of EDMPrecond")
+    refused(tmp_path, dump_pickle({"G": persistent("EDMPrecond", {})}), "the file holds 'G'; expected a network under 'ema'")
+    refused(tmp_path, dump_pickle({"ema": persistent("EDMPrecond", {"_modules": [1]})}), "_modules is not a dictionary")
+    refused(tmp_path, dump_pickle({"ema": persistent("EDMPrecond", {"_buffers": {"u": 3}})}), "u is a int, not a tensor")
+    refused(tmp_path, dump_pickle({"ema": persistent("EDMPrecond", {"_modules": {"model": 3}})}), "model is a int, not a module")
+
+
+def test_a_module_inside_itself(tmp_path, dump_pickle):
+    """A cycle, which a pickle can make through its memo."""
+    name = b"\x8c\x1atorch.nn.modules.container\x8c\x0aModuleDict\x93"
+    cycle = b"\x80\x04" + name + b")\x81\x94}\x94\x8c\x08_modules}\x94\x8c\x05model" + b"h\x00ssb."
+    refused(tmp_path, cycle, "the network is a ModuleDict")
+
+
+# Zip files ----------------------------------------------------------------------------------------------------------------
+
+
+def rewritten(data: bytes, change) -> bytes:
+    """torch.save's zip with change(name, content, info) applied to each entry; None drops it."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for info in old.infolist():
+            content, kind = change(info.filename, old.read(info)) or (None, None)
+            if content is not None:
+                new.writestr(info.filename, content, compress_type=kind)
+    return out.getvalue()
+
+
+def test_zip_files(tmp_path, reference):
+    blob = io.BytesIO()
+    torch.save(reference("edm_ncsnpp").state_dict(), blob)
+    data, stored = blob.getvalue(), zipfile.ZIP_STORED
+    evil = pickle.dumps(trap(tmp_path), protocol=2)
+    cases = {
+        "the file asks for 'posix.system'": lambda n, c: (evil if n.endswith("data.pkl") else c, stored),
+        "is compressed": lambda n, c: (c, zipfile.ZIP_DEFLATED),
+        "damaged or truncated": lambda n, c: None if n.endswith("data/3") else (c, stored),
+        "storage .* is truncated": lambda n, c: (c[:-4] if n.endswith("data/3") else c, stored),
+        "big-endian": lambda n, c: (b"big" if n.endswith("byteorder") else c, stored),
+        "0 data.pkl": lambda n, c: None if n.endswith("data.pkl") else (c, stored),
+    }
+    for match, change in cases.items():
+        refused(tmp_path, rewritten(data, change), match, "bad.pth")
+    refused(tmp_path, data[: len(data) // 2], "damaged or truncated", "bad.pth")
+    for value, match in (({"a": 1}, "no state dict"), ([], "no state dict"), ({}, "no state dict")):
+        other = io.BytesIO()
+        torch.save(value, other)
+        refused(tmp_path, other.getvalue(), match, "bad.pth")
+
+
+def test_half_precision_is_widened(tmp_path, reference):
+    torch.save({n: t.half() for n, t in reference("edm_ncsnpp").state_dict().items()}, tmp_path / "half.pth")
+    convert(tmp_path / "half.pth", tmp_path / "out")
+    weights = EDMUNet.from_pretrained(tmp_path / "out" / "unet").state_dict()
+    assert_close(
+        weights["map_layer1.weight"], reference("edm_ncsnpp").tensors["map_layer1.weight"].half().float(), rtol=0, atol=0
+    )
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file .*none\.pkl"):
+        convert(tmp_path / "none.pkl", tmp_path / "out")
