@@ -227,7 +227,8 @@ def last_layer(network: nn.Module) -> nn.Conv2d:
 def block_layers(network: nn.Module) -> list[str]:
     """The names, within their block, of all linear layers and convolutions in the blocks that a network repeats."""
     blocks = (m for m in network.modules() if type(m).__name__ in network._repeated_blocks)
-    return sorted({n for block in blocks for n, m in block.named_children() if isinstance(m, nn.Linear | nn.Conv2d)})
+    children = ((n, getattr(m, "base_layer", m)) for block in blocks for n, m in block.named_children())  # adapted or not
+    return sorted({n for n, m in children if isinstance(m, nn.Linear | nn.Conv2d)})
 
 
 def parameter_tree(parameters: Mapping[str, Tensor]) -> nn.Module:

@@ -5,6 +5,7 @@ Runs that are stopped, resumed, damaged or refused are in test_training_stops.py
 
 import copy
 import json
+import math
 import os
 import re
 import subprocess
@@ -31,7 +32,7 @@ from trainers.config_file import load_config
 from trainers.data import Images
 from trainers.draws import DrawSource
 from trainers.edm import EDMModels
-from trainers.ema import Ema, constant_decay
+from trainers.ema import Ema, constant_decay, halflife_decay
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase
 from trainers.optimizers import learning_rate
@@ -628,3 +629,17 @@ def test_learning_rate_at_its_ends(schedule):
     assert full == sorted(full, reverse=True)
     if schedule == "cosine":
         assert full[25] == pytest.approx(0.6 * (0.25 + 0.75 * (1 + 2**-0.5) / 2))
+
+
+def test_half_life_of_an_ema():
+    """EDM's: the last `halflife` images weigh half; early on, the last 5 % of all images seen; the first update forgets all."""
+    decay = halflife_decay(halflife=1000, batch_size=25)
+    assert decay(0) == 0.0
+    late = math.prod(decay(n) for n in range(5000, 5040))  # 40 batches of 25
+    assert late == pytest.approx(0.5, rel=1e-12)
+    assert decay(200) == pytest.approx(0.5 ** (25 / (200 * 25 * 0.05)), rel=1e-12)
+    module = torch.nn.Linear(1, 1)
+    ema = Ema(module, decay)
+    module.weight.data.fill_(3.0)
+    ema.update()
+    assert ema.average["weight"].item() == 3.0

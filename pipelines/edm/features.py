@@ -47,6 +47,7 @@ class Decoder(Recomputing, nn.Module):
     """The way up of a U-Net: Features -> (b, out_channels, s, s). `maps` is all but the last convolution, conv_out."""
 
     conv_out: nn.Conv2d
+    norm_out: nn.GroupNorm
     patch_size = 1
 
     def enable_gradient_checkpointing(self) -> None:
@@ -90,7 +91,10 @@ class EncoderDecoder(Recomputing):
         return_dict: bool = True,
         return_features: bool = False,
     ) -> EDMUNetOutput | tuple:
-        """With return_features the output's `features` are what the encoder made, for a second decoder."""
+        """With return_features the output's `features` are what the encoder made, for a second decoder. Weights may be of half
+        precision; timestep should not be.
+        """
+        sample = sample.to(self.dec.norm_out.weight.dtype)
         features = self.encode(sample, timestep, class_labels, augment_labels)
         out = self.dec(features)
         if not return_dict:

@@ -100,6 +100,12 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         if self._teacher_scheduler is not None:
             self.scheduler, self._teacher_scheduler = self._teacher_scheduler, None
 
+    def fuse_lora(self, components: list[str] | tuple[str, ...] = ("unet",), **kwargs: Any) -> None:
+        super().fuse_lora(components=list(components), **kwargs)
+
+    def unfuse_lora(self, components: list[str] | tuple[str, ...] = ("unet",), **kwargs: Any) -> None:
+        super().unfuse_lora(components=list(components), **kwargs)
+
     @classmethod
     def save_lora_weights(
         cls, save_directory: str | Path, unet_lora_layers: dict[str, Tensor], unet_lora_adapter_metadata: dict | None = None
