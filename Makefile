@@ -11,7 +11,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart bench-digits bench-covariances bench-memory bench-step bench-text test lint format clean
+.PHONY: help install quickstart bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ bench-step: $(RUNTIME) ## time and memory of a step at Stable Diffusion's size, 
 
 bench-text: $(RUNTIME) ## text-to-image students on CIFAR-10: make bench-text ARGS="--cifar DIR"; outputs/bench/text.{json,png}
 	$(BIN)/python -m scripts.bench_text $(ARGS)
+
+bench-cifar: $(RUNTIME) ## CIFAR-10 by the shipped recipes, small: make bench-cifar ARGS="--cifar DIR"; outputs/bench/cifar.{json,png}
+	$(BIN)/python -m scripts.bench_cifar $(ARGS)
+
+bench-edm: $(RUNTIME) ## EDM's CIFAR-10 network against NVlabs' code: make bench-edm ARGS="--nvlabs DIR"; outputs/bench/edm.json
+	$(BIN)/python -m scripts.bench_edm $(ARGS)
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

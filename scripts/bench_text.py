@@ -15,8 +15,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,18 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from eval.frechet import GaussianStats, frechet_distance
 from pipelines.images import ImageSet, load_parquet, to_pixels, to_unit
 from pipelines.provenance import git_commit, versions
 from pipelines.stable_diffusion import decode_latents, encode_images, load_pipeline, one_step_scheduler
 from pipelines.students import load_student
 
 from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
+from .judge import Judge, train
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGES = 2000
@@ -86,47 +83,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-
-class Classifier(nn.Module):
-    """Convolutions at 32, 16 and 8 pixels; 64 linear features, 10 logits; x (n, 3, 32, 32) in [-1, 1]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 32, 32, 64, 64, 128, 128)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2 if i in (2, 4) else 1, padding=1) for i, (a, b) in enumerate(pairwise(widths))
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
-        self.features = nn.Linear(128, 64)
-        self.logits = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x)))
-        features = self.features(x.mean((2, 3)))
-        return features, self.logits(features)
-
-    @torch.no_grad()
-    def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (n, 3, 32, 32) -> float64 features (n, 64), classes (n,)."""
-        self.eval()
-        parts = [self(to_unit(p)) for p in pixels.split(500)]
-        return torch.cat([f for f, _ in parts]).double(), torch.cat([logits.argmax(1) for _, logits in parts])
-
-
-def train(module: nn.Module, loss: Callable[[Tensor], Tensor], rows: int, steps: int, batch: int, lr: float, name: str) -> None:
-    """AdamW with a one-cycle rate on random rows."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    for _ in (bar := tqdm(range(steps), desc=name, unit="step")):
-        value = loss(torch.randint(rows, (batch,), generator=generator))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{float(value):.4f}", refresh=False)
 
 
 def make_vae(pixels: Tensor, steps: int) -> AutoencoderKL:
@@ -241,42 +197,13 @@ def student_config(folder: Path, objective: str, captions: Path, prompts: Path, 
     }
 
 
-class Judge:
-    """A classifier trained on 20,000 real images as the VAE draws them: what it cannot draw is no student's fault.
-
-    file: where its weights are kept. held_out: the numbers of a tenth of the images, kept apart; examples: two of each class.
-    """
-
-    def __init__(self, vae: AutoencoderKL, data: ImageSet, file: Path) -> None:
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:20_000]
-        noise = torch.zeros(500, 4, 8, 8)
-        parts = [decode_latents(vae, encode_images(vae, to_unit(data.pixels[i]), noise)) for i in order.split(500)]
-        pixels, labels, rest = to_pixels(torch.cat(parts)), data.labels[order], len(order) // 10
-        torch.manual_seed(0)
-        self.net = Classifier()
-        if file.is_file():
-            self.net.load_state_dict(load_file(file))
-        else:
-
-            def loss(rows: Tensor) -> Tensor:
-                x = to_unit(pixels[rest:][rows])
-                x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
-                return F.cross_entropy(self.net.train()(x)[1], labels[rest:][rows])
-
-            train(self.net, loss, len(pixels) - rest, 800, 128, 5e-3, "classifier")
-            save_file(self.net.state_dict(), file)
-        features, classes = self.net.read(pixels)
-        self.real = GaussianStats.of(features[rest:])
-        fd = frechet_distance(GaussianStats.of(features[:rest]), self.real)
-        self.held_out = {"fd": fd, "accuracy": (classes[:rest] == labels[:rest]).double().mean().item()}
-        self.examples = torch.stack([pixels[(labels == i % 10).nonzero()[i // 10, 0]] for i in range(20)])
-
-    def measure(self, pixels: Tensor) -> dict[str, float]:
-        """Of images for the classes in turn."""
-        features, classes = self.net.read(pixels)
-        wanted = torch.arange(len(pixels)) % 10
-        fd = frechet_distance(GaussianStats.of(features), self.real)
-        return {"fd": fd, "accuracy": (classes == wanted).double().mean().item()}
+def as_the_vae_draws(vae: AutoencoderKL, data: ImageSet) -> tuple[ImageSet, Tensor]:
+    """(20,000 real images through the VAE: what it cannot draw is no student's fault; two examples of each class)."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:20_000]
+    noise = torch.zeros(500, 4, 8, 8)
+    parts = [decode_latents(vae, encode_images(vae, to_unit(data.pixels[i]), noise)) for i in order.split(500)]
+    pixels, labels = to_pixels(torch.cat(parts)), data.labels[order]
+    return ImageSet(pixels, labels), torch.stack([pixels[(labels == i % 10).nonzero()[i // 10, 0]] for i in range(20)])
 
 
 def draw(pipe: StableDiffusionPipeline, **call: Any) -> Tensor:
@@ -324,12 +251,13 @@ def main() -> None:
     run_all(jobs, len(jobs), threads=max(1, cores() // len(jobs)))
 
     base = load_pipeline(str(folder / "teacher" / "teacher"))
-    judge = Judge(base.vae, data, folder / "judge.safetensors")
-    pictures = [judge.examples]
+    real, examples = as_the_vae_draws(base.vae, data)
+    judge = Judge(real, folder / "judge.safetensors")
+    pictures = [examples]
     numbers = {"real, held out": judge.held_out}
 
     def measure(name: str, pixels: Tensor, more: dict[str, float]) -> None:
-        numbers[name] = judge.measure(pixels) | more
+        numbers[name] = judge.measure(pixels, torch.arange(len(pixels)) % 10) | more
         print(f"{name:20} FD {numbers[name]['fd']:8.3f}  prompted class {numbers[name]['accuracy']:.3f}", flush=True)
         pictures.append(pixels[:20])
 
