@@ -205,7 +205,6 @@ def load_pipeline(folder: Path, role: Role) -> Any:
 
         pipe = EDMPipeline.from_pretrained(folder, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
-    pipe.unet.to(memory_format=torch.channels_last)  # convolutions on a CPU are 1.5 times as fast
     return pipe
 
 

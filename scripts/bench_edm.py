@@ -3,8 +3,8 @@
     git clone https://github.com/NVlabs/edm    # not part of this project; CC BY-NC-SA
     python -m scripts.bench_edm --nvlabs edm [--batch 16] [--repeats 10] [--output outputs/bench]
 
-Their class makes the network with random weights and writes the snapshot; scripts.convert_edm converts it in a process of its own;
-then both networks run in turn on the same input, float32, in this process, and must agree. Writes <output>/edm.json.
+Their class makes the network with random weights and writes the snapshot; scripts.convert_edm converts it, in its own process.
+Then both networks run in turn on the same input, in float32, here. Writes <output>/edm.json.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from .layout import STYLES, check_layout, decoder_layers, encoder_layers, state_shapes
-from .pickles import Array, Instance, SnapshotError, Storage, read_pickle, storage_key
+from .pickles import DAMAGE, Array, Instance, SnapshotError, Storage, read_pickle, storage_key
 
 PRECONDITIONERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 MODELS = {"SongUNet": "song", "DhariwalUNet": "adm"}
@@ -73,9 +73,14 @@ def convert(source: str | Path, output: str | Path) -> Converted:
     with source.open("rb") as file:
         # closed with its last view, which an error's traceback may hold
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    snapshot = read_zip(source) if data[:4] == b"PK\x03\x04" else read_snapshot(data)
-    unet, left_out = describe(snapshot)
-    tensors, scheduler = renamed(snapshot, unet), describe_scheduler(snapshot, unet)
+    try:
+        snapshot = read_zip(source) if data[:4] == b"PK\x03\x04" else read_snapshot(data)
+        unet, left_out = describe(snapshot)
+        tensors, scheduler = renamed(snapshot, unet), describe_scheduler(snapshot, unet)
+    except SnapshotError:
+        raise
+    except DAMAGE as error:
+        raise SnapshotError(f"the file is damaged or holds another network ({type(error).__name__}: {error})") from error
     count = sum(math.prod(t.shape) for name, t in tensors.items() if name != "map_noise.freqs")
     partial = output.with_name(f".partial_{output.name}_{os.getpid()}")
     try:
@@ -123,7 +128,7 @@ def collect(module: Instance, prefix: str, tensors: dict[str, Array], objects: d
         if child is not None and not isinstance(child, Instance):
             raise SnapshotError(f"{prefix}{name} is a {type(child).__name__}, not a module")
         if child is not None:
-            if len(prefix) > 1000:
+            if prefix.count(".") > 50:
                 raise SnapshotError("modules within modules without end")
             collect(child, f"{prefix}{name}.", tensors, objects)
 

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from .features import Decoder, EncoderDecoder, Features, refuse_augment_labels
+from .features import Decoder, EncoderDecoder, Features, channels_last, refuse_augment_labels
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -158,7 +158,7 @@ class PatchUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
         elif class_labels is not None:
             raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
         embedding = F.silu(embedding)
-        h = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
+        h = self.conv_in(channels_last(F.pixel_unshuffle(sample, self.config.patch_size)))
         skips = [h]
         for layer in self.down:
             block = isinstance(layer, ResidualBlock | SelfAttention)

@@ -33,6 +33,10 @@ STORAGES = {
 }
 
 
+# what reading damaged bytes comes to in Python
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 class SnapshotError(ValueError):
     """A file that is not what it should be; nothing in it has been executed."""
 
@@ -98,9 +102,10 @@ class _Machine:
                 return self.pop(), self.position
             try:
                 getattr(self, name)(at)
-            except SnapshotError:
-                raise
-            except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+            except SnapshotError as error:
+                said = str(error)
+                raise SnapshotError(said if said.startswith("byte ") else f"byte {at}: {said}") from None
+            except DAMAGE as error:
                 raise SnapshotError(f"byte {at}: damaged pickle ({type(error).__name__}: {error})") from error
 
     # Bytes and the stack -------------------------------------------------------------------------------------------------

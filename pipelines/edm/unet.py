@@ -17,7 +17,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from .features import Decoder, EncoderDecoder, Features, refuse_augment_labels
+from .features import Decoder, EncoderDecoder, Features, channels_last, refuse_augment_labels
 from .layout import STYLES, Layer, Style, check_layout, decoder_layers, encoder_layers, has_projection
 
 
@@ -237,7 +237,8 @@ class EDMUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Features:
         embedding = self.embed(sample, timestep, class_labels, augment_labels)
-        h, aux, skips = sample, sample, []
+        h = aux = channels_last(sample)
+        skips: list[Tensor] = []
         for name, layer in self.enc.items():
             if name.endswith("aux_down"):
                 aux = layer(aux)
