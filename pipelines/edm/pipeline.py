@@ -119,7 +119,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         class_labels: Tensor | list[int] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
@@ -138,6 +138,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Draw images.
 
+        batch_size: None for as many as there are class_labels, latents or generators, else 1.
         class_labels: (b,) integers, num_classes of them being the null label, or (b, num_classes) floats; None: the null label.
         sigmas: the noise levels, descending, instead of the grid of num_inference_steps from sigma_max to sigma_min with rho
         (None: the scheduler's own). S_churn, S_min, S_max, S_noise: stochasticity of the Heun sampler.
@@ -145,6 +146,9 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         on the batch it is made in. output_type: "pil", "np" (b, h, w, c) in [0, 1] or "pt" (b, c, h, w) in [0, 1].
         """
         config, device = self.unet.config, self._execution_device
+        if batch_size is None:
+            generators = generator if isinstance(generator, list) else None
+            batch_size = next((len(given) for given in (class_labels, latents, generators) if given is not None), 1)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'")

@@ -56,7 +56,8 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         rho: float | None = None,
     ) -> Tensor:
         """(n,) float64 descending from sigma_max; to sigma_min when n > 1 (Karras et al. 2022, Eq. 5), each moved to the nearest
-        level that the network knows. None: the scheduler's own. ValueError outside the network's range.
+        level that the network knows. "renoise" stops before sigma_min, where a call would change nothing. None: the scheduler's
+        own. ValueError outside the network's range.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
@@ -69,6 +70,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
                 f"sigma_min={low:g}, sigma_max={high:g} must be in order and within what {c.preconditioning} knows, "
                 f"{known.sigma_range[0]:g} to {known.sigma_range[1]:g}"
             )
-        ramp = torch.linspace(0, 1, num_inference_steps, dtype=torch.float64)
+        points = num_inference_steps + (c.sampler == "renoise")
+        ramp = torch.linspace(0, 1, points, dtype=torch.float64)[:num_inference_steps]
         high, low = high ** (1 / rho), low ** (1 / rho)
         return known.nearest((high + ramp * (low - high)) ** rho)

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "iddpm_adm": (
         "iDDPMPrecond",
-        ADM | {"img_resolution": 64, "model_channels": 64, "channel_mult": [1, 1], "attn_resolutions": []},
+        ADM | {"img_resolution": 64, "model_channels": 32, "channel_mult": [1, 2], "attn_resolutions": []},
     ),
     "edm_skip": (
         "EDMPrecond",

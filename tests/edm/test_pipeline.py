@@ -94,6 +94,31 @@ def test_images_do_not_depend_on_their_batch(case, pipe):
 
 
 @pytest.mark.parametrize("case", ["vp_ddpmpp"], scope="session")
+def test_batch_size_is_what_is_given(case, pipe):
+    """As class-conditional pipelines have it: one image for each label."""
+    z = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    calls = ({"class_labels": [0, 3, 1]}, {"latents": z}, {"generator": generators(4)}, {})
+    assert [len(pipe(num_inference_steps=1, **call).images) for call in calls] == [3, 2, 4, 1]
+
+
+@pytest.mark.parametrize("case", ["vp_ddpmpp"], scope="session")
+def test_few_steps_of_a_student(case, pipe, reference):
+    """x0 = D(x; sigma), then fresh noise at the next level; the levels stop before the lowest, where nothing would change."""
+    scheduler = EDMScheduler.from_config(pipe.scheduler.config, sigma_max=2.5, sampler="renoise", num_inference_steps=1)
+    grid = scheduler.sigmas(3)
+    assert_close(scheduler.sigmas(1), torch.tensor([2.5], dtype=torch.float64))
+    assert_close(grid, EDMScheduler.from_config(scheduler.config, sampler="heun").sigmas(4)[:3])
+    teacher, pipe.scheduler = pipe.scheduler, scheduler
+    made = pipe(2, [0, 1], 3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    pipe.scheduler = teacher
+    generator, x0 = torch.Generator().manual_seed(0), 0
+    for sigma in grid:
+        x = x0 + sigma * torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+        x0 = reference(case)(x, sigma.expand(2), torch.eye(5, dtype=torch.float64)[:2])
+    assert_close(made, (x0 / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["vp_ddpmpp"], scope="session")
 def test_output_types_and_grids(case, pipe):
     pil = pipe(2, [0, 1], 2, generator=torch.Generator().manual_seed(0)).images
     array = pipe(2, [0, 1], 2, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)[0]
