@@ -44,8 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ve_ncsnpp": ("VEPrecond", NCSN | {"img_resolution": 32, "channel_mult": [1, 2, 2], "attn_resolutions": []}),
     "edm_adm": (
         "EDMPrecond",
-        ADM | {"img_resolution": 32, "label_dim": 3, "model_channels": 32, "channel_mult": [1, 2, 4], "augment_dim": 9}
-        | {"attn_resolutions": [32, 16, 8], "use_fp16": True},
+        ADM | {"img_resolution": 16, "label_dim": 3, "model_channels": 32, "channel_mult": [1, 2, 4], "augment_dim": 9}
+        | {"attn_resolutions": [16, 8, 4], "use_fp16": True},
     ),
     "iddpm_adm": (
         "iDDPMPrecond",

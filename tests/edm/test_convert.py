@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -147,27 +146,19 @@ def test_command(tmp_path, reference, capsys):
     assert subprocess.run([sys.executable, "-c", loads], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.slow
-def test_time_and_memory(tmp_path, new_reference):
-    """What is measured at CIFAR-10's size (docs/edm.md), at a tenth of it: memory of at most 3 times the file."""
-    kwargs = {
-        "model_type": "SongUNet",
-        "model_channels": 64,
-        "channel_mult": [1, 2, 2],
-        "num_blocks": 2,
-        "attn_resolutions": [16],
-    }
-    ref = new_reference("EDMPrecond", kwargs | {"img_resolution": 32})
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the largest resident memory from /proc")
+def test_memory(tmp_path, new_reference):
+    """Of the whole process, python with numpy included: docs/edm.md has 1.2 times the file at 223 MB."""
+    kwargs = {"model_type": "SongUNet", "model_channels": 64, "channel_mult": [1, 2, 2], "num_blocks": 2, "attn_resolutions": [8]}
+    ref = new_reference("EDMPrecond", kwargs | {"img_resolution": 16})
     file = tmp_path / "net.pkl"
     file.write_bytes(ref.dump())
-    code = "import resource, sys; from scripts.convert_edm import main; b = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-    code += "main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - b)"
-    began = time.perf_counter()
+    code = "import sys; from scripts.convert_edm import main; main(sys.argv[1:]); "
+    code += "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     done = subprocess.run([sys.executable, "-c", code, file, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - began < 15
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout.split()[-1]) * unit < 3 * file.stat().st_size
+    assert file.stat().st_size > 20e6
+    assert int(done.stdout.split()[-2]) * 1024 < 60e6 + 2 * file.stat().st_size
 
 
 # What is refused ----------------------------------------------------------------------------------------------------------
