@@ -38,13 +38,13 @@ SMALL = {
     "student": (
         *("student.lora.rank=16", "student.optimizer.lr=5e-4", "student.optimizer.warmup_steps=20", "ema_halflife=2000"),
         *("student.optimizer.schedule=cosine", "student.optimizer.final_ratio=0.1", "log_every=10"),
-        *("sample_every=100", "checkpoint_every=100", "snapshot_every=100"),
+        *("sample_every=80", "checkpoint_every=80", "snapshot_every=80"),
     ),
-    "vardiu": ("steps=400", "batch_size=32", "objective.posterior.optimizer.lr=1e-3"),
+    "vardiu": ("steps=160", "batch_size=32", "objective.posterior.optimizer.lr=1e-3"),
     "diff_instruct": (
         *("steps=400", "batch_size=32", "objective.fake_score.optimizer.lr=1e-3", "objective.fake_score.lora.rank=16"),
     ),
-    "varflow": ("steps=400", "batch_size=128", "student.optimizer.lr=2e-3"),
+    "varflow": ("steps=160", "batch_size=128", "student.optimizer.lr=2e-3"),
 }
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--size", choices=("cpu", "full"), default="cpu")
-    parser.add_argument("--images", type=int, default=1000, help="of each model, to measure")
+    parser.add_argument("--images", type=int, default=500, help="of each model, to measure")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     args = parser.parse_args()
     folder, start = args.output / "cifar", time.perf_counter()
