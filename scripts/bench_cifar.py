@@ -40,7 +40,7 @@ SMALL = {
         *("student.optimizer.schedule=cosine", "student.optimizer.final_ratio=0.1", "log_every=10"),
         *("sample_every=80", "checkpoint_every=80", "snapshot_every=80"),
     ),
-    "vardiu": ("steps=160", "batch_size=32", "objective.posterior.optimizer.lr=1e-3"),
+    "vardiu": ("steps=400", "batch_size=32", "objective.posterior.optimizer.lr=1e-3"),
     "diff_instruct": (
         *("steps=400", "batch_size=32", "objective.fake_score.optimizer.lr=1e-3", "objective.fake_score.lora.rank=16"),
     ),
