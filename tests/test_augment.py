@@ -66,6 +66,17 @@ def test_scale_and_stretch_of_a_wave():
     assert_close(tall[..., inner, inner], narrower[..., inner, inner], rtol=0, atol=0.02)
 
 
+def test_stretch_along_an_oblique_axis():
+    """The axis is (cos r, -sin r), rows counted downwards."""
+    n, r = 64, 0.6
+    at = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
+    along = math.cos(r) * at[None, :] - math.sin(r) * at[:, None]
+    wave, expected = ((2 * math.pi * along / 32 / k).cos().expand(B, 1, n, n) for k in (1, 2**0.4))
+    out = apply(wave, changes(stretch=2.0, direction=r))
+    inner = slice(16, 48)
+    assert_close(out[..., inner, inner], expected[..., inner, inner], rtol=0, atol=0.02)
+
+
 def test_matrices_keep_the_area_but_for_the_scale():
     some = changes(angle=0.7, stretch=1.3, direction=0.4, scale=-0.8)
     assert_close(torch.linalg.det(some.matrices()), torch.full((B,), 2 ** (2 * 0.2 * 0.8), dtype=torch.float64))
@@ -92,7 +103,14 @@ def test_how_often(generator):
     assert abs(float(moved[:, 0].mean()) - p) < 5 * math.sqrt(p / n)
     done = torch.stack([drawn.scale != 0, drawn.angle != 0, drawn.stretch != 0, moved[:, 0] != 0], 1).double()
     assert (torch.corrcoef(done.T) - torch.eye(4, dtype=torch.float64)).abs().max() < 0.03
-    for value, std in ((drawn.scale, 1), (drawn.stretch, 1), (drawn.angle, math.pi / math.sqrt(3)), (drawn.shift, 1)):
+    uniform = math.pi / math.sqrt(3)
+    for value, std in (
+        (drawn.scale, 1),
+        (drawn.stretch, 1),
+        (drawn.angle, uniform),
+        (drawn.direction, uniform),
+        (drawn.shift, 1),
+    ):
         assert abs(float(value[value != 0].std()) / std - 1) < 0.05
 
 

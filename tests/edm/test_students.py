@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from torchvision.utils import save_image
 
 from pipelines.edm import EDMPipeline
 from pipelines.noise import EDMSchedule, add_noise
@@ -24,6 +25,7 @@ from trainers.draws import DrawSource
 from trainers.edm import EDMModels
 from trainers.ema import Ema, constant_decay
 from trainers.objectives.diff_instruct import DiffInstruct
+from trainers.setup import preview
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
@@ -144,7 +146,8 @@ def test_lora_student(objective, configure, converted, tmp_path):
         torch.save((z, labels, expected), tmp_path / "expected.pt")
         done = subprocess.run([sys.executable, "-c", script, teacher, student, tmp_path / "expected.pt"], cwd=ROOT)
         assert done.returncode == 0
-    assert (tmp_path / "run" / "samples" / "step_00000020.png").is_file()
+    save_image(preview(load_student(student), 8, 0), tmp_path / "again.png", nrow=3)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "run" / "samples" / "step_00000020.png").read_bytes()
     info = json.loads((student / "student.json").read_text())
     assert (info["weights"], info["readout_sigma"], info["base_model"]) == ("lora", 2.5, str(teacher))
 
@@ -177,10 +180,15 @@ def test_roles_start_as_the_teacher(case, configure):
         condition = {"class_labels": torch.tensor([0, 1])} if models.num_classes else None
         with torch.no_grad():
             x0, features = models.teacher(x, level, condition, return_features=True)
+            # at the one level of a student, whose pipeline knows no other
+            student = models.student(x, condition) / 2 + 0.5
+            assert torch.equal(one_step(models.pipeline, x, None if condition is None else condition["class_labels"]), student)
             if objective == "diff_instruct":
                 other = models.fake_score().eval()(x, level, condition)
             else:
-                other = models.posterior(True)(x, level, condition, features).x0_mean
+                posterior = models.posterior(True)
+                assert any("lora_" in n for n, _ in posterior.named_parameters()) == (objective == "vardiu_adapter")
+                other = posterior(x, level, condition, features).x0_mean
         assert_close(other, x0, rtol=1e-5, atol=1e-5)
 
 
