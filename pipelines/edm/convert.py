@@ -22,7 +22,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from .layout import STYLES, check_layout, decoder_layers, encoder_layers, state_shapes
-from .pickles import DAMAGE, Array, Instance, SnapshotError, Storage, read_pickle, storage_key
+from .pickles import DAMAGE, Instance, SnapshotError
+from .torch_pickles import Array, Storage, read_torch_pickle, storage_key
 
 PRECONDITIONERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 MODELS = {"SongUNet": "song", "DhariwalUNet": "adm"}
@@ -97,7 +98,7 @@ def convert(source: str | Path, output: str | Path) -> Converted:
 
 def read_snapshot(data: memoryview) -> Snapshot:
     """A pickle of EDM or SiD: {"ema": the network, ...}, or the network itself."""
-    value, end = read_pickle(data)
+    value, end = read_torch_pickle(data)
     if end != len(data):
         raise SnapshotError(f"byte {end}: {len(data) - end} more bytes after the end of the pickle")
     network = value.get("ema") if isinstance(value, dict) else value
@@ -171,7 +172,7 @@ def read_zip(file: Path) -> Snapshot:
                     held[name] = Storage(kind, data)
                 return held[name]
 
-            value, _ = read_pickle(memoryview(archive.read(names[0])), storage)
+            value, _ = read_torch_pickle(memoryview(archive.read(names[0])), storage)
     except (zipfile.BadZipFile, EOFError) as error:
         raise SnapshotError(f"the zip file is damaged or truncated ({error})") from error
     if isinstance(value, dict) and isinstance(value.get("model"), dict):

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from pipelines.edm import EDMPipeline, EDMUNet
 from pipelines.edm.convert import convert
 from pipelines.edm.layout import state_shapes
-from pipelines.edm.pickles import SnapshotError, read_pickle
+from pipelines.edm.pickles import SnapshotError
+from pipelines.edm.torch_pickles import read_torch_pickle
 from scripts import convert_edm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +250,7 @@ def test_tensors_outside_their_storage(tmp_path, offset, shape, strides):
 def test_tensors_inside_their_storage():
     """Offsets and strides are followed, transposed views too."""
     tensor = torch.arange(24.0)[3:23].reshape(4, 5).T[1:4]
-    value, _ = read_pickle(memoryview(pickle.dumps(tensor, protocol=4)))
+    value, _ = read_torch_pickle(memoryview(pickle.dumps(tensor, protocol=4)))
     assert np.array_equal(value.numpy(), tensor.numpy())
     assert not value.numpy().flags.writeable
 
