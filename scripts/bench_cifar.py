@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from eval.evaluate import load_pipeline
+from eval.frechet import GaussianStats, frechet_distance
 from eval.generate import generate
 from pipelines.images import ImageSet, load_parquet
 from pipelines.provenance import git_commit, versions
@@ -72,8 +73,10 @@ def main() -> None:
 
     images = load_parquet([str(file)], "img", "label", 32, 3)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:20_000]
-    judge = Judge(ImageSet(images.pixels[order], images.labels[order]), folder / "judge.safetensors")
-    numbers, rows = {"real, held out": judge.held_out}, [images.pixels[:16]]
+    judge = Judge(ImageSet(images.pixels[order], images.labels[order]), folder / "judge.safetensors", steps=300)
+    as_many = GaussianStats.of(judge.held_out_features[: args.images])  # the distance depends on how many images there are
+    floor = {"fd": frechet_distance(as_many, judge.real), "accuracy": judge.held_out["accuracy"]}
+    numbers, rows = {"real, held out, as many": floor}, [images.pixels[:16]]
 
     def measure(name: str, model: Path, role: str, show: bool) -> None:
         """Its numbers are kept beside a model; of those in the grid, 16 images are drawn again."""

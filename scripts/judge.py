@@ -66,7 +66,7 @@ class Judge:
     file: where its weights are kept. held_out: the numbers of a tenth of the images, kept apart.
     """
 
-    def __init__(self, data: ImageSet, file: Path) -> None:
+    def __init__(self, data: ImageSet, file: Path, steps: int = 800) -> None:
         pixels, labels, rest = data.pixels, data.labels, len(data) // 10
         torch.manual_seed(0)
         self.net = Classifier()
@@ -79,10 +79,11 @@ class Judge:
                 x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
                 return F.cross_entropy(self.net.train()(x)[1], labels[rest:][rows])
 
-            train(self.net, loss, len(pixels) - rest, 800, 128, 5e-3, "classifier")
+            train(self.net, loss, len(pixels) - rest, steps, 128, 5e-3, "classifier")
             save_file(self.net.state_dict(), file)
         features, classes = self.net.read(pixels)
         self.real = GaussianStats.of(features[rest:])
+        self.held_out_features = features[:rest]
         fd = frechet_distance(GaussianStats.of(features[:rest]), self.real)
         self.held_out = {"fd": fd, "accuracy": (classes[:rest] == labels[:rest]).double().mean().item()}
 
