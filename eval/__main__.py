@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .evaluate import evaluate
-from .protocols import PROTOCOLS, get_protocol
-from .report import FILES, write_report
-from .runs import find_run
+from .digits.evaluate import evaluate
+from .digits.protocol import PROTOCOLS, get_protocol
+from .digits.report import FILES, write_report
+from .digits.runs import find_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

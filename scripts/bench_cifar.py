@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from eval.evaluate import load_pipeline
+from eval.digits.evaluate import load_pipeline
+from eval.digits.generate import generate
 from eval.frechet import GaussianStats, frechet_distance
-from eval.generate import generate
 from pipelines.images import ImageSet, load_parquet
 from pipelines.provenance import git_commit, versions
 

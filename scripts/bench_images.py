@@ -24,13 +24,13 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from eval.evaluate import load_pipeline
-from eval.features import AreaDownsampled, FeatureExtractor, PcaPixels, digits_extractor
+from eval.digits.evaluate import load_pipeline
+from eval.digits.features import AreaDownsampled, FeatureExtractor, PcaPixels, digits_extractor
+from eval.digits.generate import generate
+from eval.digits.runs import find_run
 from eval.figures import benchmark_chart
 from eval.frechet import GaussianStats, frechet_distance
-from eval.generate import generate
 from eval.metrics import class_balance, energy_distance, halves_floor, pixel_std
-from eval.runs import find_run
 from pipelines.images import ImageSet, load_digits, load_parquet, to_unit
 from pipelines.provenance import git_commit, versions
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from eval.features import EXTRACTORS, AreaDownsampled, PcaPixels, digits_extractor, one_thread, train_digits_extractor
+from eval.digits.features import EXTRACTORS, AreaDownsampled, PcaPixels, digits_extractor, one_thread, train_digits_extractor
 from eval.frechet import GaussianStats, frechet_distance
 from eval.metrics import halves_floor
 from pipelines.images import load_digits, to_pixels, to_unit
@@ -63,7 +63,7 @@ def test_two_trainings_agree_bit_for_bit_whatever_the_threads(digits):
 
 def test_same_weights_with_other_cpu_instructions():
     """As on another processor: without vector instructions sums round differently, and the rounded weights hide it."""
-    code = "from eval.features import train_digits_extractor; print(train_digits_extractor(epochs=4).sha256)"
+    code = "from eval.digits.features import train_digits_extractor; print(train_digits_extractor(epochs=4).sha256)"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eval.digits.generate import generate
 from eval.frechet import GaussianStats, frechet_distance
-from eval.generate import generate, image_generator, image_label
 from eval.metrics import (
     class_balance,
     energy_distance,
@@ -17,6 +17,7 @@ from eval.metrics import (
     pixel_std,
     random_halves,
 )
+from eval.seeds import image_generator, image_label
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import nn
 
 from eval.__main__ import main
-from eval.evaluate import evaluate
+from eval.digits.evaluate import evaluate
+from eval.digits.protocol import PROTOCOLS, get_protocol
+from eval.digits.report import FILES, write_report
+from eval.digits.runs import Run, curves, ess_by_level, find_run, read_metrics
 from eval.figures import grid, panels
+from eval.files import write_atomically
 from eval.metrics import class_balance
-from eval.protocols import PROTOCOLS, get_protocol
-from eval.report import FILES, write_atomically, write_report
-from eval.runs import Run, curves, ess_by_level, find_run, read_metrics
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
 from pipelines.images import load_digits
 from pipelines.students import save_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from pipelines.images import to_pixels
 
-SEED_STRIDE = 1_000_003
+from ..seeds import image_generator, image_label
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,6 @@ class Generated:
     @property
     def seconds_per_image(self) -> float:
         return self.seconds / len(self.pixels)
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The generator of image `index`; for seed 0 its seed is the index itself, as in EDM's "seeds 0-49999".
-
-    PyTorch's CPU generator keeps only 32 bits of its seed. A hash of (seed, index) would therefore collide for some
-    pair of 50,000 images with probability 1/4; a stride never collides within a set.
-    """
-    return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**32)
-
-
-def image_label(seed: int, index: int, num_classes: int) -> int:
-    """A class drawn uniformly for image `index`, without touching the generator that its noise comes from."""
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % num_classes
 
 
 def generate(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 
-from . import figures
+from .. import figures
+from ..files import write_atomically
 from .evaluate import Evaluation, Measured
 from .page import page
 from .runs import curves, ess_by_level
@@ -27,21 +26,6 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, contents, strict=True):
         write_atomically(folder / name, content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Under a temporary name in the same folder first, so that no reader ever sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)  # mkstemp makes private files; there is no way to read the mask but to set it
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def samples_image(evaluation: Evaluation):

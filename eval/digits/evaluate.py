@@ -15,10 +15,8 @@ from tqdm import tqdm
 from pipelines.images import ImageSet, to_unit
 from pipelines.provenance import git_commit, versions
 
-from .features import EXTRACTORS, FeatureExtractor
-from .frechet import GaussianStats, frechet_distance
-from .generate import Generated, generate
-from .metrics import (
+from ..frechet import GaussianStats, frechet_distance
+from ..metrics import (
     NeighbourCheck,
     class_balance,
     energy_distance,
@@ -27,7 +25,9 @@ from .metrics import (
     pixel_std,
     random_halves,
 )
-from .protocols import DATASETS, Protocol
+from .features import EXTRACTORS, FeatureExtractor
+from .generate import Generated, generate
+from .protocol import DATASETS, Protocol
 from .runs import Role, Run
 
 PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")
