@@ -1,63 +1,256 @@
-"""Command line: `python -m eval run --protocol digits-10k --teacher RUN --student NAME=RUN --output DIR`."""
+"""Command line: `python -m eval run | generate | metrics | reference | compare`, by named protocols."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .digits.evaluate import evaluate
-from .digits.protocol import PROTOCOLS, get_protocol
-from .digits.report import FILES, write_report
-from .digits.runs import find_run
+from .protocols import INCEPTION_MODES, METRICS, PROTOCOLS
+
+DIGITS = "digits-10k"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads --config FILE, a YAML of the same options, before the command line, which goes before it."""
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        argv = list(sys.argv[1:] if argv is None else argv)
+        return super().parse_args(with_config(argv))
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """Options of a --config file, put before those of the command line, so that these prevail. ValueError for what is no option."""
+    files = [i for i, word in enumerate(argv) if word == "--config"]
+    if not files:
+        return argv
+    i = files[0]
+    if len(files) > 1 or i + 1 == len(argv):
+        raise ValueError("--config takes one file, once")
+    import yaml
+
+    file = Path(argv[i + 1])
+    if not file.is_file():
+        raise FileNotFoundError(f"--config: no such file {str(file)!r}")
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {file} is not valid YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--config: {file} must hold `option: value` lines")
+    known = {name.removeprefix("--").replace("-", "_") for name in OPTIONS}
+    words: list[str] = []
+    for key, value in options.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"--config: {file} has an unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if value is None or (value is False and key != "exact"):
+            continue
+        if key == "exact":
+            words += ["--exact" if value else "--no-exact"]
+            continue
+        words += [f"--{key.replace('_', '-')}"]
+        words += [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    command, rest = argv[:1], argv[1:i] + argv[i + 2 :]
+    return command + words + rest
+
+
+OPTIONS: dict[str, dict] = {
+    # what
+    "--protocol": {"required": True, "metavar": "NAME", "help": f"one of: {', '.join((*PROTOCOLS, DIGITS))}"},
+    "--metrics": {"nargs": "+", "metavar": "M", "help": f"of: {', '.join(METRICS)} (default: the protocol's)"},
+    "--num-images": {"type": int, "metavar": "N", "help": "other than the protocol's; needs --force"},
+    "--draws": {"type": int, "metavar": "D", "help": "how many sets of seeds (default: the protocol's)"},
+    "--force": {"action": "store_true", "help": "allow another number of images; every report says so"},
+    "--output": {"required": True, "metavar": "DIR", "help": "where results go"},
+    "--config": {"metavar": "FILE", "help": "a YAML file of these options; those on the command line prevail"},
+    # the model
+    "--model": {"metavar": "M", "help": "pipeline or student: a folder, a run's output_dir or a hub id"},
+    "--lora": {"metavar": "DIR", "help": "LoRA weights to put on it"},
+    "--base-model": {"metavar": "M", "help": "where a LoRA student's base model lies now"},
+    "--steps": {"type": int, "metavar": "N", "help": "sampling steps (default: the pipeline's; a student's is 1)"},
+    "--guidance-scale": {"type": float, "metavar": "W", "help": "default: the pipeline's; a student's is 1"},
+    "--image-size": {"type": int, "metavar": "PX", "help": "height and width to ask for"},
+    "--dtype": {"choices": ("float32", "bfloat16", "float16"), "default": "float32"},
+    "--seed": {"type": int, "default": 0, "metavar": "S", "help": "0 gives image i the seed i"},
+    "--batch-size": {"type": int, "default": 64, "metavar": "B", "help": "images drawn at a time"},
+    "--exact": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "one image a call, so that bytes do not depend on the batch size (default: on a CPU)",
+    },
+    "--teacher": {"metavar": "M", "help": "also time this model against --model"},
+    "--teacher-steps": {"type": int, "default": 50, "metavar": "N"},
+    "--latency-batch": {"type": int, "default": 8, "metavar": "B", "help": "images at a time when timing"},
+    # images that are there
+    "--images": {"metavar": "SRC", "help": "folder, .zip, .parquet or hub data set (owner/name:split)"},
+    "--image-column": {"metavar": "C", "help": "of --images, where it has several"},
+    "--reference": {"metavar": "SRC", "help": "real images, or statistics (a folder made by `reference`, EDM's .npz)"},
+    "--reference-column": {"metavar": "C"},
+    "--captions": {"metavar": "FILE", "help": ".txt, .csv, .jsonl, .parquet, or COCO's captions_*.json"},
+    "--caption-column": {"default": "caption", "metavar": "C"},
+    # networks
+    "--weights-dir": {"metavar": "DIR", "help": "where weights are looked for first (or $ONE_STEP_WEIGHTS)"},
+    "--inception": {"metavar": "FILE", "help": "this TorchScript file (or .pth for legacy_pytorch) instead of the published one"},
+    "--clip": {"metavar": "PATH", "help": "the CLIP score's network, instead of the protocol's"},
+    "--clip-336": {"metavar": "DIR", "help": "CMMD's network"},
+    "--dinov2": {"metavar": "DIR", "help": "FD-DINOv2's network"},
+    "--clip-aesthetic": {"metavar": "DIR", "help": "the aesthetic score's CLIP"},
+    "--aesthetic": {"metavar": "FILE", "help": "the aesthetic score's last layers"},
+    "--feature-batch": {"type": int, "default": 64, "metavar": "B", "help": "images a network sees at a time"},
+    "--workers": {"type": int, "default": 0, "metavar": "W", "help": "processes that decode images"},
+    "--start-method": {"choices": ("fork", "spawn", "forkserver"), "help": "of those processes"},
+    "--baselines": {"metavar": "FILE", "help": "published numbers (default: docs/baselines.yaml)"},
+    # protocol custom
+    "--size": {"type": int, "metavar": "PX", "help": "custom: the side images must have"},
+    "--crop-to": {"type": int, "metavar": "PX", "help": "custom: largest centred square, Lanczos to this side"},
+    "--inception-mode": {"choices": INCEPTION_MODES, "help": "custom: how images reach 299 pixels"},
+    "--clip-model": {"metavar": "ID", "help": "custom: hub id or open_clip:model:tag"},
+    "--clip-prefix": {"metavar": "TEXT", "help": "custom: put before each caption"},
+    "--grayscale": {"action": "store_true", "help": "custom: take grey photographs as grey RGB"},
+}
+MODEL = ("model", "lora", "base_model", "steps", "guidance_scale", "image_size", "dtype", "seed", "batch_size", "exact")
+NETWORKS = ("weights_dir", "inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic")
+READING = ("feature_batch", "workers", "start_method")
+CUSTOM = ("size", "crop_to", "inception_mode", "clip_model", "clip_prefix", "grayscale")
+COMMON = ("protocol", "metrics", "num_images", "draws", "force", "output", "config")
+CAPTIONS, REFERENCE = ("captions", "caption_column"), ("reference", "reference_column")
+TIMING, IMAGES = ("teacher", "teacher_steps", "latency_batch"), ("images", "image_column")
+COMMANDS = {
+    "run": (*COMMON, *MODEL, *TIMING, *IMAGES, *REFERENCE, *CAPTIONS, *NETWORKS, *READING, "baselines", *CUSTOM),
+    "metrics": (*COMMON, *IMAGES, *REFERENCE, *CAPTIONS, *NETWORKS, *READING, "baselines", *CUSTOM),
+    "generate": (*COMMON, *MODEL, *CAPTIONS, *CUSTOM),
+    "reference": (*COMMON, *REFERENCE, *NETWORKS, *READING, *CUSTOM),
+}
+HELP = {
+    "run": "generate images, measure them, report",
+    "metrics": "measure images that are there, report",
+    "generate": "the images of a protocol alone; resumable, any number of processes",
+    "reference": "statistics of real images, for many evaluations",
+    "compare": "evaluations beside each other and beside published numbers",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one line on stderr where the command cannot work as given."""
-    args = _parser().parse_args(argv)
-    return args.command(args)
+    """Exit code: 0, or 2 with the fault on stderr where the command cannot work as given."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+        return args.function(args)
+    except (OSError, ValueError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"eval: error: {error}", file=sys.stderr)
+        return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval", description="Measure generators against real images.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run",
-        help="generate, measure and report, by a named protocol",
-        description=f"Generate images from a teacher and its students, measure them, write {', '.join(FILES)}.",
+def _parser() -> Parser:
+    parser = Parser(prog="python -m eval", description="Measure generators against real images.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
+    for name, keys in COMMANDS.items():
+        command = commands.add_parser(name, help=HELP[name], description=HELP[name], allow_abbrev=False)
+        for key in keys:
+            flag = f"--{key.replace('_', '-')}"
+            command.add_argument(flag, **OPTIONS[flag])
+        defaults = {f.removeprefix("--").replace("-", "_"): o.get("default") for f, o in OPTIONS.items()}
+        command.set_defaults(function=FUNCTIONS[name], **{k: v for k, v in defaults.items() if k not in keys})
+        if name == "run":
+            command.add_argument(
+                "--student",
+                action="extend",
+                nargs="+",
+                default=[],
+                metavar="NAME=RUN",
+                help=f"{DIGITS}: name and run folder of each",
+            )
+    compare = commands.add_parser("compare", help=HELP["compare"], description=HELP["compare"], allow_abbrev=False)
+    compare.add_argument("runs", nargs="+", metavar="DIR", help="--output folders of evaluations; NAME=DIR to name them")
+    compare.add_argument("--output", required=True, metavar="DIR")
+    compare.add_argument(
+        "--force", action="store_true", help="put numbers side by side that are not comparable; the report says so"
     )
-    run.set_defaults(command=_run)
-    run.add_argument("--protocol", required=True, metavar="NAME", help=f"one of: {', '.join(PROTOCOLS)}")
-    run.add_argument("--teacher", required=True, type=Path, metavar="RUN", help="run folder, or its teacher/ folder")
-    run.add_argument(
-        "--student",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="NAME=RUN",
-        help="a name for the report and a run folder, or its student/ folder; repeat for several",
-    )
-    run.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the report goes")
-    run.add_argument("--num-images", type=int, metavar="N", help="other than the protocol's; needs --force")
-    run.add_argument("--force", action="store_true", help="allow --num-images; the report says so")
-    run.add_argument("--seed", type=int, metavar="S", help="first seed of the images (default: the protocol's)")
+    compare.add_argument("--baselines", **OPTIONS["--baselines"])
+    compare.set_defaults(function=_compare)
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:  # all that can be known to be wrong before minutes of work; later errors are bugs and keep their traceback
-        protocol = get_protocol(args.protocol).adjusted(args.num_images, args.seed, args.force)
-        named = _named_students(args.student)
-        teacher = find_run("teacher", args.teacher, "teacher")
-        students = [find_run(name, path, "student") for name, path in named]
-        _require_writable(args.output)
-    except (OSError, ValueError) as error:
-        print(f"eval: error: {error}", file=sys.stderr)
-        return 2
-    write_report(evaluate(protocol, teacher, students), args.output)
-    print(f"wrote {', '.join(str(args.output / name) for name in FILES)}")
+    if args.protocol == DIGITS:
+        return _digits(args)
+    if args.student:
+        raise ValueError(f"--student is for {DIGITS}; give the student as --model (or its folder as --lora)")
+    from .run import check, run
+
+    job = check(args)  # all that can be known to be wrong before minutes of work
+    _require_writable(Path(args.output))
+    content = run(job)
+    if content:
+        print(content["protocol"]["computed"])
+        for name, numbers in content["metrics"].items():
+            print(f"{name} {numbers['value']:.6g}")
+        print(f"wrote {args.output}/{{metrics.json,report.html,metrics.png,samples.png}}")
+    return 0
+
+
+def _reference(args: argparse.Namespace) -> int:
+    from .run import make_reference
+
+    if not args.reference:
+        raise ValueError("--reference is needed: the real images, a folder, .zip, .parquet or hub data set")
+    _require_writable(Path(args.output))
+    facts = make_reference(args)
+    print(f"wrote {args.output}: {', '.join(facts['extractors'])} of {facts['images']['n']:,} images")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .run import make_only
+
+    if not args.model:
+        raise ValueError("--model is needed: a pipeline or student, a folder, a run's output_dir or a hub id")
+    _require_writable(Path(args.output))
+    folder = make_only(args)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"images are in {folder}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .report import write_comparison
+    from .results import comparable
+    from .run import load_results
+
+    named = [(a, b) if b else (Path(a).name, a) for a, _, b in (run.partition("=") for run in args.runs)]
+    contents = [(name, load_results(path)) for name, path in named]
+    if len(dict(contents)) < len(contents):
+        raise ValueError(f"two runs have one name ({', '.join(name for name, _ in named)}); name them: NAME=DIR")
+    faults = comparable(contents)
+    if faults and not args.force:
+        raise ValueError("these evaluations are not comparable: " + "; ".join(faults) + "; --force compares them and says so")
+    _require_writable(Path(args.output))
+    print(write_comparison(contents, Path(args.output), args.baselines))
+    return 0
+
+
+def _digits(args: argparse.Namespace) -> int:
+    """The study of the digits: a teacher and its students in one report."""
+    from .digits.evaluate import evaluate
+    from .digits.protocol import get_protocol
+    from .digits.report import FILES, write_report
+    from .digits.runs import find_run
+
+    if not args.teacher:
+        raise ValueError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
+    protocol = get_protocol(args.protocol).adjusted(args.num_images, args.seed, args.force)
+    named = _named_students(args.student)
+    teacher = find_run("teacher", Path(args.teacher), "teacher")
+    students = [find_run(name, path, "student") for name, path in named]
+    output = Path(args.output)
+    _require_writable(output)
+    write_report(evaluate(protocol, teacher, students), output)
+    print(f"wrote {', '.join(str(output / name) for name in FILES)}")
     return 0
 
 
@@ -83,6 +276,8 @@ def _require_writable(folder: Path) -> None:
         reason = error.strerror or error
         raise OSError(f"--output {folder}: cannot write there ({reason}); name a folder you may write to") from error
 
+
+FUNCTIONS = {"run": _run, "metrics": _run, "generate": _generate, "reference": _reference}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipelines import images
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet
 from pipelines.images import ImageSet
+from pipelines.launch import check_processes
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
@@ -51,12 +52,7 @@ def fail(error: Exception) -> NoReturn:
 def make_accelerator(run: Run) -> Accelerator:
     project = ProjectConfiguration(project_dir=run.output_dir)
     accelerator = Accelerator(log_with=run.trackers or None, project_config=project)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ValueError(
-            f"{started} processes were started, but accelerate takes each for the only one; on a CPU set ACCELERATE_USE_CPU=true "
-            "(or launch with configs/accelerate/cpu_2.yaml)"
-        )
+    check_processes(accelerator)
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type.value} is not supported: a step differentiates several networks separately, which "

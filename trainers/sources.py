@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.images import to_unit
+from pipelines.prompts import read_rows
 
 from .config_data import Captions, Prompts, TeacherSamples
 
@@ -104,51 +102,11 @@ def load_rows(data: Prompts | Captions | TeacherSamples) -> PromptRows:
     """The rows that a data section names. FileNotFoundError or ValueError name the file, row or column at fault."""
     if isinstance(data, Captions):
         return _captions(data)
-    prompts = read_prompts(data.file, data.column)
+    cells = read_rows(data.file, data.column, "data.file", "data.column")
+    prompts = [p for cell in cells for p in (cell if isinstance(cell, list) else [cell])]
     if isinstance(data, TeacherSamples):
         prompts = [p for p in prompts for _ in range(data.images_per_prompt)]
     return PromptRows(prompts, f"data.file {data.file!r}")
-
-
-def read_prompts(file: str, column: str) -> list[str]:
-    path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"data.file: no such file {file!r}; give a .txt, .csv, .jsonl or .parquet of prompts")
-    if path.suffix not in (".txt", ".csv", ".jsonl", ".parquet"):
-        raise ValueError(f"data.file: {file!r} is none of .txt, .csv, .jsonl, .parquet")
-    try:
-        rows = _read_rows(path, column)
-    except (ValueError, csv.Error) as error:  # not UTF-8, not JSON, not parquet
-        raise ValueError(f"data.file: cannot read {file!r}: {error}") from error
-    for i, row in enumerate(rows):
-        if column not in row:
-            raise ValueError(f"data.column: no column {column!r} in row {i + 1} of {file!r}; it has {', '.join(map(str, row))}")
-    return [p for row in rows for p in (row[column] if isinstance(row[column], list) else [row[column]])]
-
-
-def _read_rows(path: Path, column: str) -> list[dict[str, Any]]:
-    """Rows by column; of a .txt its lines under the name asked for."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        return table.read([column]).to_pylist() if column in names else [dict.fromkeys(names)]
-    text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark first
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would also cut at rarer characters within a prompt
-    if path.suffix == ".txt":
-        return [{column: line} for line in lines]
-    rows = []
-    for i, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {i + 1} is not valid JSON ({error})") from error
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"line {i + 1} is no JSON object, {{...}}")
-    return rows
 
 
 def _captions(data: Captions) -> CaptionRows:

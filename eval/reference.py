@@ -1,0 +1,147 @@
+"""What generated images are compared with: statistics of real ones, with everything they depend on beside them.
+
+A reference is a folder: reference.json (images, processing, extractors) and <extractor>.npz (mu, sigma, n, and features where a
+metric compares image by image). EDM's published .npz (mu, sigma) is read as it is.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .files import write_atomically
+from .one_pass import Gathered
+from .protocols import Protocol
+from .weights import sha256
+
+FORMAT = 1
+IDENTITY = ("network", "input", "sha256")  # of an extractor, what features depend on
+
+
+@dataclass(frozen=True)
+class Reference:
+    """moments: extractor -> (mean (d,), covariance (d, d)), float64; rows: extractor -> features (n, d) where they are kept."""
+
+    facts: dict[str, Any]
+    moments: dict[str, tuple[Tensor, Tensor]]
+    rows: dict[str, Tensor]
+
+
+def of_images(gathered: Gathered, protocol: Protocol, images: dict[str, Any], extractors: dict[str, dict[str, Any]]) -> Reference:
+    """images: ImageFiles.identity(); extractors: their describe()."""
+    facts = {
+        "format": FORMAT,
+        "protocol": protocol.name,
+        "processing": protocol.processing,
+        "images": images,
+        "extractors": {key: extractors[key] for key in gathered.stats},
+    }
+    moments = {key: (stats.mean, stats.cov) for key, stats in gathered.stats.items()}
+    return Reference(facts, moments, dict(gathered.rows))
+
+
+def save(reference: Reference, folder: Path) -> None:
+    """reference.json is written last: where it is, all is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, (mean, cov) in reference.moments.items():
+        arrays = {"mu": mean.numpy(), "sigma": cov.numpy(), "n": np.int64(reference.facts["images"]["n"])}
+        if key in reference.rows:
+            arrays["features"] = reference.rows[key].numpy()
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_atomically(folder / f"{key}.npz", buffer.getvalue())
+    write_atomically(folder / "reference.json", (json.dumps(reference.facts, indent=1) + "\n").encode())
+
+
+def is_statistics(source: str) -> bool:
+    path = Path(source)
+    return path.suffix == ".npz" or (path / "reference.json").is_file()
+
+
+def load(
+    source: str, protocol: Protocol, extractors: dict[str, dict[str, Any]], dims: dict[str, int], raw: list[str]
+) -> Reference:
+    """extractors: describe() of each that is needed, dims: its columns, raw: those whose feature rows are needed.
+
+    FileNotFoundError or ValueError name the file and what of it belongs to another protocol or extractor.
+    """
+    path = Path(source)
+    if path.suffix == ".npz":
+        return _published(path, extractors, dims, raw)
+    file = path / "reference.json"
+    try:
+        facts = json.loads(file.read_text())
+        if facts["format"] != FORMAT:
+            raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+        known = facts["processing"], facts["extractors"], facts["images"]["n"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a reference ({error!r}); make it again with python -m eval reference"
+        ) from error
+    if known[0] != protocol.processing:
+        raise ValueError(
+            f"{source} was made for protocol {facts['protocol']} with {known[0]}, protocol {protocol.name} has {protocol.processing}; "
+            "make a reference for this protocol: python -m eval reference"
+        )
+    moments, rows = {}, {}
+    for key, mine in extractors.items():
+        theirs = known[1].get(key)
+        if theirs is None:
+            raise ValueError(f"{source} has no statistics of {key}, only of {', '.join(known[1])}; make it with these --metrics")
+        for part in IDENTITY:
+            if theirs.get(part) != mine.get(part):
+                raise ValueError(
+                    f"{source}: {part} of {key} is {theirs.get(part)!r} there and {mine.get(part)!r} here; make it again"
+                )
+        arrays = _read(path / f"{key}.npz", ("mu", "sigma", *(("features",) if key in raw else ())), dims[key])
+        moments[key] = arrays["mu"], arrays["sigma"]
+        if key in raw:
+            if len(arrays["features"]) != known[2]:
+                raise ValueError(
+                    f"{path / key}.npz has {len(arrays['features'])} rows, reference.json says {known[2]}; make it again"
+                )
+            rows[key] = arrays["features"].float()
+    return Reference(facts, moments, rows)
+
+
+def _published(path: Path, extractors: dict[str, dict[str, Any]], dims: dict[str, int], raw: list[str]) -> Reference:
+    if not path.is_file():
+        raise FileNotFoundError(f"--reference: no such file {str(path)!r}")
+    others = [key for key in extractors if key != "inception"]
+    if others or raw:
+        raise ValueError(
+            f"{path} holds a mean and a covariance of Inception features, which is enough for fid only; for other metrics make a "
+            "reference of the images: python -m eval reference"
+        )
+    arrays = _read(path, ("mu", "sigma"), dims["inception"])
+    facts = {"file": path.name, "sha256": sha256(path), "images": {"n": None}, "extractors": {}}
+    return Reference(
+        facts | {"note": "as published: nothing in it says of which images"}, {"inception": tuple(arrays.values())}, {}
+    )
+
+
+def _read(file: Path, keys: tuple[str, ...], dim: int) -> dict[str, Tensor]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {key: torch.from_numpy(np.asarray(stored[key])) for key in keys}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such file {str(file)!r}; make the reference again with python -m eval reference") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}): expected the arrays {', '.join(keys)}; get or make it again"
+        ) from error
+    shapes = {"mu": (dim,), "sigma": (dim, dim)}
+    for key, value in arrays.items():
+        if key in shapes and tuple(value.shape) != shapes[key]:
+            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the extractor gives {shapes[key]}")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{file}: {key} holds NaN or infinite values; get or make it again")
+    return {key: value.double() if key in shapes else value for key, value in arrays.items()}

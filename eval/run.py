@@ -1,0 +1,263 @@
+"""The commands: what is wrong is said before anything heavy is imported, loaded or generated; numbers are written last."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .captions import Captions, read_captions
+from .measure import Plan, plan
+from .protocols import Protocol, get_protocol
+from .weights import weights_dir
+
+GIVEN = ("inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic")  # options that name weights
+CUSTOM = ("size", "crop_to", "inception_mode", "clip_model", "clip_prefix", "grayscale")  # options of protocol custom alone
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the options mean, checked. captions: one an image of a draw, or None."""
+
+    args: Namespace
+    protocol: Protocol
+    plan: Plan
+    captions: Captions | None
+
+
+def check(args: Namespace) -> Job:
+    """Everything that can be known to be wrong from the options and small files. FileNotFoundError or ValueError."""
+    protocol = chosen_protocol(args)
+    if bool(args.model) == bool(args.images):
+        raise ValueError("give either --model (images are generated) or --images (they are there)")
+    if args.images:
+        protocol = replace(protocol, draws=1)
+    elif not protocol.num_images:
+        raise ValueError("--num-images is needed: protocol custom has no number of its own")
+    made = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
+    if made.reference_extractors and not args.reference:
+        raise ValueError(f"--reference is needed for {', '.join(protocol.metrics)}: {protocol.reference}, or statistics of them")
+    captions = read_captions(args.captions, args.caption_column) if args.captions else None
+    if captions is not None and protocol.num_images:
+        captions = captions.first(protocol.num_images)
+    if captions is None and (made.needs_captions or (protocol.captions and not args.images)):
+        raise ValueError(f"--captions is needed: {protocol.captions or 'one an image, for the CLIP score'}")
+    return Job(args, protocol, made, captions)
+
+
+def chosen_protocol(args: Namespace) -> Protocol:
+    protocol = get_protocol(args.protocol)
+    own = {key: getattr(args, key) for key in CUSTOM if getattr(args, key) not in (None, False)}
+    if own and protocol.name != "custom":
+        raise ValueError(f"--{next(iter(own)).replace('_', '-')} is fixed by protocol {protocol.name}; use --protocol custom")
+    if "inception_mode" in own:
+        own["inception"] = own.pop("inception_mode")
+    return replace(protocol, **own).adjusted(args.num_images, args.draws, args.metrics, args.force)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Generate where there is a model, measure, write metrics.json and report.html. Returns metrics.json's content."""
+    from accelerate import Accelerator
+
+    from pipelines.launch import check_processes
+
+    from . import reference as references
+    from .image_files import ImageFiles
+    from .measure import build, compute, over_draws
+    from .one_pass import one_pass
+    from .report import write_report
+    from .results import results
+
+    accelerator = Accelerator()
+    check_processes(accelerator)
+    args, protocol, output = job.args, job.protocol, Path(job.args.output)
+    first, started = accelerator.is_main_process, time.perf_counter()
+    images = None
+    if args.images:
+        images = ImageFiles(args.images, protocol, job.plan.views, args.image_column, args.num_images)
+        protocol = _sized(protocol, len(images), args)
+        if job.captions is not None and len(job.captions) != len(images):
+            raise ValueError(f"{len(images):,} images and {len(job.captions):,} captions: one an image is needed, in their order")
+    sampler = load_model(args, accelerator.device) if args.model else None
+    if sampler is not None and sampler.takes == "prompt" and job.captions is None:
+        raise ValueError("--captions is needed: this model draws images from text")
+    extractors = build(job.plan, accelerator.device)
+    described = {key: e.describe() for key, e in extractors.items()}
+    reference = None
+    if job.plan.reference_extractors:
+        reference = load_or_measure(job, protocol, extractors, described, accelerator)
+        n = reference.facts["images"]["n"]
+        if n not in (None, protocol.reference_images) and protocol.name != "custom" and not args.force:
+            raise ValueError(
+                f"--reference has {n:,} images, protocol {protocol.name} compares with {protocol.reference_images:,}; "
+                "add --force to do it anyway (every report will say so)"
+            )
+    draws, generated, timings = [], [], {}
+    for draw in range(protocol.draws):
+        part = images
+        if sampler is not None:
+            folder = make_images(sampler, job, draw, accelerator)
+            part = ImageFiles(str(folder), protocol, job.plan.views)
+        begin = time.perf_counter()
+        texts = job.captions.texts if job.captions is not None else None
+        gathered = one_pass(
+            part, extractors, job.plan.raw, texts, args.feature_batch, args.workers, accelerator, "measuring", args.start_method
+        )
+        timings["measured_images_per_s"] = len(part) / (time.perf_counter() - begin)
+        if first:
+            draws.append(compute(protocol.metrics, gathered, reference))
+            generated.append(part.identity())
+    if not first:
+        return {}
+    facts = {"reference": reference.facts if reference else None, "images": generated, "extractors": described}
+    facts |= {"captions": job.captions.describe() if job.captions else None, "seed": args.seed}
+    facts |= {"model": sampler.describe() if sampler else None, "device": str(accelerator.device)}
+    facts |= {"latency": latencies(job, sampler) if sampler is not None else {}}
+    timings["seconds"] = time.perf_counter() - started
+    content = results(protocol, over_draws(draws, protocol.report), facts | {"timings": timings})
+    write_report(content, part, output, args.baselines)
+    if reference is not None and not references.is_statistics(args.reference):
+        references.save(reference, output / "reference")
+    return content
+
+
+def load_model(args: Namespace, device: Any, teacher: bool = False) -> Any:
+    from .sampler import load_sampler
+
+    if teacher:
+        return load_sampler(args.teacher, None, args.teacher_steps, None, args.dtype, device, image_size=args.image_size)
+    options = (args.lora, args.steps, args.guidance_scale, args.dtype, device, args.base_model, args.image_size)
+    return load_sampler(args.model, *options)
+
+
+def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> Path:
+    """The images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed."""
+    from .generate import generate
+
+    n, args = job.protocol.num_images, job.args
+    folder = Path(args.output) / "images" / f"draw{draw}"
+    texts = job.captions.texts if job.captions is not None else None
+    exact = accelerator.device.type == "cpu" if args.exact is None else args.exact
+    indices = range(draw * n, (draw + 1) * n)
+    generate(sampler, folder, indices, args.seed, args.batch_size, texts, accelerator, f"draw {draw}", exact)
+    return folder
+
+
+def load_or_measure(job: Job, protocol: Protocol, extractors: dict, described: dict, accelerator: Any) -> Any:
+    """--reference: statistics, checked against what they are used for, or images to be measured now."""
+    from . import reference as references
+    from .image_files import ImageFiles
+    from .one_pass import one_pass
+
+    args, wanted = job.args, job.plan.reference_extractors
+    if references.is_statistics(args.reference):
+        dims = {key: extractors[key].outputs["features"] for key in wanted}
+        return references.load(args.reference, protocol, {k: described[k] for k in wanted}, dims, job.plan.raw)
+    views = sorted({extractors[key].view for key in wanted})
+    images = ImageFiles(args.reference, protocol, views, args.reference_column)
+    used = {key: without_logits(extractors[key]) for key in wanted}
+    gathered = one_pass(
+        images, used, job.plan.raw, None, args.feature_batch, args.workers, accelerator, "reference", args.start_method
+    )
+    identity = images.identity() if accelerator.is_main_process else {"n": len(images)}
+    return references.of_images(gathered, protocol, identity, described)
+
+
+def without_logits(extractor: Any) -> Any:
+    """The same network for the reference, of which no score is taken."""
+    import copy
+
+    if "logits" not in extractor.outputs:
+        return extractor
+    view = copy.copy(extractor)
+    view.outputs = {"features": extractor.outputs["features"]}
+    return view
+
+
+def latencies(job: Job, sampler: Any) -> dict[str, Any]:
+    """Seconds an image of the model, and of --teacher at --teacher-steps."""
+    from .sampler import latency
+
+    if not job.args.teacher:
+        return {}
+    texts, batch = job.captions.texts if job.captions is not None else None, job.args.latency_batch
+    model = latency(sampler, batch, captions=texts)
+    teacher = latency(load_model(job.args, sampler.pipe.device, teacher=True), batch, captions=texts)
+    return {"model": model, "teacher": teacher, "speedup": teacher["seconds_per_image"] / model["seconds_per_image"]}
+
+
+def make_reference(args: Namespace) -> dict[str, Any]:
+    """`python -m eval reference`: statistics of real images for a protocol, in args.output."""
+    from . import reference as references
+
+    protocol = chosen_protocol(args)
+    job_plan = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
+    if not job_plan.reference_extractors:
+        raise ValueError(f"--metrics: none of {', '.join(protocol.metrics)} compares with real images")
+    from accelerate import Accelerator
+
+    from pipelines.launch import check_processes
+
+    from .measure import build
+
+    accelerator = Accelerator()
+    check_processes(accelerator)
+    extractors = build(job_plan, accelerator.device)
+    described = {key: e.describe() for key, e in extractors.items()}
+    job = Job(args, protocol, job_plan, None)
+    reference = load_or_measure(job, protocol, extractors, described, accelerator)
+    n, standard = reference.facts["images"]["n"], protocol.reference_images
+    if n != standard and protocol.name != "custom" and not args.force:
+        raise ValueError(
+            f"{args.reference} has {n:,} images, protocol {protocol.name} compares with {standard:,}; --force to go on"
+        )
+    if accelerator.is_main_process:
+        references.save(reference, Path(args.output))
+    return reference.facts
+
+
+def make_only(args: Namespace) -> Path:
+    """`python -m eval generate`: the images of a protocol, and nothing measured."""
+    protocol = chosen_protocol(args)
+    captions = read_captions(args.captions, args.caption_column) if args.captions else None
+    if protocol.captions and captions is None:
+        raise ValueError(f"--captions is needed: {protocol.captions}")
+    if captions is not None:
+        captions = captions.first(protocol.num_images)
+    if not protocol.num_images:
+        raise ValueError("--num-images is needed: protocol custom has no number of its own")
+    from accelerate import Accelerator
+
+    from pipelines.launch import check_processes
+
+    accelerator = Accelerator()
+    check_processes(accelerator)
+    job = Job(args, protocol, Plan(protocol, {}, {}), captions)
+    sampler = load_model(args, accelerator.device)
+    for draw in range(protocol.draws):
+        folder = make_images(sampler, job, draw, accelerator)
+    return folder.parent
+
+
+def _sized(protocol: Protocol, n: int, args: Namespace) -> Protocol:
+    """For images that are there. ValueError where their number is not the one that was asked for."""
+    if protocol.num_images and n != protocol.num_images:
+        hint = "" if n > protocol.num_images else "; add --num-images and --force to measure fewer (every report will say so)"
+        raise ValueError(f"{args.images} holds {n:,} images, {protocol.num_images:,} are needed{hint}")
+    return replace(protocol, num_images=n)
+
+
+def load_results(path: str) -> dict[str, Any]:
+    """metrics.json of a file or folder. ValueError or FileNotFoundError name it."""
+    file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file {str(file)!r}; give the --output folder of an evaluation")
+    try:
+        content = json.loads(file.read_text())
+        content["metrics"], content["protocol"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no metrics.json of an evaluation ({error!r})") from error
+    return content

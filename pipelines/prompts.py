@@ -1,0 +1,51 @@
+"""Prompts and captions as they lie in files: .txt, .csv, .jsonl and .parquet. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[Any]:
+    """The cells of one column, in order; of a .txt its lines. FileNotFoundError or ValueError start with the key at fault."""
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{file_key}: no such file {file!r}; give a .txt, .csv, .jsonl or .parquet of prompts")
+    if path.suffix not in (".txt", ".csv", ".jsonl", ".parquet"):
+        raise ValueError(f"{file_key}: {file!r} is none of .txt, .csv, .jsonl, .parquet")
+    try:
+        rows = _read_rows(path, column)
+    except (ValueError, csv.Error) as error:  # not UTF-8, not JSON, not parquet
+        raise ValueError(f"{file_key}: cannot read {file!r}: {error}") from error
+    for i, row in enumerate(rows):
+        if column not in row:
+            raise ValueError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {', '.join(map(str, row))}")
+    return [row[column] for row in rows]
+
+
+def _read_rows(path: Path, column: str) -> list[dict[str, Any]]:
+    """Rows by column; of a .txt its lines under the name asked for."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        return table.read([column]).to_pylist() if column in names else [dict.fromkeys(names)]
+    text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark first
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would also cut at rarer characters within a prompt
+    if path.suffix == ".txt":
+        return [{column: line} for line in lines]
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {i + 1} is not valid JSON ({error})") from error
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"line {i + 1} is no JSON object, {{...}}")
+    return rows
