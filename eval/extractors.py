@@ -100,9 +100,10 @@ class Inception:
         if self.mode == "legacy_tensorflow":
             return self.base(images, return_features=True).flatten(1)
         if self.mode == "clean":
-            return self.layers((clean_resize(images) - 128) / 128).flatten(1)
-        x = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", align_corners=False).clamp(0, 255)
-        return self.layers(x / 255 * 2 - 1).flatten(1)
+            x = (clean_resize(images) - 128) / 128
+        else:
+            x = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", align_corners=False).clamp(0, 255) / 255 * 2 - 1
+        return self.layers(x.contiguous(memory_format=torch.channels_last)).flatten(1)  # twice as fast on a CPU
 
     @torch.inference_mode()
     def _output_weight(self) -> Tensor:
@@ -243,17 +244,16 @@ class Clip:
 
 
 class _Transformers:
-    input = "the model's own processor (preprocessor_config.json)"
-
     def __init__(self, name: str, weights: Found, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         try:
             self.net = CLIPModel.from_pretrained(weights.path).to(device).eval().requires_grad_(False)
             self.tokenizer = AutoTokenizer.from_pretrained(weights.path)
-            self.processor = AutoImageProcessor.from_pretrained(weights.path, use_fast=True)
+            self.processor = AutoImageProcessor.from_pretrained(weights.path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{weights.path} is no whole CLIP model: {str(error).splitlines()[0]}") from error
+        self.input = type(self.processor).__name__
         self.device, self.dim = device, self.net.config.projection_dim
         self.longest = self.net.config.text_config.max_position_embeddings
 

@@ -33,9 +33,7 @@ class TorchScriptInception(nn.Module):
         self.layers = layers
         self.output = nn.Linear(dim, classes)
 
-    def forward(
-        self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
-    ) -> Tensor:
+    def forward(self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False) -> Tensor:
         # TensorFlow 1's resize: pixel i of the output reads position i * scale, without a half-pixel shift
         rows, columns = weights(img.shape[2]).to(img.device), weights(img.shape[3]).to(img.device)
         features = self.layers((rows @ img.to(torch.float32) @ columns.T - 128) / 128)
@@ -59,7 +57,9 @@ def small_layers(dim: int) -> nn.Sequential:
     )
 
 
-def inception(file: Path, calibration: Tensor, dim: int = 2048, full: bool = False, classes: int = 1008) -> tuple[Path, Path | None]:
+def inception(
+    file: Path, calibration: Tensor, dim: int = 2048, full: bool = False, classes: int = 1008
+) -> tuple[Path, Path | None]:
     """A TorchScript file, and for the full network the same weights as pytorch-fid's .pth.
 
     calibration: uint8 (b, 3, h, w); batch norms take their statistics from them, else random features would hardly vary.

@@ -1,0 +1,69 @@
+"""Networks with random weights in the published formats, and images on disk; all made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scripts import random_networks
+
+DIM = 37
+
+
+def pictures(n: int, seed: int, side: int = 32) -> Tensor:
+    """uint8 (n, 3, side, side): coarse random colours with some noise, so that images differ as a whole and in detail."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 5, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear", align_corners=False)
+    return ((smooth + 0.1 * torch.rand(n, 3, side, side, generator=generator)).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def save(pixels: Tensor, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_pictures() -> Callable[..., Tensor]:
+    return pictures
+
+
+@pytest.fixture(scope="session")
+def save_pictures() -> Callable[[Tensor, Path], Path]:
+    return save
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory) -> SimpleNamespace:
+    """inception: a small TorchScript file of 37 features; clip, clip_768, dinov2: folders; aesthetic: a .pth."""
+    folder = tmp_path_factory.mktemp("networks")
+    return SimpleNamespace(
+        dim=DIM,
+        inception=random_networks.inception(folder / "small.pt", pictures(31, 1), dim=DIM, classes=11)[0],
+        clip=random_networks.clip(folder / "clip"),
+        clip_768=random_networks.clip(folder / "clip_768", projection=768),
+        dinov2=random_networks.dinov2(folder / "dinov2"),
+        aesthetic=random_networks.aesthetic(folder / "aesthetic.pth"),
+    )
+
+
+@pytest.fixture(scope="session")
+def full_inception(tmp_path_factory) -> tuple[Path, Path]:
+    """The published architecture: a TorchScript file and the same weights as pytorch-fid's .pth."""
+    return random_networks.inception(tmp_path_factory.mktemp("full") / "inception.pt", pictures(11, 2), full=True)
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory) -> SimpleNamespace:
+    """a: 61 images, b: 97 others: folders of 32x32 PNG files, and their pixels."""
+    folder = tmp_path_factory.mktemp("sets")
+    a, b = pictures(61, 3), (pictures(97, 4).float() * 0.9).to(torch.uint8)
+    return SimpleNamespace(a=save(a, folder / "a"), b=save(b, folder / "b"), a_pixels=a, b_pixels=b)
