@@ -84,6 +84,12 @@ OPTIONS: dict[str, dict] = {
     },
     "--teacher": {"metavar": "M", "help": "also time this model against --model"},
     "--teacher-steps": {"type": int, "default": 50, "metavar": "N"},
+    "--student": {
+        "action": "extend",
+        "nargs": "+",
+        "metavar": "NAME=RUN",
+        "help": f"{DIGITS}: a name for the report and a run folder, or its student/ folder; repeat for several",
+    },
     "--latency-batch": {"type": int, "default": 8, "metavar": "B", "help": "images at a time when timing"},
     # images that are there
     "--images": {"metavar": "SRC", "help": "folder, .zip, .parquet or hub data set (owner/name:split)"},
@@ -120,7 +126,7 @@ COMMON = ("protocol", "metrics", "num_images", "draws", "force", "output", "conf
 CAPTIONS, REFERENCE = ("captions", "caption_column"), ("reference", "reference_column")
 TIMING, IMAGES = ("teacher", "teacher_steps", "latency_batch"), ("images", "image_column")
 COMMANDS = {
-    "run": (*COMMON, *MODEL, *TIMING, *IMAGES, *REFERENCE, *CAPTIONS, *NETWORKS, *READING, "baselines", *CUSTOM),
+    "run": (*COMMON, *MODEL, *TIMING, *IMAGES, *REFERENCE, *CAPTIONS, *NETWORKS, *READING, "baselines", *CUSTOM, "student"),
     "metrics": (*COMMON, *IMAGES, *REFERENCE, *CAPTIONS, *NETWORKS, *READING, "baselines", *CUSTOM),
     "generate": (*COMMON, *MODEL, *CAPTIONS, *CUSTOM),
     "reference": (*COMMON, *REFERENCE, *NETWORKS, *READING, *CUSTOM),
@@ -141,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         return args.function(args)
     except (OSError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"eval: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"eval: error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return 2
 
 
@@ -156,15 +162,6 @@ def _parser() -> Parser:
             command.add_argument(flag, **OPTIONS[flag])
         defaults = {f.removeprefix("--").replace("-", "_"): o.get("default") for f, o in OPTIONS.items()}
         command.set_defaults(function=FUNCTIONS[name], **{k: v for k, v in defaults.items() if k not in keys})
-        if name == "run":
-            command.add_argument(
-                "--student",
-                action="extend",
-                nargs="+",
-                default=[],
-                metavar="NAME=RUN",
-                help=f"{DIGITS}: name and run folder of each",
-            )
     compare = commands.add_parser("compare", help=HELP["compare"], description=HELP["compare"], allow_abbrev=False)
     compare.add_argument("runs", nargs="+", metavar="DIR", help="--output folders of evaluations; NAME=DIR to name them")
     compare.add_argument("--output", required=True, metavar="DIR")
@@ -244,7 +241,7 @@ def _digits(args: argparse.Namespace) -> int:
     if not args.teacher:
         raise ValueError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
     protocol = get_protocol(args.protocol).adjusted(args.num_images, args.seed, args.force)
-    named = _named_students(args.student)
+    named = _named_students(args.student or [])
     teacher = find_run("teacher", Path(args.teacher), "teacher")
     students = [find_run(name, path, "student") for name, path in named]
     output = Path(args.output)

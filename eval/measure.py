@@ -37,10 +37,6 @@ class Plan:
         return [key for key in self.found if any(METRICS[m] == key and m in RAW_FEATURES for m in self.protocol.metrics)]
 
     @property
-    def needs_captions(self) -> bool:
-        return "clip_score" in self.protocol.metrics
-
-    @property
     def shares_clip(self) -> bool:
         """Whether the CLIP score and the aesthetic score read one network the same way, so that it runs once for both."""
         same = {"clip", "clip_aesthetic"} <= self.found.keys() and self.found["clip"].path == self.found["clip_aesthetic"].path

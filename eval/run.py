@@ -11,7 +11,7 @@ from typing import Any
 
 from .captions import Captions, read_captions
 from .measure import Plan, plan
-from .protocols import Protocol, get_protocol
+from .protocols import AGAINST_REFERENCE, Protocol, get_protocol
 from .weights import weights_dir
 
 GIVEN = ("inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic")  # options that name weights
@@ -37,14 +37,14 @@ def check(args: Namespace) -> Job:
         protocol = replace(protocol, draws=1)
     elif not protocol.num_images:
         raise ValueError("--num-images is needed: protocol custom has no number of its own")
-    made = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
-    if made.reference_extractors and not args.reference:
+    if any(metric in AGAINST_REFERENCE for metric in protocol.metrics) and not args.reference:
         raise ValueError(f"--reference is needed for {', '.join(protocol.metrics)}: {protocol.reference}, or statistics of them")
     captions = read_captions(args.captions, args.caption_column) if args.captions else None
     if captions is not None and protocol.num_images:
         captions = captions.first(protocol.num_images)
-    if captions is None and (made.needs_captions or (protocol.captions and not args.images)):
+    if captions is None and ("clip_score" in protocol.metrics or (protocol.captions and not args.images)):
         raise ValueError(f"--captions is needed: {protocol.captions or 'one an image, for the CLIP score'}")
+    made = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
     return Job(args, protocol, made, captions)
 
 
@@ -162,8 +162,9 @@ def load_or_measure(job: Job, protocol: Protocol, extractors: dict, described: d
     gathered = one_pass(
         images, used, job.plan.raw, None, args.feature_batch, args.workers, accelerator, "reference", args.start_method
     )
-    identity = images.identity() if accelerator.is_main_process else {"n": len(images)}
-    return references.of_images(gathered, protocol, identity, described)
+    if not accelerator.is_main_process:
+        return references.Reference({"images": {"n": len(images)}}, {}, {})
+    return references.of_images(gathered, protocol, images.identity(), described)
 
 
 def without_logits(extractor: Any) -> Any:

@@ -25,13 +25,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from pipelines.images import ImageSet, load_parquet, to_pixels, to_unit
 from pipelines.provenance import git_commit, versions
 from pipelines.stable_diffusion import decode_latents, encode_images, load_pipeline, one_step_scheduler
 from pipelines.students import load_student
 
+from . import random_networks
 from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
 from .judge import Judge, train
 
@@ -114,13 +115,7 @@ def make_vae(pixels: Tensor, steps: int) -> AutoencoderKL:
 def make_pipeline(folder: Path, pixels: Tensor, vae_steps: int) -> None:
     """An untrained Stable Diffusion pipeline with v-prediction: characters are tokens, the text encoder is random and frozen."""
     vae = make_vae(pixels, vae_steps)
-    words = folder.with_name("vocabulary")
-    words.mkdir(parents=True, exist_ok=True)
-    letters = [chr(c) for c in range(33, 127)]
-    vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (words / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=16)
+    tokenizer = random_networks.tokenizer(folder.with_name("vocabulary"), length=16)
     torch.manual_seed(1)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,28 +84,31 @@ def inception(
     return file, file.with_suffix(".pth")
 
 
-def tokenizer_files(folder: Path) -> int:
-    """A CLIP tokenizer in which every printable ASCII character is a token, with or without the end of a word; its size."""
+def tokenizer(folder: Path, length: int = 77) -> Any:
+    """A CLIP tokenizer in which every printable ASCII character is a token, with or without the end of a word."""
+    from transformers import CLIPTokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
     characters = [chr(c) for c in range(33, 127)]
     words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return len(words)
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
 
 
 def clip(folder: Path, size: int = 32, width: int = 64, projection: int = 48, layers: int = 2, patch: int = 8) -> Path:
     """A transformers CLIP model with its tokenizer and processor."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     torch.manual_seed(1)
-    words = tokenizer_files(folder)
+    words = tokenizer(folder)
+    words.save_pretrained(folder)
+    ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.eos_token_id}
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 4}
-    text = {**shape, "vocab_size": words, "bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
+    text = {**shape, **ends, "vocab_size": len(words)}
     vision = {**shape, "image_size": size, "patch_size": patch}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection))
     model.save_pretrained(folder)
-    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
     return folder
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
 from scripts import random_networks
 
 DIM = 37
@@ -67,3 +68,16 @@ def sets(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("sets")
     a, b = pictures(61, 3), (pictures(97, 4).float() * 0.9).to(torch.uint8)
     return SimpleNamespace(a=save(a, folder / "a"), b=save(b, folder / "b"), a_pixels=a, b_pixels=b)
+
+
+@pytest.fixture(scope="session")
+def edm(tmp_path_factory) -> Path:
+    """A class-conditional EDM pipeline of 32x32 images with attention, 3 Heun steps."""
+    torch.manual_seed(5)
+    shape = {"num_blocks": 1, "channel_mult": (1, 2), "channel_mult_emb": 2, "attention_resolutions": (16,)}
+    unet = EDMUNet(sample_size=32, model_channels=16, num_classes=5, **shape)
+    for parameter in unet.parameters():  # the network's own zeros would leave little but the noise
+        torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path_factory.mktemp("edm") / "edm"
+    EDMPipeline(unet, EDMScheduler(num_inference_steps=3)).save_pretrained(folder)
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,11 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from scripts import random_networks
 from trainers import distill
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KINDS = ("sd15", "sd21", "sdxl")
-
-
-def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Every printable ASCII character is a token."""
-    folder.mkdir(parents=True)
-    characters = [chr(c) for c in range(33, 127)]
-    words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
 
 
 def tiny_text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel) -> CLIPTextModel:
@@ -53,7 +43,7 @@ def tiny_text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel) -> C
 def tiny_pipeline(kind: str, folder: Path) -> Path:
     """SD1.5 (epsilon), SD2.1 (v_prediction) or SDXL (two text encoders, micro-conditioning): 8x8 latents of 16x16 images."""
     torch.manual_seed(KINDS.index(kind))
-    tokenizer = tiny_tokenizer(folder / "vocabulary")
+    tokenizer = random_networks.tokenizer(folder / "vocabulary")
     vae = AutoencoderKL(
         block_out_channels=(16, 16),
         norm_num_groups=4,

@@ -1,0 +1,396 @@
+"""`python -m eval run`, `metrics`, `reference` and `compare` as commands, on networks with random weights, against the libraries."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid as cleanfid
+from torch import nn
+from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import register_feature_extractor
+from torchmetrics.image import FrechetInceptionDistance, InceptionScore, KernelInceptionDistance
+
+from eval.__main__ import main
+from eval.extractors import Inception
+from eval.image_files import ImageFiles
+from eval.measure import over_draws
+from eval.one_pass import one_pass
+from eval.protocols import PROTOCOLS
+from eval.weights import Found
+
+ROOT = Path(__file__).parents[2]
+TWO = ("torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
+ALL = ("fid", "kid", "inception_score", "precision_recall")
+
+
+def measured(output: Path) -> dict:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def values(output: Path) -> dict[str, float]:
+    return {name: numbers["value"] for name, numbers in measured(output)["metrics"].items()}
+
+
+@pytest.fixture
+def command(networks, sets, tmp_path):
+    """command(*more): `metrics` of set a against set b -> exit code."""
+
+    def run(*more: str, mode: str = "legacy_tensorflow", output: str = "out") -> int:
+        call = ["metrics", "--protocol", "custom", "--images", str(sets.a), "--reference", str(sets.b), "--inception-mode", mode]
+        return main([*call, "--inception", str(networks.inception), "--output", str(tmp_path / output), *more])
+
+    return run
+
+
+class SameNetwork(nn.Module):
+    """The TorchScript file as a feature extractor of torchmetrics: uint8 images -> features."""
+
+    def __init__(self, file: Path, **options: bool) -> None:
+        super().__init__()
+        self.net, self.options, self.num_features = torch.jit.load(str(file)), options, 37
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.net(images, **self.options)
+
+
+# Against the libraries, from the command to the number --------------------------------------------------------------------
+
+
+def test_clean_fid(command, networks, sets, tmp_path):
+    assert command("--metrics", "fid", "kid", mode="clean") == 0
+    layers = torch.jit.load(str(networks.inception)).layers
+
+    def extractor(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return layers((images - 128) / 128)
+
+    options = {"num_workers": 0, "device": torch.device("cpu"), "verbose": False, "mode": "clean"}
+    a, b = (cleanfid.get_folder_features(str(folder), extractor, **options) for folder in (sets.a, sets.b))
+    moments = [m for f in (a, b) for m in (f.astype(np.float64).mean(0), np.cov(f, rowvar=False))]
+    found = values(tmp_path / "out")
+    import scipy
+
+    if tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 18):  # later ones lack what clean-fid's own distance calls
+        with pytest.warns(DeprecationWarning):
+            theirs = cleanfid.frechet_distance(moments[0], moments[1], moments[2], moments[3])
+        assert found["fid"] == pytest.approx(float(np.real(theirs)), rel=1e-5)
+    np.random.seed(0)  # noqa: NPY002 clean-fid draws from it
+    all_pairs = cleanfid.kernel_distance(b[:61], a, num_subsets=1, max_subset_size=61)
+    size = measured(tmp_path / "out")["metrics"]["kid"]["subset_size"]
+    assert size == [61]
+    spread = measured(tmp_path / "out")["metrics"]["kid"]["std_over_subsets"][0]
+    assert found["kid"] == pytest.approx(all_pairs, abs=4 * spread)  # its subsets are other ones; exactly: test_distances
+
+
+def test_torch_fidelity(command, networks, sets, tmp_path):
+    """All four numbers, its own subsets and shuffles included."""
+    assert command("--metrics", *ALL) == 0
+    file = networks.inception
+
+    class Same(FeatureExtractorBase):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__(name, features_list)
+            self.features, self.net = SameNetwork(file, return_features=True), torch.jit.load(str(file))
+
+        def forward(self, images):
+            features = self.features(images)
+            weight = next(p for n, p in self.net.named_parameters() if n == "output.weight")
+            return tuple({"37": features, "logits": features @ weight.T}[name] for name in self.features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return "37", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return {"isc": "logits"}.get(metric, "37")
+
+    register_feature_extractor("same", Same)
+    theirs = calculate_metrics(
+        input1=str(sets.a),
+        input2=str(sets.b),
+        fid=True,
+        kid=True,
+        isc=True,
+        prc=True,
+        kid_subset_size=61,
+        feature_extractor="same",
+        cuda=False,
+        verbose=False,
+        cache=False,
+    )
+    found = measured(tmp_path / "out")["metrics"]
+    assert found["fid"]["value"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    assert found["kid"]["value"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+    assert found["kid"]["std_over_subsets"][0] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-5)
+    assert found["inception_score"]["value"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert found["precision"]["value"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert found["recall"]["value"] == pytest.approx(theirs["recall"], abs=1e-6)
+
+
+def test_torchmetrics(command, networks, sets, tmp_path):
+    assert command("--metrics", "fid", "inception_score") == 0
+    features = SameNetwork(networks.inception, return_features=True)
+    fid = FrechetInceptionDistance(feature=features, antialias=False)
+    fid.update(sets.b_pixels, real=True)
+    fid.update(sets.a_pixels, real=False)
+    assert values(tmp_path / "out")["fid"] == pytest.approx(fid.compute().item(), rel=1e-5)
+    kid = KernelInceptionDistance(feature=features, subsets=1, subset_size=61)
+    kid.update(sets.b_pixels[:61], real=True)
+    kid.update(sets.a_pixels, real=False)
+    extractor = Inception(Found(networks.inception, "", False), "legacy_tensorflow")
+    from eval.distances import kernel_distance
+
+    ours = kernel_distance(*(extractor(p)["features"] for p in (sets.a_pixels, sets.b_pixels[:61])), subsets=1, size=61)[0]
+    assert ours == pytest.approx(kid.compute()[0].item(), rel=1e-5)
+    weight = next(p for n, p in features.net.named_parameters() if n == "output.weight")
+    score = InceptionScore(feature=lambda images: features(images) @ weight.T, splits=1)
+    score.update(sets.a_pixels)
+    from eval.distances import InceptionScore as Ours
+
+    mine = Ours(61, 11, splits=1)
+    mine.update(extractor(sets.a_pixels)["features"] @ weight.detach().T)
+    assert mine.value()[0] == pytest.approx(score.compute()[0].item(), rel=1e-5)
+
+
+# All at once ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictures):
+    """Nine metrics, seven networks, every image decoded once; CLIP score and aesthetic score of one model share it."""
+    a, b = (save_pictures(make_pictures(n, s, 310), tmp_path / f"set{s}") for n, s in ((13, 1), (17, 2)))
+    (tmp_path / "captions.txt").write_text("".join(f"thing {i}\n" for i in range(13)))
+    metrics = ["fid", "kid", "inception_score", "precision_recall", "patch_fid", "fd_dinov2", "cmmd", "clip_score", "aesthetic"]
+    call = ["metrics", "--protocol", "custom", "--images", str(a), "--reference", str(b), "--metrics", *metrics]
+    call += ["--captions", str(tmp_path / "captions.txt"), "--inception", str(networks.inception), "--clip", str(networks.clip_768)]
+    call += ["--clip-336", str(networks.clip), "--dinov2", str(networks.dinov2), "--clip-aesthetic", str(networks.clip_768)]
+    assert main([*call, "--aesthetic", str(networks.aesthetic), "--output", str(tmp_path / "out")]) == 0
+    found = measured(tmp_path / "out")
+    names = {"precision", "recall", *metrics} - {"precision_recall"}
+    assert found["metrics"].keys() == names
+    assert all(np.isfinite(numbers["value"]) for numbers in found["metrics"].values())
+    assert sorted(found["extractors"]) == ["clip", "clip_336", "dinov2", "inception", "inception_patch"]
+    assert sorted(found["not_published_weights"]) == sorted(found["extractors"])
+    assert found["metrics"]["fid"]["images_below_dimension"] == [37]
+    assert (tmp_path / "out" / "reference" / "reference.json").is_file()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Not the published weights" in page
+    assert "the covariance has not full rank" in page
+
+
+def test_statistics_give_what_images_give(command, networks, sets, tmp_path):
+    call = ["reference", "--protocol", "custom", "--reference", str(sets.b), "--metrics", "fid", "kid", "--output", str(tmp_path / "ref")]
+    call += ["--inception", str(networks.inception), "--inception-mode", "legacy_tensorflow"]
+    assert main(call) == 0
+    assert command("--metrics", "fid", "kid") == 0
+    assert command("--metrics", "fid", "kid", "--reference", str(tmp_path / "ref"), output="again") == 0
+    assert values(tmp_path / "out") == values(tmp_path / "again")
+    assert command("--metrics", "fid", "kid", "--reference", str(tmp_path / "out" / "reference"), output="third") == 0
+    assert values(tmp_path / "third") == values(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_processes_and_workers_do_not_matter(command, networks, sets, tmp_path):
+    assert command("--metrics", *ALL, "--feature-batch", "16") == 0
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    call = ["metrics", "--protocol", "custom", "--images", str(sets.a), "--reference", str(sets.b), "--metrics", *ALL]
+    call += ["--inception", str(networks.inception), "--inception-mode", "legacy_tensorflow", "--feature-batch", "16"]
+    two = [sys.executable, "-m", *TWO, "-m", "eval", *call, "--output", str(tmp_path / "two")]
+    done = subprocess.run(two, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert measured(tmp_path / "two")["metrics"] == measured(tmp_path / "out")["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers(method, networks, sets):
+    """Every way of starting workers gives the same rows in the same order."""
+    extractor = Inception(Found(networks.inception, "", False), "clean")
+    images = ImageFiles(str(sets.a), replace(PROTOCOLS["custom"], num_images=61))
+    alone, helped = (
+        one_pass(images, {"inception": extractor}, ["inception"], batch_size=13, workers=w, start_method=method if w else None)
+        for w in (0, 2)
+    )
+    assert torch.equal(alone.rows["inception"], helped.rows["inception"])
+
+
+def test_model_from_generation_to_report(edm, networks, sets, tmp_path):
+    """run: two draws of generated images; killed after generating, it goes on without making one anew."""
+    call = ["run", "--protocol", "cifar10-50k", "--num-images", "11", "--draws", "2", "--force", "--model", str(edm), "--steps", "1"]
+    call += ["--reference", str(sets.b), "--inception", str(networks.inception), "--output", str(tmp_path / "out")]
+    assert main([*call, "--teacher", str(edm), "--teacher-steps", "4", "--latency-batch", "3"]) == 0
+    found = measured(tmp_path / "out")
+    fid = found["metrics"]["fid"]
+    assert fid["value"] == min(fid["draws"])
+    assert fid["value_is"] == "the least of the draws"
+    assert fid["mean"] == pytest.approx(sum(fid["draws"]) / 2)
+    assert found["seeds"] == [[0, 0, 10], [0, 11, 21]]
+    expected = ["11 images instead of 50,000", "2 of 3 draws", "a reference of 97 images instead of 50,000"]
+    assert found["protocol"]["departures"] == expected
+    assert "11 images in each of 2 draws (one seed an image, 0 to 21, set 0)" in found["protocol"]["computed"]
+    assert found["latency"]["teacher"]["call"]["num_inference_steps"] == 4
+    made = {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "images").rglob("*.png")}
+    assert len(made) == 22
+    assert main(call) == 0
+    assert {f: f.stat().st_mtime_ns for f in made} == made
+    assert measured(tmp_path / "out")["metrics"] == found["metrics"]
+    for name in ("samples.png", "metrics.png", "report.html"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+def test_least_and_mean_of_draws():
+    draws = [{"fid": {"value": 3.0}, "clip_score": {"value": 0.3}}, {"fid": {"value": 5.0}, "clip_score": {"value": 0.1}}]
+    least, mean = over_draws(draws, "min"), over_draws(draws, "mean")
+    assert (least["fid"]["value"], mean["fid"]["value"]) == (3.0, 4.0)
+    assert least["clip_score"]["value"] == pytest.approx(0.2)  # higher is better: the least is no honest summary
+    assert least["fid"]["std"] == pytest.approx(2**0.5)
+
+
+def test_compare(command, sets, tmp_path, capsys):
+    assert command() == 0
+    assert command("--images", str(sets.b), output="other") == 0
+    out = tmp_path / "comparison"
+    assert main(["compare", str(tmp_path / "out"), f"second={tmp_path / 'other'}", "--output", str(out), "--force"]) == 0
+    printed = capsys.readouterr().out
+    assert "NOT COMPARABLE: n: 61 in out, 97 in second" in printed
+    found = json.loads((out / "comparison.json").read_text())
+    assert [row["name"] for row in found["runs"]] == ["out", "second"]
+    assert found["runs"][1]["metrics"]["fid"] == pytest.approx(0, abs=1e-6)
+    assert "Not comparable" in (out / "report.html").read_text()
+    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "other"), "--output", str(tmp_path / "refused")]) == 2
+    assert not (tmp_path / "refused").exists()
+    assert command(output="third") == 0
+    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "third"), "--output", str(out)]) == 0
+
+
+def test_published_rows_stand_beside(sets, networks, tmp_path):
+    """Rows of docs/baselines.yaml for the protocol; with weights that nobody published they would mislead, and stay away."""
+    from eval.report import read_baselines, table
+
+    rows = read_baselines(None, "cifar10-50k")
+    assert {"fid"} <= rows[0]["metrics"].keys()
+    text = table([{"name": "mine", "steps": 1, "metrics": {"fid": 2.5}, "std": {}}], rows)
+    assert "Karras et al. 2022" in text
+    (tmp_path / "bad.yaml").write_text("- name: x\n")
+    with pytest.raises(ValueError, match="must be a list of protocol, name, metrics, source"):
+        read_baselines(str(tmp_path / "bad.yaml"), "cifar10-50k")
+
+
+def test_baselines_are_whole():
+    import yaml
+
+    rows = yaml.safe_load((ROOT / "docs" / "baselines.yaml").read_text())
+    from eval.results import TITLES
+
+    for row in rows:
+        assert row["protocol"] in PROTOCOLS
+        assert row["metrics"].keys() <= TITLES.keys()
+        assert row["source"].strip()
+        assert 0 <= row["metrics"].get("clip_score", 0.3) < 1  # raw cosine
+    assert len({(r["protocol"], r["name"], r.get("steps"), r["source"]) for r in rows}) == len(rows)
+
+
+# What cannot work ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--protocol", "coco30k"], "unknown protocol 'coco30k'; did you mean 'coco-30k'"),
+        (["--metrics", "fids"], "unknown 'fids'; did you mean 'fid'"),
+        (["--metrics", "clip_score"], "--captions is needed"),
+        (["--protocol", "cifar10-50k", "--inception-mode", "clean"], "--inception-mode is fixed by protocol cifar10-50k"),
+        (["--images", "absent"], "no such folder, .zip or .parquet: 'absent'"),
+        (["--reference", "absent.npz"], "no such file 'absent.npz'"),
+        (["--inception", "absent.pt"], "no such file or folder 'absent.pt'"),
+        (["--num-images", "1"], "statistics need at least 2 images"),
+        (["--baselines", "absent.yaml"], "--baselines: no such file"),
+    ],
+)
+def test_impossible_options(more, message, command, tmp_path, capsys):
+    assert command(*more) == 2
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_too_few_images_for_the_protocol(networks, sets, tmp_path, capsys):
+    call = ["metrics", "--protocol", "cifar10-50k", "--images", str(sets.a), "--reference", str(sets.b), "--inception", str(networks.inception)]
+    call += ["--output", str(tmp_path / "out")]
+    assert main(call) == 2
+    assert "holds 61 images, 50,000 are needed; add --num-images and --force" in capsys.readouterr().err
+    assert main([*call, "--num-images", "61"]) == 2
+    assert "add --force to do it anyway" in capsys.readouterr().err
+    assert main([*call, "--num-images", "61", "--force"]) == 0
+    assert main([*call, "--num-images", "62", "--force"]) == 2
+    assert "holds 61 images, 62 are needed" in capsys.readouterr().err
+
+
+def test_captions_and_images_must_match(command, networks, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("a\n" * 60)
+    more = ["--metrics", "clip_score", "--clip", str(networks.clip), "--captions", str(tmp_path / "captions.txt")]
+    assert command(*more) == 2
+    assert "61 images and 60 captions: one an image is needed" in capsys.readouterr().err
+
+
+def test_nan_features_stop_the_run(networks, sets, tmp_path, capsys):
+    broken = torch.jit.load(str(networks.inception))
+    with torch.no_grad():
+        next(p for n, p in broken.named_parameters() if n.endswith("8.bias"))[3] = torch.nan
+    broken.save(str(tmp_path / "broken.pt"))
+    call = ["metrics", "--protocol", "custom", "--images", str(sets.a), "--reference", str(sets.b), "--output", str(tmp_path / "out")]
+    assert main([*call, "--inception", str(tmp_path / "broken.pt")]) == 2
+    assert "features of inception are NaN or infinite for" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_bad_image_leaves_nothing_behind(command, sets, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(sets.a, tmp_path / "a")
+    (tmp_path / "a" / "0050.png").write_bytes(b"\x89PNG half")
+    assert command("--images", str(tmp_path / "a")) == 2
+    assert "0050.png" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_config_file(networks, sets, tmp_path, capsys):
+    file = tmp_path / "eval.yaml"
+    file.write_text(
+        f"protocol: custom\nimages: {sets.a}\nreference: {sets.b}\ninception: {networks.inception}\noutput: {tmp_path / 'x'}\n"
+        "metrics: [fid, kid]\ninception_mode: clean\n"
+    )
+    assert main(["metrics", "--config", str(file), "--output", str(tmp_path / "out"), "--metrics", "fid"]) == 0
+    assert list(values(tmp_path / "out")) == ["fid"]
+    assert not (tmp_path / "x").exists()
+    file.write_text("protocl: custom\n")
+    assert main(["metrics", "--config", str(file)]) == 2
+    assert "unknown option 'protocl'; did you mean 'protocol'" in capsys.readouterr().err
+    assert main(["metrics", "--config", str(tmp_path / "absent.yaml")]) == 2
+
+
+@pytest.mark.slow
+def test_memory_of_statistics_of_many_images():
+    """50,000 images of 2,048 features, as one pass takes them in: below 1 GB above what was there."""
+    code = """
+import torch
+from eval.one_pass import Gathered
+class Extractor: outputs = {"features": 2048}
+def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+rows = torch.randn(500, 2048)
+before = peak()
+gathered = Gathered(50_000, {"inception": Extractor()})
+for _ in range(100): gathered.update({"inception": {"features": rows}})
+gathered.stats["inception"].cov
+assert gathered.seen == 50_000
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1000

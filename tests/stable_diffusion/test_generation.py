@@ -1,0 +1,98 @@
+"""`python -m eval` with pipelines that take prompts: stock ones, students and LoRA folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from eval.__main__ import main
+from eval.sampler import load_sampler
+from eval.seeds import image_generator
+from scripts import random_networks
+
+CAPTIONS = ["a cat", "a dog on a mat", "a red house"]
+
+
+@pytest.fixture
+def student(recipe, distil, fresh_accelerator) -> Path:
+    config = recipe("diff_instruct", "sd15")
+    config["student"]["optimizer"] = {"lr": 0.03}
+    return distil(config, ema_decay=0.0) / "student"
+
+
+@pytest.fixture
+def captions(tmp_path) -> Path:
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    return tmp_path / "captions.txt"
+
+
+def generated(output: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(f)) for f in sorted(output.rglob("*.png")) if f.parent.name == "000000"])
+
+
+def test_stock_pipeline_by_prompt_and_seed(tiny, captions, tmp_path):
+    call = ["generate", "--protocol", "custom", "--num-images", "3", "--model", str(tiny["sd15"]), "--captions", str(captions)]
+    call += ["--steps", "2", "--guidance-scale", "3", "--image-size", "16"]
+    assert main([*call, "--output", str(tmp_path / "out")]) == 0
+    pipe = StableDiffusionPipeline.from_pretrained(tiny["sd15"])
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "guidance_scale": 3, "height": 16, "width": 16, "output_type": "np"}
+    expected = [pipe([c], generator=[image_generator(0, i)], **options).images[0] for i, c in enumerate(CAPTIONS)]
+    assert np.array_equal(generated(tmp_path / "out"), (np.stack(expected) * 255).round().astype(np.uint8))
+
+
+def test_a_student_is_called_as_it_was_trained(student, tiny, captions, tmp_path, one_thread):
+    """By its run, its folder, or as the LoRA of its base model: one step, its own scheduler, no guidance, the same pictures."""
+    ways = {
+        "run": ["--model", str(student.parent)],
+        "folder": ["--model", str(student)],
+        "lora": ["--model", str(tiny["sd15"]), "--lora", str(student)],
+    }
+    pictures = {}
+    for name, model in ways.items():
+        call = ["generate", "--protocol", "custom", "--num-images", "3", *model, "--captions", str(captions)]
+        assert main([*call, "--output", str(tmp_path / name)]) == 0
+        pictures[name] = generated(tmp_path / name)
+        facts = json.loads((tmp_path / name / "images" / "draw0" / "generation.json").read_text())["model"]
+        assert facts["call"] == {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
+        assert facts["scheduler"] == "LCMScheduler"
+        assert facts["student"]["objective"] == "diff_instruct"
+    assert np.array_equal(pictures["run"], pictures["folder"])
+    assert np.array_equal(pictures["run"], pictures["lora"])
+    plain = load_sampler(str(tiny["sd15"]), image_size=16)
+    assert plain.call["num_inference_steps"] == 50
+    assert plain.call["guidance_scale"] == 7.5
+
+
+def test_whole_run_with_captions(student, tiny, captions, tmp_path):
+    """CLIP score and latency of a student beside its teacher."""
+    clip = random_networks.clip(tmp_path / "clip")
+    call = ["run", "--protocol", "custom", "--num-images", "3", "--metrics", "clip_score", "--clip", str(clip), "--model", str(student)]
+    call += ["--captions", str(captions), "--teacher", str(tiny["sd15"]), "--teacher-steps", "5", "--image-size", "16"]
+    assert main([*call, "--latency-batch", "2", "--output", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert -1 <= found["metrics"]["clip_score"]["value"] <= 1
+    assert found["captions"]["n"] == 3
+    assert found["latency"]["teacher"]["call"]["num_inference_steps"] == 5
+    assert found["latency"]["speedup"] > 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "times as fast as the teacher" in page
+
+
+def test_prompts_are_needed(tiny, captions, tmp_path, capsys):
+    call = ["generate", "--protocol", "custom", "--num-images", "4", "--model", str(tiny["sd15"]), "--output", str(tmp_path / "out")]
+    assert main(call) == 2
+    assert "4 images need as many captions, got 0; give --captions" in capsys.readouterr().err
+    assert main([*call, "--captions", str(captions)]) == 2
+    assert "has captions for 3 images, 4 are needed" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_student_on_a_student_is_refused(student, tmp_path):
+    with pytest.raises(ValueError, match="is a student, and so is --model"):
+        load_sampler(str(student), lora=str(student))
