@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """Options of a --config file, put before those of the command line, so that these prevail. ValueError for what is no option."""
+    """Options of a --config file, put before those of the command line, so that these prevail. ValueError for unknown ones."""
     files = [i for i, word in enumerate(argv) if word == "--config"]
     if not files:
         return argv

@@ -1,4 +1,4 @@
-"""Distances and scores on features: n generated rows, m real ones, d columns. float64, in blocks, no (n, m) matrix of a whole set.
+"""Distances and scores on features: n generated rows, m real ones, d columns. float64, in blocks of rows.
 
 Definitions are the ones that published numbers use; draws of subsets are torch-fidelity's, so that its numbers come out.
 """
@@ -63,9 +63,9 @@ def cmmd(x: Tensor, y: Tensor, bandwidth: float = 10.0) -> float:
 
 
 def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
-    """Kynkaanniemi et al. 2019. precision: share of generated x within the k-th neighbour radius of some real y; recall: the reverse.
+    """Kynkaanniemi et al. 2019. precision: share of generated x within the k-th neighbour radius of some real y.
 
-    x (n, d), y (m, d), more than k rows each. The radius leaves out the image itself.
+    recall: the reverse. x (n, d), y (m, d), more than k rows each. The radius leaves out the image itself.
     """
     if min(len(x), len(y)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} images a side, got {len(x)} and {len(y)}")

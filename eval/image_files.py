@@ -28,10 +28,10 @@ GREY_MODES = ("L", "P", "1", "CMYK")  # colour spaces of photographs that become
 class ImageFiles(Dataset):
     """Images of a folder, a zip, parquet files or a hub data set (owner/name:split), in the order of their names or rows.
 
-    An item is a dict of uint8 (3, h, w), one for each view that is asked for: "image", prepared as the protocol says; "patch", 299
-    pixels from the middle of the image as it is (a smaller image whole, as in DMD2's patch FID); "clip", the largest centred
-    square resized (Lanczos) to protocol.clip_crop. FileNotFoundError and ValueError name the source or image at fault.
-    limit: only the first so many.
+    An item is a dict of uint8 (3, h, w), one for each view that is asked for: "image", prepared as the protocol says; "patch",
+    299 pixels from the middle of the image as it is (a smaller image whole, as in DMD2's patch FID); "clip", the largest
+    centred square resized (Lanczos) to protocol.clip_crop. FileNotFoundError and ValueError name the source or image at
+    fault. limit: only the first so many.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ImageFiles(Dataset):
 
 
 def as_rgb(image: Image.Image, where: str, photographs: bool, deep: bool = False) -> Image.Image:
-    """RGB as it is; grey, palette and CMYK photographs where the protocol takes them. ValueError for what would lose something."""
+    """RGB as it is; grey, palette and CMYK photographs where the protocol takes them. ValueError for what loses something."""
     clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     deep = deep or image.mode in ("I;16", "I;16B", "I", "F")
     if not clear and not deep and image.mode == "RGB":
@@ -116,8 +116,8 @@ def as_rgb(image: Image.Image, where: str, photographs: bool, deep: bool = False
         return image.convert("RGB")
     what = "transparency" if clear else "more than 8 bits a channel" if deep else "no colour channels"
     raise ValueError(
-        f"{where} has {what} (mode {image.mode}), expected 8-bit RGB; convert it yourself, since how is a choice that changes the "
-        "numbers" + ("" if photographs or image.mode not in GREY_MODES else " (--grayscale takes grey photographs as grey RGB)")
+        f"{where} has {what} (mode {image.mode}), expected 8-bit RGB; convert it yourself: how is a choice that changes numbers"
+        + ("" if photographs or image.mode not in GREY_MODES else " (--grayscale takes grey photographs as grey RGB)")
     )
 
 
@@ -125,7 +125,8 @@ def prepared(image: Image.Image, protocol: Protocol, where: str) -> Image.Image:
     """Checked for its size, or cropped to the largest centred square and resized (Lanczos), as the protocol says."""
     if protocol.size is not None and image.size != (protocol.size, protocol.size):
         raise ValueError(
-            f"{where} is {image.width}x{image.height}, protocol {protocol.name} compares images of {protocol.size}x{protocol.size}"
+            f"{where} is {image.width}x{image.height}, protocol {protocol.name} compares images of "
+            f"{protocol.size}x{protocol.size}"
         )
     return image if protocol.crop_to is None else square(image, protocol.crop_to)
 

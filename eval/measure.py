@@ -102,8 +102,8 @@ def build(plan: Plan, device: Any = "cpu") -> dict[str, Any]:
 
 
 def compute(metrics: Sequence[str], gathered: Any, reference: Any) -> dict[str, dict[str, float]]:
-    """{number: {"value": v, ...}} of one set: gathered (one_pass.Gathered) against reference (reference.Reference, or None where no
-    metric needs it). precision_recall gives "precision" and "recall".
+    """{number: {"value": v, ...}} of one set: gathered (one_pass.Gathered) against reference (reference.Reference, or None where
+    no metric needs it). precision_recall gives "precision" and "recall".
     """
     from .distances import cmmd, kernel_distance, precision_recall
     from .frechet import frechet_from_moments
@@ -135,8 +135,8 @@ def compute(metrics: Sequence[str], gathered: Any, reference: Any) -> dict[str, 
 
 
 def over_draws(draws: Sequence[dict[str, dict[str, float]]], report: str) -> dict[str, dict[str, Any]]:
-    """Numbers of each draw -> {number: {value, draws, mean, std, min}}; value: the least of the draws where report is "min" and lower
-    is better, else their mean; std: None for a single draw.
+    """Numbers of each draw -> {number: {value, draws, mean, std, min}}; value: the least of the draws where report is "min" and
+    lower is better, else their mean; std: None for a single draw.
     """
     from statistics import fmean, stdev
 

@@ -70,7 +70,7 @@ def one_pass(
     progress: str | None = None,
     start_method: str | None = None,
 ) -> Gathered:
-    """All images through all extractors. images: items {view: uint8 (3, h, w)}; captions: one an image where an extractor needs them.
+    """All images through all extractors. images: items {view: uint8 (3, h, w)}; captions: one an image where they are needed.
 
     On processes other than the main one the result stays empty. start_method: of the workers (fork, spawn, forkserver).
     """

@@ -88,8 +88,8 @@ def load(
         ) from error
     if known[0] != protocol.processing:
         raise ValueError(
-            f"{source} was made for protocol {facts['protocol']} with {known[0]}, protocol {protocol.name} has {protocol.processing}; "
-            "make a reference for this protocol: python -m eval reference"
+            f"{source} was made for protocol {facts['protocol']} with {known[0]}, protocol {protocol.name} has "
+            f"{protocol.processing}; make a reference for this protocol: python -m eval reference"
         )
     moments, rows = {}, {}
     for key, mine in extractors.items():

@@ -163,8 +163,8 @@ def page(content: dict[str, Any], name: str, samples: bytes, plot: bytes, publis
     for metric, numbers in content["metrics"].items():
         if "images_below_dimension" in numbers:
             warnings.append(
-                f"<b>{TITLES[metric]}</b> of {numbers['n']:,} images on {numbers['images_below_dimension'][0]:,} features: the covariance "
-                "has not full rank, and the value is far above that of many images."
+                f"<b>{TITLES[metric]}</b> of {numbers['n']:,} images on {numbers['images_below_dimension'][0]:,} features: "
+                "the covariance has not full rank, and the value is far above that of many images."
             )
     shown = [] if content["not_published_weights"] else published
     body = f"""<h1>{escape(name)}: {escape(protocol["name"])}</h1>

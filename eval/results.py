@@ -25,7 +25,7 @@ TITLES = {
 
 
 def results(protocol: Protocol, metrics: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """metrics: measure.over_draws; facts: model, images (of each draw), reference, extractors, captions, seed, latency, timings."""
+    """metrics: measure.over_draws; facts: model, images (of each draw), reference, extractors, captions, seed, latency, ..."""
     reference = facts["reference"]
     count = reference["images"]["n"] if reference else None
     n = protocol.num_images

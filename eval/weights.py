@@ -133,7 +133,8 @@ def _find_file(file: File, folder: Path) -> Found:
         if place.is_file():
             return _checked(file, place)
     missing = (
-        f"{file.name} is in none of {', '.join(map(str, places))}. It comes from {file.url}, sha256 {file.sha256}. Put it into {folder} "
+        f"{file.name} is in none of {', '.join(map(str, places))}. It comes from {file.url}, sha256 "
+        f"{file.sha256}. Put it into {folder} "
         f"(another folder: --weights-dir or ${WEIGHTS_DIR})"
     )
     if offline():
@@ -154,8 +155,8 @@ def _checked(file: File, place: Path) -> Found:
     digest = sha256(place)
     if digest != file.sha256:
         raise ValueError(
-            f"{place} has sha256 {digest}, the published file {file.sha256}: it is damaged or another one. Remove it, or get it again "
-            f"from {file.url}"
+            f"{place} has sha256 {digest}, the published file {file.sha256}: it is damaged or another one. Remove it, or "
+            f"get it again from {file.url}"
         )
     return Found(place, digest, True)
 

@@ -62,7 +62,9 @@ def test_full_network_agrees_everywhere(full_inception, make_pictures, tmp_path)
     (tmp_path / "inception-2015-12-05.pt").write_bytes(script.read_bytes())
     with torch.no_grad():
         clean = InceptionV3W(str(tmp_path), download=False)(images.float())
-        fidelity = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))(images)
+        fidelity = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))(
+            images
+        )
     for mode in ("clean", "legacy_tensorflow"):
         ours = Inception(found(script), mode, logits=True)(images)
         assert relative(ours["features"], clean) < 1e-5
@@ -193,7 +195,8 @@ def test_prefix_goes_before_each_caption(networks, sets):
     plain, prefixed = (Clip("x", found(networks.clip), ["cosine"], prefix=p) for p in ("", "A photo depicts "))
     captions = ["a cat", "two dogs"]
     torch.testing.assert_close(
-        prefixed(sets.a_pixels[:2], captions)["cosine"], plain(sets.a_pixels[:2], [f"A photo depicts {c}" for c in captions])["cosine"]
+        prefixed(sets.a_pixels[:2], captions)["cosine"],
+        plain(sets.a_pixels[:2], [f"A photo depicts {c}" for c in captions])["cosine"],
     )
     assert prefixed.describe()["prefix"] == "A photo depicts "
 
@@ -231,7 +234,7 @@ def test_aesthetic_is_its_definition(networks, sets):
 
 
 def test_aesthetic_needs_its_own_clip(networks):
-    with pytest.raises(ValueError, match="reads 768 columns, .* gives 48"):
+    with pytest.raises(ValueError, match=r"reads 768 columns, .* gives 48"):
         Clip("x", found(networks.clip), ["aesthetic"], aesthetic=found(networks.aesthetic))
 
 

@@ -128,7 +128,7 @@ def test_other_images_in_the_folder_are_refused(change, edm, tmp_path):
     sampler = load_sampler(str(edm), steps=1)
     call = {"indices": range(3), "seed": 0, "batch_size": 2, "exact": True}
     generate(sampler, tmp_path / "x", **call)
-    with pytest.raises(ValueError, match="holds images made with another (seed|first|batch_size)"):
+    with pytest.raises(ValueError, match=r"holds images made with another (seed|first|batch_size)"):
         generate(sampler, tmp_path / "x", **{**call, **change})
     with pytest.raises(ValueError, match="holds images made with another model"):
         generate(load_sampler(str(edm), steps=2), tmp_path / "x", **call)
@@ -163,7 +163,10 @@ def test_half_written_files_are_never_seen(edm, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("absent", "no such folder 'absent', and a hub id"), ("empty", "has no model_index.json, student.json, student/ or teacher/")],
+    [
+        ("absent", "no such folder 'absent', and a hub id"),
+        ("empty", "has no model_index.json, student.json, student/ or teacher/"),
+    ],
 )
 def test_models_that_are_none(model, message, tmp_path, capsys):
     (tmp_path / "empty").mkdir()

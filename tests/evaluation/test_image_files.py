@@ -35,7 +35,7 @@ def parquet(folder: Path, file: Path, **more: list) -> Path:
 
 def test_every_source_gives_the_same_images(sets, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for file in reversed(sorted(sets.a.glob("*.png"))):  # the order in the file does not matter
+        for file in sorted(sets.a.glob("*.png"), reverse=True):  # the order in the file does not matter
             archive.write(file, f"inside/{file.name}")
         archive.writestr("README.txt", "not an image")
         archive.writestr("__MACOSX/._0001.png", "nor this")
@@ -149,13 +149,13 @@ def test_sources_that_are_none(sets, tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"nothing holds no images \(.png, .jpg"):
         ImageFiles(str(tmp_path / "nothing"), CUSTOM)
-    with pytest.raises(FileNotFoundError, match="no such folder, .zip or .parquet"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder, .zip or .parquet"):
         ImageFiles(str(tmp_path / "absent"), CUSTOM)
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 half")
     with pytest.raises(ValueError, match="is not a whole zip file"):
         ImageFiles(str(tmp_path / "x.zip"), CUSTOM)
     (tmp_path / "x.parquet").write_bytes(b"PAR1 half")
-    with pytest.raises(ValueError, match="x.parquet cannot be read"):
+    with pytest.raises(ValueError, match=r"x.parquet cannot be read"):
         ImageFiles(str(tmp_path / "x.parquet"), CUSTOM)
 
 
@@ -168,5 +168,5 @@ def test_columns(sets, tmp_path):
         ImageFiles(str(tmp_path / "n.parquet"), CUSTOM)
     rows = {"image": [{"bytes": (sets.a / "0000.png").read_bytes(), "path": None}, None]}
     Dataset.from_dict(rows, features=Features({"image": Image()})).to_parquet(str(tmp_path / "gap.parquet"))
-    with pytest.raises(ValueError, match="row 1 of .* has no image; remove the row"):
+    with pytest.raises(ValueError, match=r"row 1 of .* has no image; remove the row"):
         ImageFiles(str(tmp_path / "gap.parquet"), CUSTOM)[1]

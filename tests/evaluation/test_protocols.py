@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 def test_published_protocols():
     cifar, coco, sdxl = (PROTOCOLS[name] for name in ("cifar10-50k", "coco-30k", "coco-10k-512"))
-    assert (cifar.num_images, cifar.size, cifar.inception, cifar.draws, cifar.report) == (50_000, 32, "legacy_tensorflow", 3, "min")
+    assert (cifar.num_images, cifar.size, cifar.inception, cifar.draws, cifar.report) == (
+        50_000,
+        32,
+        "legacy_tensorflow",
+        3,
+        "min",
+    )
     assert (coco.num_images, coco.crop_to, coco.inception, coco.clip_prefix) == (30_000, 256, "clean", "A photo depicts ")
     assert (sdxl.num_images, sdxl.crop_to, sdxl.clip_crop) == (10_000, 512, 256)
     assert "patch_fid" in sdxl.metrics
@@ -42,7 +48,7 @@ def test_departures_are_said():
 
 
 def test_another_number_needs_force():
-    with pytest.raises(ValueError, match="--num-images is 5,000 but protocol coco-30k has 30,000.*add --force"):
+    with pytest.raises(ValueError, match=r"--num-images is 5,000 but protocol coco-30k has 30,000.*add --force"):
         get_protocol("coco-30k").adjusted(5_000, None, None, force=False)
     assert get_protocol("custom").adjusted(7, None, None, force=False).num_images == 7
     with pytest.raises(ValueError, match="--num-images is 1; statistics need at least 2"):
@@ -141,7 +147,14 @@ def test_missing_file_offline(key, tmp_path, offline):
     with pytest.raises(FileNotFoundError) as error:
         find(key, None, tmp_path / "weights")
     message = str(error.value)
-    for part in (FILES[key].name, FILES[key].url, FILES[key].sha256, str(tmp_path / "weights"), "ONE_STEP_WEIGHTS", "HF_HUB_OFFLINE"):
+    for part in (
+        FILES[key].name,
+        FILES[key].url,
+        FILES[key].sha256,
+        str(tmp_path / "weights"),
+        "ONE_STEP_WEIGHTS",
+        "HF_HUB_OFFLINE",
+    ):
         assert part in message
     assert len(FILES[key].sha256) == 64
 
@@ -165,7 +178,7 @@ def test_given_files(networks, tmp_path):
     assert find("inception", str(networks.inception), tmp_path).published is False
     with pytest.raises(FileNotFoundError, match="no such file or folder 'absent'"):
         find("inception", "absent", tmp_path)
-    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors nor pytorch_model.bin"):
         find("facebook/dinov2-large", str(tmp_path), tmp_path)
 
 

@@ -58,11 +58,11 @@ def test_identity_is_whole(stored, sets):
 
 def test_another_protocol_or_extractor_is_refused(measured, stored):
     extractor, _ = measured
-    with pytest.raises(ValueError, match="was made for protocol cifar10-50k with .*, protocol imagenet64-50k has"):
+    with pytest.raises(ValueError, match=r"was made for protocol cifar10-50k with .*, protocol imagenet64-50k has"):
         load(stored, extractor, replace(PROTOCOLS["imagenet64-50k"]))
-    with pytest.raises(ValueError, match="sha256 of inception is .* there and 'other' here"):
+    with pytest.raises(ValueError, match=r"sha256 of inception is .* there and 'other' here"):
         load(stored, extractor, sha256="other")
-    with pytest.raises(ValueError, match="input of inception is .* there and 'clean' here"):
+    with pytest.raises(ValueError, match=r"input of inception is .* there and 'clean' here"):
         load(stored, extractor, input="clean")
     with pytest.raises(ValueError, match="has no statistics of dinov2, only of inception"):
         references.load(str(stored), PROTOCOL, {"dinov2": {}}, {"dinov2": 5}, [])
@@ -94,7 +94,12 @@ def test_damaged_statistics(damage, measured, stored):
         arrays["features"] = arrays["features"][:-1] if damage == "rows" else arrays["features"]
         np.savez(file, **arrays)
     messages = {"half": "cannot be read", "nan": "mu holds NaN", "shape": r"mu has shape \(36,\), the extractor gives \(37,\)"}
-    messages |= {"rows": "has 96 rows, reference.json says 97", "format": "format 99", "missing": "no such file", "json": "reference"}
+    messages |= {
+        "rows": "has 96 rows, reference.json says 97",
+        "format": "format 99",
+        "missing": "no such file",
+        "json": "reference",
+    }
     with pytest.raises((ValueError, FileNotFoundError), match=messages[damage]):
         load(stored, extractor)
 

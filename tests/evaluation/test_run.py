@@ -17,6 +17,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import register_feature_extractor
 from torchmetrics.image import FrechetInceptionDistance, InceptionScore, KernelInceptionDistance
 
+from eval import distances
 from eval.__main__ import main
 from eval.extractors import Inception
 from eval.image_files import ImageFiles
@@ -50,15 +51,16 @@ def command(networks, sets, tmp_path):
 
 
 class SameNetwork(nn.Module):
-    """The TorchScript file as a feature extractor of torchmetrics: uint8 images -> features."""
+    """The TorchScript file as a feature extractor of torchmetrics: uint8 images -> features, or logits without bias."""
 
-    def __init__(self, file: Path, **options: bool) -> None:
+    def __init__(self, file: Path, logits: bool = False) -> None:
         super().__init__()
-        self.net, self.options, self.num_features = torch.jit.load(str(file)), options, 37
+        self.net, self.logits, self.num_features = torch.jit.load(str(file)), logits, 11 if logits else 37
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self.net(images, **self.options)
+            features = self.net(images, return_features=True)
+            return features @ self.net.output.weight.T if self.logits else features
 
 
 # Against the libraries, from the command to the number --------------------------------------------------------------------
@@ -79,7 +81,7 @@ def test_clean_fid(command, networks, sets, tmp_path):
     import scipy
 
     if tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 18):  # later ones lack what clean-fid's own distance calls
-        with pytest.warns(DeprecationWarning):
+        with pytest.warns(DeprecationWarning, match="disp"):
             theirs = cleanfid.frechet_distance(moments[0], moments[1], moments[2], moments[3])
         assert found["fid"] == pytest.approx(float(np.real(theirs)), rel=1e-5)
     np.random.seed(0)  # noqa: NPY002 clean-fid draws from it
@@ -98,12 +100,10 @@ def test_torch_fidelity(command, networks, sets, tmp_path):
     class Same(FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
-            self.features, self.net = SameNetwork(file, return_features=True), torch.jit.load(str(file))
+            self.nets = nn.ModuleDict({"37": SameNetwork(file), "logits": SameNetwork(file, logits=True)})
 
         def forward(self, images):
-            features = self.features(images)
-            weight = next(p for n, p in self.net.named_parameters() if n == "output.weight")
-            return tuple({"37": features, "logits": features @ weight.T}[name] for name in self.features_list)
+            return tuple(self.nets[name](images) for name in self.features_list)
 
         @staticmethod
         def get_provided_features_list():
@@ -138,7 +138,7 @@ def test_torch_fidelity(command, networks, sets, tmp_path):
 
 def test_torchmetrics(command, networks, sets, tmp_path):
     assert command("--metrics", "fid", "inception_score") == 0
-    features = SameNetwork(networks.inception, return_features=True)
+    features = SameNetwork(networks.inception)
     fid = FrechetInceptionDistance(feature=features, antialias=False)
     fid.update(sets.b_pixels, real=True)
     fid.update(sets.a_pixels, real=False)
@@ -147,17 +147,14 @@ def test_torchmetrics(command, networks, sets, tmp_path):
     kid.update(sets.b_pixels[:61], real=True)
     kid.update(sets.a_pixels, real=False)
     extractor = Inception(Found(networks.inception, "", False), "legacy_tensorflow")
-    from eval.distances import kernel_distance
-
-    ours = kernel_distance(*(extractor(p)["features"] for p in (sets.a_pixels, sets.b_pixels[:61])), subsets=1, size=61)[0]
-    assert ours == pytest.approx(kid.compute()[0].item(), rel=1e-5)
-    weight = next(p for n, p in features.net.named_parameters() if n == "output.weight")
-    score = InceptionScore(feature=lambda images: features(images) @ weight.T, splits=1)
+    ours = distances.kernel_distance(
+        *(extractor(p)["features"] for p in (sets.a_pixels, sets.b_pixels[:61])), subsets=1, size=61
+    )[0]
+    assert ours == pytest.approx(kid.compute()[0].item(), rel=1e-4)  # float32 there: sums of 1 that cancel to .01
+    score = InceptionScore(feature=SameNetwork(networks.inception, logits=True), splits=1)
     score.update(sets.a_pixels)
-    from eval.distances import InceptionScore as Ours
-
-    mine = Ours(61, 11, splits=1)
-    mine.update(extractor(sets.a_pixels)["features"] @ weight.detach().T)
+    mine = distances.InceptionScore(61, 11, splits=1)
+    mine.update(Inception(Found(networks.inception, "", False), "legacy_tensorflow", logits=True)(sets.a_pixels)["logits"])
     assert mine.value()[0] == pytest.approx(score.compute()[0].item(), rel=1e-5)
 
 
@@ -170,7 +167,14 @@ def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictur
     (tmp_path / "captions.txt").write_text("".join(f"thing {i}\n" for i in range(13)))
     metrics = ["fid", "kid", "inception_score", "precision_recall", "patch_fid", "fd_dinov2", "cmmd", "clip_score", "aesthetic"]
     call = ["metrics", "--protocol", "custom", "--images", str(a), "--reference", str(b), "--metrics", *metrics]
-    call += ["--captions", str(tmp_path / "captions.txt"), "--inception", str(networks.inception), "--clip", str(networks.clip_768)]
+    call += [
+        "--captions",
+        str(tmp_path / "captions.txt"),
+        "--inception",
+        str(networks.inception),
+        "--clip",
+        str(networks.clip_768),
+    ]
     call += ["--clip-336", str(networks.clip), "--dinov2", str(networks.dinov2), "--clip-aesthetic", str(networks.clip_768)]
     assert main([*call, "--aesthetic", str(networks.aesthetic), "--output", str(tmp_path / "out")]) == 0
     found = measured(tmp_path / "out")
@@ -187,7 +191,18 @@ def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictur
 
 
 def test_statistics_give_what_images_give(command, networks, sets, tmp_path):
-    call = ["reference", "--protocol", "custom", "--reference", str(sets.b), "--metrics", "fid", "kid", "--output", str(tmp_path / "ref")]
+    call = [
+        "reference",
+        "--protocol",
+        "custom",
+        "--reference",
+        str(sets.b),
+        "--metrics",
+        "fid",
+        "kid",
+        "--output",
+        str(tmp_path / "ref"),
+    ]
     call += ["--inception", str(networks.inception), "--inception-mode", "legacy_tensorflow"]
     assert main(call) == 0
     assert command("--metrics", "fid", "kid") == 0
@@ -224,7 +239,20 @@ def test_workers(method, networks, sets):
 
 def test_model_from_generation_to_report(edm, networks, sets, tmp_path):
     """run: two draws of generated images; killed after generating, it goes on without making one anew."""
-    call = ["run", "--protocol", "cifar10-50k", "--num-images", "11", "--draws", "2", "--force", "--model", str(edm), "--steps", "1"]
+    call = [
+        "run",
+        "--protocol",
+        "cifar10-50k",
+        "--num-images",
+        "11",
+        "--draws",
+        "2",
+        "--force",
+        "--model",
+        str(edm),
+        "--steps",
+        "1",
+    ]
     call += ["--reference", str(sets.b), "--inception", str(networks.inception), "--output", str(tmp_path / "out")]
     assert main([*call, "--teacher", str(edm), "--teacher-steps", "4", "--latency-batch", "3"]) == 0
     found = measured(tmp_path / "out")
@@ -322,7 +350,17 @@ def test_impossible_options(more, message, command, tmp_path, capsys):
 
 
 def test_too_few_images_for_the_protocol(networks, sets, tmp_path, capsys):
-    call = ["metrics", "--protocol", "cifar10-50k", "--images", str(sets.a), "--reference", str(sets.b), "--inception", str(networks.inception)]
+    call = [
+        "metrics",
+        "--protocol",
+        "cifar10-50k",
+        "--images",
+        str(sets.a),
+        "--reference",
+        str(sets.b),
+        "--inception",
+        str(networks.inception),
+    ]
     call += ["--output", str(tmp_path / "out")]
     assert main(call) == 2
     assert "holds 61 images, 50,000 are needed; add --num-images and --force" in capsys.readouterr().err
@@ -345,7 +383,17 @@ def test_nan_features_stop_the_run(networks, sets, tmp_path, capsys):
     with torch.no_grad():
         next(p for n, p in broken.named_parameters() if n.endswith("8.bias"))[3] = torch.nan
     broken.save(str(tmp_path / "broken.pt"))
-    call = ["metrics", "--protocol", "custom", "--images", str(sets.a), "--reference", str(sets.b), "--output", str(tmp_path / "out")]
+    call = [
+        "metrics",
+        "--protocol",
+        "custom",
+        "--images",
+        str(sets.a),
+        "--reference",
+        str(sets.b),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main([*call, "--inception", str(tmp_path / "broken.pt")]) == 2
     assert "features of inception are NaN or infinite for" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*"))

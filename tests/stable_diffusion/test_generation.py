@@ -72,7 +72,19 @@ def test_a_student_is_called_as_it_was_trained(student, tiny, captions, tmp_path
 def test_whole_run_with_captions(student, tiny, captions, tmp_path):
     """CLIP score and latency of a student beside its teacher."""
     clip = random_networks.clip(tmp_path / "clip")
-    call = ["run", "--protocol", "custom", "--num-images", "3", "--metrics", "clip_score", "--clip", str(clip), "--model", str(student)]
+    call = [
+        "run",
+        "--protocol",
+        "custom",
+        "--num-images",
+        "3",
+        "--metrics",
+        "clip_score",
+        "--clip",
+        str(clip),
+        "--model",
+        str(student),
+    ]
     call += ["--captions", str(captions), "--teacher", str(tiny["sd15"]), "--teacher-steps", "5", "--image-size", "16"]
     assert main([*call, "--latency-batch", "2", "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -85,7 +97,17 @@ def test_whole_run_with_captions(student, tiny, captions, tmp_path):
 
 
 def test_prompts_are_needed(tiny, captions, tmp_path, capsys):
-    call = ["generate", "--protocol", "custom", "--num-images", "4", "--model", str(tiny["sd15"]), "--output", str(tmp_path / "out")]
+    call = [
+        "generate",
+        "--protocol",
+        "custom",
+        "--num-images",
+        "4",
+        "--model",
+        str(tiny["sd15"]),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(call) == 2
     assert "4 images need as many captions, got 0; give --captions" in capsys.readouterr().err
     assert main([*call, "--captions", str(captions)]) == 2
