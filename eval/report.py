@@ -29,6 +29,7 @@ Row = dict[str, Any]  # {"name", "metrics": {metric: value}, "steps", "source", 
 def write_report(content: dict[str, Any], images: Any, folder: Path, baselines: str | None = None) -> None:
     """content: results.results; images: an ImageFiles. metrics.json comes last: where it is, all is."""
     published = read_baselines(baselines, content["protocol"]["name"])
+    published = published if content["beside_published"] else []
     samples = figures.png(figures.grid(thumbnails(images)))
     plot = chart([own_row(folder.name, content)], published)
     html = page(content, folder.name, samples, plot, published)
@@ -42,7 +43,8 @@ def write_report(content: dict[str, Any], images: Any, folder: Path, baselines: 
 def write_comparison(contents: Sequence[tuple[str, dict[str, Any]]], folder: Path, baselines: str | None = None) -> str:
     """comparison.json, metrics.png and report.html of several evaluations; returns the table as text."""
     faults = comparable(contents)
-    published = read_baselines(baselines, contents[0][1]["protocol"]["name"]) if not faults else []
+    published = read_baselines(baselines, contents[0][1]["protocol"]["name"])
+    published = published if not faults and all(c["beside_published"] for _, c in contents) else []
     rows = [own_row(name, content) for name, content in contents]
     plot = chart(rows, published)
     warning = "".join(f"<li>{escape(fault)}</li>" for fault in faults)
@@ -166,11 +168,10 @@ def page(content: dict[str, Any], name: str, samples: bytes, plot: bytes, publis
                 f"<b>{TITLES[metric]}</b> of {numbers['n']:,} images on {numbers['images_below_dimension'][0]:,} features: "
                 "the covariance has not full rank, and the value is far above that of many images."
             )
-    shown = [] if content["not_published_weights"] else published
     body = f"""<h1>{escape(name)}: {escape(protocol["name"])}</h1>
 <p class="lead">{escape(protocol["computed"])}</p>
 {"".join(f'<p class="warn">{w}</p>' for w in warnings)}
-{table([own_row(name, content)], shown)}
+{table([own_row(name, content)], published)}
 <h2>Metrics</h2><figure><img alt="Metrics" src="{data_uri(plot, "image/png")}"></figure>
 {_latency(content["latency"])}
 <h2>Samples</h2><p class="soft">The first images, in the order of their seeds or names, none picked.</p>

@@ -25,7 +25,9 @@ TITLES = {
 
 
 def results(protocol: Protocol, metrics: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """metrics: measure.over_draws; facts: model, images (of each draw), reference, extractors, captions, seed, latency, ..."""
+    """beside_published: whether published numbers may stand in one table with these; fewer draws do not forbid it.
+
+    metrics: measure.over_draws; facts: model, images (of each draw), reference, extractors, captions, seed, latency, ..."""
     reference = facts["reference"]
     count = reference["images"]["n"] if reference else None
     n = protocol.num_images
@@ -44,6 +46,7 @@ def results(protocol: Protocol, metrics: dict[str, dict[str, Any]], facts: dict[
         },
         "metrics": {name: numbers | {"n": n} for name, numbers in metrics.items()},
         "not_published_weights": others,
+        "beside_published": protocol.name != "custom" and not others and all("draws" in d for d in departures),
         "seeds": seeds,
         **facts,
         "versions": versions(PACKAGES),

@@ -1,7 +1,8 @@
-"""`python -m eval run`, `metrics`, `reference` and `compare` as commands, on networks with random weights, against the libraries."""
+"""`python -m eval run`, `metrics`, `reference`, `compare` as commands, on networks with random weights, against the libraries."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 import torch
+import yaml
 from cleanfid import fid as cleanfid
 from torch import nn
 from torch_fidelity import calculate_metrics
@@ -23,7 +26,9 @@ from eval.extractors import Inception
 from eval.image_files import ImageFiles
 from eval.measure import over_draws
 from eval.one_pass import one_pass
-from eval.protocols import PROTOCOLS
+from eval.protocols import PROTOCOLS, Protocol, get_protocol
+from eval.report import read_baselines, table
+from eval.results import TITLES, results
 from eval.weights import Found
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +83,6 @@ def test_clean_fid(command, networks, sets, tmp_path):
     a, b = (cleanfid.get_folder_features(str(folder), extractor, **options) for folder in (sets.a, sets.b))
     moments = [m for f in (a, b) for m in (f.astype(np.float64).mean(0), np.cov(f, rowvar=False))]
     found = values(tmp_path / "out")
-    import scipy
-
     if tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 18):  # later ones lack what clean-fid's own distance calls
         with pytest.warns(DeprecationWarning, match="disp"):
             theirs = cleanfid.frechet_distance(moments[0], moments[1], moments[2], moments[3])
@@ -299,12 +302,21 @@ def test_compare(command, sets, tmp_path, capsys):
     assert main(["compare", str(tmp_path / "out"), str(tmp_path / "third"), "--output", str(out)]) == 0
 
 
+def plan_of(protocol: Protocol, published: bool = True) -> dict:
+    facts = {"reference": {"images": {"n": 50_000, "source": "x"}}, "model": {}, "seed": 0, "images": [{"source": "x"}]}
+    extractor = {"network": "inception", "input": "x", "published": published}
+    return results(protocol, {}, facts | {"extractors": {"inception": extractor}})
+
+
 def test_published_rows_stand_beside(sets, networks, tmp_path):
     """Rows of docs/baselines.yaml for the protocol; with weights that nobody published they would mislead, and stay away."""
-    from eval.report import read_baselines, table
-
     rows = read_baselines(None, "cifar10-50k")
     assert {"fid"} <= rows[0]["metrics"].keys()
+    plan = plan_of(get_protocol("cifar10-50k"))
+    assert plan["beside_published"]
+    assert plan_of(replace(get_protocol("cifar10-50k"), draws=1))["beside_published"]
+    assert not plan_of(replace(get_protocol("cifar10-50k"), num_images=49_999))["beside_published"]
+    assert not plan_of(get_protocol("cifar10-50k"), published=False)["beside_published"]
     text = table([{"name": "mine", "steps": 1, "metrics": {"fid": 2.5}, "std": {}}], rows)
     assert "Karras et al. 2022" in text
     (tmp_path / "bad.yaml").write_text("- name: x\n")
@@ -313,11 +325,7 @@ def test_published_rows_stand_beside(sets, networks, tmp_path):
 
 
 def test_baselines_are_whole():
-    import yaml
-
     rows = yaml.safe_load((ROOT / "docs" / "baselines.yaml").read_text())
-    from eval.results import TITLES
-
     for row in rows:
         assert row["protocol"] in PROTOCOLS
         assert row["metrics"].keys() <= TITLES.keys()
@@ -400,8 +408,6 @@ def test_nan_features_stop_the_run(networks, sets, tmp_path, capsys):
 
 
 def test_a_bad_image_leaves_nothing_behind(command, sets, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(sets.a, tmp_path / "a")
     (tmp_path / "a" / "0050.png").write_bytes(b"\x89PNG half")
     assert command("--images", str(tmp_path / "a")) == 2
