@@ -10,9 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .protocols import INCEPTION_MODES, METRICS, PROTOCOLS
-
-DIGITS = "digits-10k"
+from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
 
 
 class Parser(argparse.ArgumentParser):
@@ -176,6 +174,7 @@ def _parser() -> Parser:
 def _run(args: argparse.Namespace) -> int:
     if args.protocol == DIGITS:
         return _digits(args)
+    get_protocol(args.protocol)
     if args.student:
         raise ValueError(f"--student is for {DIGITS}; give the student as --model (or its folder as --lora)")
     from .run import check, run
@@ -234,13 +233,13 @@ def _compare(args: argparse.Namespace) -> int:
 def _digits(args: argparse.Namespace) -> int:
     """The study of the digits: a teacher and its students in one report."""
     from .digits.evaluate import evaluate
-    from .digits.protocol import get_protocol
+    from .digits.protocol import get_protocol as get_digits_protocol
     from .digits.report import FILES, write_report
     from .digits.runs import find_run
 
     if not args.teacher:
         raise ValueError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
-    protocol = get_protocol(args.protocol).adjusted(args.num_images, args.seed, args.force)
+    protocol = get_digits_protocol(args.protocol).adjusted(args.num_images, args.seed, args.force)
     named = _named_students(args.student or [])
     teacher = find_run("teacher", Path(args.teacher), "teacher")
     students = [find_run(name, path, "student") for name, path in named]

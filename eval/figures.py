@@ -98,7 +98,7 @@ def loss_chart(series: Sequence[tuple[str, str, list[int], list[float]]]) -> Fig
             low, high = np.quantile(values, [0.01, 0.99])
             pad = 0.1 * (max(high, max(smooth)) - min(low, min(smooth)))
             axes.set_ylim(min(low, min(smooth)) - pad, max(high, max(smooth)) + pad)
-        style(axes, title, "step")
+        style_axes(axes, title, "step")
     return figure
 
 
@@ -120,7 +120,7 @@ def fd_chart(series: Sequence[tuple[str, str, list[float], list[float]]], base: 
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    style(axes, "FD (logarithmic)", "seconds of training")
+    style_axes(axes, "FD (logarithmic)", "seconds of training")
     return figure
 
 
@@ -137,7 +137,7 @@ def ess_chart(runs: Sequence[tuple[str, dict[float, tuple[list[int], list[float]
         axes.yaxis.set_minor_formatter("{x:g}")
         beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, title="noise level", title_fontsize=8, **beside)
-        style(axes, label, "step")
+        style_axes(axes, label, "step")
     return figure
 
 
@@ -162,7 +162,7 @@ def benchmark_chart(
                 axes.axhline(floor[key], color=REAL, linewidth=1, linestyle=(0, (4, 3)), label="two halves of the real images")
             axes.set_xscale("log")
             axes.set_yscale("log")
-            style(axes, title, "seconds of training on one thread" if x == "seconds" else "network calls in training")
+            style_axes(axes, title, "seconds of training on one thread" if x == "seconds" else "network calls in training")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
     return figure
@@ -180,7 +180,7 @@ def balance_chart(shares: Sequence[tuple[str, str, list[float]]], class_names: S
             axes.hlines([100 * v for v in shares[0][2]], x - 0.45, x + 0.45, color=INK, linewidth=1)
         axes.set_xticks(x, class_names)
         axes.set_ylim(0, 1.1 * top)
-        style(axes, f"{label} (%)", "")
+        style_axes(axes, f"{label} (%)", "")
     return figure
 
 
@@ -195,7 +195,7 @@ def distance_chart(series: Sequence[tuple[str, str, Tensor]], threshold: float) 
     axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="1st percentile of real to real")
     axes.set_yticks([])
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    style(axes, "", "distance to the nearest real image")
+    style_axes(axes, "", "distance to the nearest real image")
     axes.spines["left"].set_visible(False)
     return figure
 
@@ -207,7 +207,7 @@ def _small_multiples(n: int, height: float) -> tuple[Figure, int, int]:
     return Figure(figsize=(10.8 / max(columns, 3) * columns, height * rows), layout="constrained"), columns, rows
 
 
-def style(axes: Axes, title: str, xlabel: str) -> None:
+def style_axes(axes: Axes, title: str, xlabel: str) -> None:
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.set_xlabel(xlabel, fontsize=8, color=REAL)
     axes.tick_params(which="both", labelsize=8, colors=REAL, length=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,15 @@ def build(plan: Plan, device: Any = "cpu") -> dict[str, Any]:
                 plan.names[key], found, wanted, device, protocol.clip_prefix if key == "clip" else "", head, view
             )
     return extractors
+
+
+def without_logits(extractor: Any) -> Any:
+    """The same network for the reference, of which no score is taken."""
+    if "logits" not in extractor.outputs:
+        return extractor
+    view = copy.copy(extractor)
+    view.outputs = {"features": extractor.outputs["features"]}
+    return view
 
 
 def compute(metrics: Sequence[str], gathered: Any, reference: Any) -> dict[str, dict[str, float]]:

@@ -25,6 +25,7 @@ RAW_FEATURES = ("kid", "precision_recall", "cmmd")  # these compare images one b
 LOWER_IS_BETTER = {"fid": True, "kid": True, "patch_fid": True, "fd_dinov2": True, "cmmd": True} | dict.fromkeys(
     ("inception_score", "precision", "recall", "clip_score", "aesthetic"), False
 )
+DIGITS = "digits-10k"  # a study of its own, eval/digits: its networks and images are made here
 INCEPTION_MODES = ("clean", "legacy_tensorflow", "legacy_pytorch")
 
 
@@ -173,8 +174,10 @@ PROTOCOLS: dict[str, Protocol] = {
 
 def get_protocol(name: str) -> Protocol:
     """ValueError for an unknown name, with the nearest known one."""
+    if name == DIGITS:
+        raise ValueError(f"protocol {DIGITS} is for `python -m eval run` with --teacher and --student")
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}{_near(name, PROTOCOLS)}")
+        raise ValueError(f"unknown protocol {name!r}{_near(name, (*PROTOCOLS, DIGITS))}")
     return PROTOCOLS[name]
 
 

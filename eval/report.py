@@ -119,7 +119,7 @@ def chart(rows: Sequence[Row], published: Sequence[Row]) -> bytes:
         for i, (_, value, _) in enumerate(shown):
             axes.annotate(f" {value:.4g}", (max(value, 0), i), va="center", fontsize=8, color=figures.INK)
         direction = "lower is better" if LOWER_IS_BETTER[metric] else "higher is better"
-        figures.style(axes, f"{TITLES[metric]} ({direction})", "")
+        figures.style_axes(axes, f"{TITLES[metric]} ({direction})", "")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

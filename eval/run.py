@@ -150,6 +150,7 @@ def load_or_measure(job: Job, protocol: Protocol, extractors: dict, described: d
     """--reference: statistics, checked against what they are used for, or images to be measured now."""
     from . import reference as references
     from .image_files import ImageFiles
+    from .measure import without_logits
     from .one_pass import one_pass
 
     args, wanted = job.args, job.plan.reference_extractors
@@ -165,17 +166,6 @@ def load_or_measure(job: Job, protocol: Protocol, extractors: dict, described: d
     if not accelerator.is_main_process:
         return references.Reference({"images": {"n": len(images)}}, {}, {})
     return references.of_images(gathered, protocol, images.identity(), described)
-
-
-def without_logits(extractor: Any) -> Any:
-    """The same network for the reference, of which no score is taken."""
-    import copy
-
-    if "logits" not in extractor.outputs:
-        return extractor
-    view = copy.copy(extractor)
-    view.outputs = {"features": extractor.outputs["features"]}
-    return view
 
 
 def latencies(job: Job, sampler: Any) -> dict[str, Any]:

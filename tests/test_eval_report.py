@@ -19,10 +19,11 @@ from eval.__main__ import main
 from eval.digits.evaluate import evaluate
 from eval.digits.protocol import PROTOCOLS, get_protocol
 from eval.digits.report import FILES, write_report
-from eval.digits.runs import Run, curves, ess_by_level, find_run, read_metrics
+from eval.digits.runs import Run, find_run
 from eval.figures import grid, panels
 from eval.files import write_atomically
 from eval.metrics import class_balance
+from eval.training_log import curves, ess_by_level, read_metrics
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
 from pipelines.images import load_digits
 from pipelines.students import save_model

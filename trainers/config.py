@@ -364,6 +364,23 @@ class VarDiUConfig(Strict):
         return default if self.num_samples is None else self.num_samples
 
 
+class Evaluation(Strict):
+    """Every `every` steps the averaged student draws num_images images from fixed seeds; see eval/in_training.py."""
+
+    every: PositiveInt
+    num_images: Annotated[int, Field(ge=2)] = 1000
+    metrics: Annotated[list[str], Field(min_length=1)] = ["fid"]
+    reference: str | None = None  # images (folder, .zip, .parquet, hub) or statistics (python -m eval reference, EDM's .npz)
+    protocol: str = "custom"  # how images are prepared; its number of images is not used
+    inception_mode: Literal["clean", "legacy_tensorflow"] | None = None  # protocol custom only; None: clean
+    weights_dir: str | None = None  # None: $ONE_STEP_WEIGHTS, else ~/.cache/one-step-distill
+    inception: str | None = None  # files or folders instead of the published networks
+    clip: str | None = None
+    clip_336: str | None = None
+    dinov2: str | None = None
+    batch_size: PositiveInt = 64
+
+
 class DistillConfig(Run):
     """`accelerate launch -m trainers.distill`."""
 
@@ -371,6 +388,16 @@ class DistillConfig(Run):
     student: Student
     objective: Annotated[DiffInstructConfig | VarFlowConfig | VarDiUConfig, Field(discriminator="name")]
     data: Data | None = None
+    evaluation: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _evaluation_fits(self):
+        e = self.evaluation
+        if e and e.every % self.log_every:
+            raise ValueError(f"evaluation.every ({e.every}) must be a multiple of log_every ({self.log_every})")
+        if e and "clip_score" in e.metrics and not isinstance(self.data, TEXT_DATA):
+            raise ValueError("evaluation.metrics: clip_score needs prompts; this data has none")
+        return self
 
     @model_validator(mode="after")
     def _data_given(self):

@@ -5,6 +5,10 @@ Writes <output_dir>/{config.yaml, environment.json, metrics.jsonl, timings.jsonl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 
@@ -23,6 +27,7 @@ from .objectives.diff_instruct import DiffInstruct
 from .objectives.resampled import ResampledScore
 from .objectives.vardiu import VarDiU
 from .objectives.varflow import VarFlow
+from .sources import load_rows
 from .stable_diffusion import StableDiffusionModels
 from .teachers import family_of, teacher_folder
 
@@ -38,6 +43,7 @@ def run(config: DistillConfig) -> None:
     accelerator = setup.make_accelerator(config)
     family = family_of(config.teacher.path)
     setup.check_output(config, accelerator)
+    planned = plan_evaluation(config)  # weights that are missing are an error now, not when a teacher has been loaded
     models = load_models(config, family, accelerator)
     objective, optimizers = build_objective(config, models)
     if setup.sharded():
@@ -71,6 +77,8 @@ def run(config: DistillConfig) -> None:
         preview=models.preview,
         export=lambda folder, info: models.export(folder, facts | info),
         record=lambda: setup.record(config, accelerator),
+        evaluate=build_evaluation(config, planned, models, accelerator) if planned else None,
+        evaluate_every=config.evaluation.every if config.evaluation else 0,
     )
     trainer.fit()
     accelerator.end_training()
@@ -78,6 +86,28 @@ def run(config: DistillConfig) -> None:
 
 def load_models(config: DistillConfig, family: str, accelerator: Accelerator) -> Models:
     return EDMModels(config) if family == "edm" else StableDiffusionModels(config, accelerator)
+
+
+def plan_evaluation(config: DistillConfig) -> Any:
+    """What the evaluations of this run need, or None. This command is the only place outside scripts/ that knows eval/."""
+    if config.evaluation is None:
+        return None
+    from eval.in_training import make_plan
+
+    return make_plan(config.evaluation.model_dump())
+
+
+def build_evaluation(
+    config: DistillConfig, planned: Any, models: Models, accelerator: Accelerator
+) -> Callable[[int], dict[str, float]]:
+    """Image i is of prompt i, from the first again where there are fewer."""
+    from eval.in_training import InTraining
+
+    captions, e = None, config.evaluation
+    if "clip_score" in e.metrics:
+        prompts = load_rows(config.data).prompts
+        captions = [prompts[i % len(prompts)] for i in range(e.num_images)]
+    return InTraining(planned, e.model_dump(), models.images, accelerator, captions, Path(config.output_dir))
 
 
 def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, dict[str, OptimizerConfig]]:

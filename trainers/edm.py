@@ -19,7 +19,7 @@ from . import augment, setup
 from .config import DistillConfig, Lora
 from .config_data import TEXT_DATA
 from .data import Images, Labels
-from .models import add_role, build_covariance, refuse
+from .models import add_role, build_covariance, refuse, unit_noise
 from .posteriors import UNetPosterior
 from .teachers import load_edm_teacher
 
@@ -127,6 +127,12 @@ class EDMModels:
     def preview(self) -> Tensor:
         with self.base.running("student" if self.config.student.lora else None):
             return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+
+    def images(self, index: range) -> Tensor:
+        z = unit_noise(self.config, index, self.latent_shape)
+        labels = torch.tensor(index) % self.num_classes if self.num_classes else None
+        with self.base.running("student" if self.config.student.lora else None):
+            return self.pipeline(class_labels=labels, latents=z, output_type="pt").images
 
     def shard(self) -> None:
         raise ValueError("FSDP has no effect for an EDM teacher, whose networks are small; use configs/accelerate/gpu_8.yaml")

@@ -43,7 +43,8 @@ class Trainer:
     primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
 
     preview() gives pictures (n, c, h, w) in [0, 1] and export(folder, info) writes the model, both called with the EMA weights in
-    place: preview on every process, since where weights are sharded none can run a network alone. The result goes
+    place: preview on every process, since where weights are sharded none can run a network alone.
+    evaluate(step) gives numbers of it for the log, called likewise every evaluate_every steps. The result goes
     to <output_dir>/<primary>/, a snapshot every run.snapshot_every steps to <output_dir>/snapshots/step_<step>/.
     """
 
@@ -58,9 +59,12 @@ class Trainer:
         preview: Callable[[], Tensor],
         export: Callable[[Path, dict], None],
         record: Callable[[], None],
+        evaluate: Callable[[int], dict[str, float]] | None = None,
+        evaluate_every: int = 0,
     ) -> None:
         self.run, self.accelerator, self.objective, self.primary = run, accelerator, objective, primary
         self.draws, self.preview, self.export, self.record = draws, preview, export, record
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.output = Path(run.output_dir)
         self.networks = objective.networks
         for network in (*self.networks.values(), *objective.frozen.values()):
@@ -136,6 +140,9 @@ class Trainer:
                 self.log.add(values)
         self.step += 1
         run = self.run
+        if self.evaluate and self.step % self.evaluate_every == 0:
+            with self.ema.swapped():
+                self.log.add({f"evaluation/{name}": value for name, value in self.evaluate(self.step).items()})
         if self.step % run.log_every == 0 or self.step == run.steps:
             rates = {f"{r}/lr": learning_rate(c, self.step - 1, run.steps) for r, c in self.optimizer_configs.items()}
             self.log.write(self.step, self.seconds, rates)

@@ -41,11 +41,20 @@ class Models(Protocol):
     def preview(self) -> Tensor:
         """Images (n, c, h, w) in [0, 1] from fixed noise."""
 
+    def images(self, index: range) -> Tensor:
+        """The student's images (b, c, h, w) in [0, 1]; image i depends on the seed and i alone."""
+
     def shard(self) -> None:
         """Split frozen weights over the processes, once every role has been built."""
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         """The student as users load it."""
+
+
+def unit_noise(config: DistillConfig, index: range, shape: tuple[int, int, int]) -> Tensor:
+    """z (b, c, h, w) of evaluation images, each from a seed of its own."""
+    seeds = (derive_seed(config.seed, "evaluation", i) for i in index)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def add_role(base: SharedNetwork, name: str, lora: Lora, layers: Sequence[str], seed: int) -> Role:

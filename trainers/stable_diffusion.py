@@ -19,7 +19,7 @@ from .cache import open_cache
 from .config import DistillConfig, Lora, Network
 from .config_data import TEXT_DATA
 from .draws import derive_seed
-from .models import add_role, build_covariance, refuse
+from .models import add_role, build_covariance, refuse, unit_noise
 from .posteriors import UNetPosterior
 from .setup import sharded
 from .teachers import teacher_folder
@@ -44,7 +44,7 @@ class StableDiffusionModels:
         index = sd.read_index(path)
         encoded = open_cache(config, accelerator)
         self.examples, self.latent_shape, null = encoded.examples, encoded.shape, encoded.null
-        kept = {"unet", "scheduler"} | ({"vae"} if config.sample_every else set())
+        kept = {"unet", "scheduler"} | ({"vae"} if config.sample_every or config.evaluation else set())
         left_out = [k for k in index if not k.startswith("_") and k not in kept]
         self.pipe = sd.load_pipeline(path, sd.DTYPES[t.dtype], left_out, t.variant)
         self.base = SharedNetwork(self.pipe.unet)
@@ -103,6 +103,13 @@ class StableDiffusionModels:
             condition = {k: v.to(self.device) for k, v in self.examples.rows(index)[1].items()}
             images.append(sd.decode_latents(self.pipe.vae, self.student(z, condition)).cpu())
         return torch.cat(images) / 2 + 0.5
+
+    @torch.no_grad()
+    def images(self, index: range) -> Tensor:
+        rows = torch.tensor(index) % len(self.examples)
+        condition = {k: v.to(self.device) for k, v in self.examples.rows(rows)[1].items()}
+        z = unit_noise(self.config, index, self.latent_shape).to(self.device)
+        return sd.decode_latents(self.pipe.vae, self.student(z, condition)).cpu() / 2 + 0.5
 
     def shard(self) -> None:
         self.base.shard()

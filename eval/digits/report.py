@@ -9,9 +9,9 @@ import torch
 
 from .. import figures
 from ..files import write_atomically
+from ..training_log import curves, ess_by_level
 from .evaluate import Evaluation, Measured
 from .page import page
-from .runs import curves, ess_by_level
 
 FILES = ("samples.png", "report.html", "report.json")
 PAIRS = 8  # generated images shown with their nearest real ones

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from eval.__main__ import main
+from eval.extractors import Clip
 from eval.sampler import load_sampler
 from eval.seeds import image_generator
+from eval.weights import Found
+from pipelines.students import load_student
 from scripts import random_networks
+from trainers.draws import derive_seed
 
 CAPTIONS = ["a cat", "a dog on a mat", "a red house"]
 
@@ -118,3 +123,21 @@ def test_prompts_are_needed(tiny, captions, tmp_path, capsys):
 def test_a_student_on_a_student_is_refused(student, tmp_path):
     with pytest.raises(ValueError, match="is a student, and so is --model"):
         load_sampler(str(student), lora=str(student))
+
+
+def test_clip_score_while_training(recipe, distil, tmp_path, fresh_accelerator, one_thread):
+    """The last line's score is that of the stored student's images for the data's prompts, from the same seeds, by hand."""
+    clip = random_networks.clip(tmp_path / "clip")
+    config = recipe("diff_instruct", "sd15", ema_decay=0.0)
+    evaluation = {"every": 3, "num_images": 5, "metrics": ["clip_score"], "clip": str(clip), "batch_size": 2}
+    run = distil(config, evaluation=evaluation)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert ["evaluation/clip_score" in row for row in logged] == [False, False, True]
+    pipe, extractor = load_student(run), Clip("x", Found(clip, "", False), ["cosine"])
+    scores = []
+    for i in range(5):
+        z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(derive_seed(0, "evaluation", i)))
+        call = {"latents": z, "num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "np"}
+        pixels = torch.from_numpy((pipe(CAPTIONS[i % 3], **call).images * 255).round()).to(torch.uint8)
+        scores.append(float(extractor(pixels.permute(0, 3, 1, 2), [CAPTIONS[i % 3]])["cosine"]))
+    assert logged[-1]["evaluation/clip_score"] == pytest.approx(sum(scores) / 5, abs=1e-4)
