@@ -11,7 +11,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm test lint format clean
+.PHONY: help install quickstart bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench-cifar: $(RUNTIME) ## CIFAR-10 by the shipped recipes, small: make bench-ci
 
 bench-edm: $(RUNTIME) ## EDM's CIFAR-10 network against NVlabs' code: make bench-edm ARGS="--nvlabs DIR"; outputs/bench/edm.json
 	$(BIN)/python -m scripts.bench_edm $(ARGS)
+
+bench-eval: $(DEV) ## evaluation against clean-fid, torch-fidelity and torchmetrics on the same weights: outputs/bench/eval.json
+	$(BIN)/python -m scripts.bench_eval $(ARGS)
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -233,13 +233,13 @@ def _compare(args: argparse.Namespace) -> int:
 def _digits(args: argparse.Namespace) -> int:
     """The study of the digits: a teacher and its students in one report."""
     from .digits.evaluate import evaluate
-    from .digits.protocol import get_protocol as get_digits_protocol
+    from .digits.protocol import PROTOCOLS as STUDIES
     from .digits.report import FILES, write_report
     from .digits.runs import find_run
 
     if not args.teacher:
         raise ValueError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
-    protocol = get_digits_protocol(args.protocol).adjusted(args.num_images, args.seed, args.force)
+    protocol = STUDIES[args.protocol].adjusted(args.num_images, args.seed, args.force)
     named = _named_students(args.student or [])
     teacher = find_run("teacher", Path(args.teacher), "teacher")
     students = [find_run(name, path, "student") for name, path in named]

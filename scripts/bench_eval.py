@@ -66,7 +66,7 @@ def frechet(n: int) -> dict[str, float]:
     moments = (a.mean, a.cov, b.mean, b.cov)
     ours, ours_seconds = timed(lambda: frechet_from_moments(*moments))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy's, of the argument that clean-fid passes
+        warnings.simplefilter("ignore")  # scipy's, of the argument that clean-fid passes (scipy 1.18 refuses it)
         theirs, their_seconds = timed(lambda: float(np.real(frechet_distance(*(m.numpy() for m in moments)))))
     return {
         "n": n,

@@ -17,7 +17,7 @@ from torch import nn
 
 from eval.__main__ import main
 from eval.digits.evaluate import evaluate
-from eval.digits.protocol import PROTOCOLS, get_protocol
+from eval.digits.protocol import PROTOCOLS
 from eval.digits.report import FILES, write_report
 from eval.digits.runs import Run, find_run
 from eval.figures import grid, panels
@@ -242,7 +242,7 @@ def test_find_run(runs):
 
 
 def test_protocols():
-    protocol = get_protocol("digits-10k")
+    protocol = PROTOCOLS["digits-10k"]
     assert protocol.is_standard
     assert protocol.adjusted(10_000, seed=5).seed == 5
     assert not protocol.adjusted(100, force=True).is_standard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -49,12 +48,3 @@ class Protocol:
 PROTOCOLS: dict[str, Protocol] = {
     "digits-10k": Protocol("digits-10k", dataset="digits", extractor="digits-classifier", num_images=10_000),
 }
-
-
-def get_protocol(name: str) -> Protocol:
-    """ValueError for an unknown name, with the nearest known one."""
-    if name in PROTOCOLS:
-        return PROTOCOLS[name]
-    close = difflib.get_close_matches(name, PROTOCOLS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown protocol {name!r}{hint} (known: {', '.join(PROTOCOLS)})")

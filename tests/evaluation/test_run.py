@@ -448,3 +448,13 @@ print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1000
+
+
+def test_no_square_root_of_scipys_is_needed(command, monkeypatch, tmp_path):
+    """scipy 1.18 dropped an argument that clean-fid passes; evaluating calls none of it."""
+
+    def gone(*args, **kwargs):
+        raise TypeError("sqrtm() got an unexpected keyword argument 'disp'")
+
+    monkeypatch.setattr("scipy.linalg.sqrtm", gone)
+    assert command("--metrics", *ALL) == 0
