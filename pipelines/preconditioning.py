@@ -97,7 +97,7 @@ class VP(Continuous):
 
 
 @dataclass(frozen=True)
-class VE:
+class VE(Continuous):
     """c_in = 1, c_out = sigma, c_noise = ln(sigma / 2). alpha = 1."""
 
     sigma_range: tuple[float, float] = (0.02, 100.0)
@@ -107,8 +107,6 @@ class VE:
 
     def x0(self, out: Tensor, x_t: Tensor, level: Level) -> Tensor:
         return x_t + level.sigma * out
-
-    nearest = Continuous.nearest
 
 
 @dataclass(frozen=True)

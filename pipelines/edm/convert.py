@@ -21,19 +21,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from .layout import STYLES, check_layout, decoder_layers, encoder_layers, state_shapes
+from .layout import PRECONDITIONING, STYLES, check_layout, decoder_layers, encoder_layers, state_shapes
 from .pickles import DAMAGE, Instance, SnapshotError
 from .torch_pickles import Array, Storage, read_torch_pickle, storage_key
 
 PRECONDITIONERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 MODELS = {"SongUNet": "song", "DhariwalUNet": "adm"}
-# of a preconditioner's attributes: those that the scheduler keeps
-SETTINGS = {
-    "edm": {"sigma_data": 0.5},
-    "vp": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5},
-    "ve": {},
-    "iddpm": {"C_1": 0.001, "C_2": 0.008, "M": 1000},
-}
 SAMPLED = (0.002, 80.0)  # where the EDM paper samples, within what a network knows
 RESOLUTION = re.compile(r"(\d+)x\1_")
 
@@ -309,7 +302,7 @@ def compare(snapshot: Snapshot, unet: dict[str, Any]) -> float:
 def describe_scheduler(snapshot: Snapshot, unet: dict[str, Any]) -> dict[str, Any]:
     """EDMScheduler's configuration: strict JSON, so that the infinite sigma_max of EDM becomes the paper's."""
     name, state = snapshot.preconditioning, snapshot.network.state if snapshot.network else {}
-    settings = {key: state.get(key, default) for key, default in SETTINGS[name].items()}
+    settings = {key: state.get(key, default) for key, default in PRECONDITIONING[name].items()}
     limits = [state.get("sigma_min", 0.0), state.get("sigma_max", math.inf)]
     for key, value in {**settings, "sigma_min": limits[0], "sigma_max": limits[1]}.items():
         if not isinstance(value, int | float) or math.isnan(value) or (math.isinf(value) and key != "sigma_max"):

@@ -37,6 +37,13 @@ STYLES = {
 CIFAR = {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4, "attention_resolutions": [16]}
 RESIDUAL = {"encoder_type": "residual", "embedding_type": "fourier", "resample_filter": [1, 3, 3, 1], "channel_mult_noise": 2}
 IMAGENET = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attention_resolutions": [32, 16, 8]}
+# of each preconditioner (preconditioning.py): what it takes, as the networks of the papers have it
+PRECONDITIONING = {
+    "edm": {"sigma_data": 0.5},
+    "vp": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5},
+    "ve": {},
+    "iddpm": {"C_1": 0.001, "C_2": 0.008, "M": 1000},
+}
 ARCHITECTURES = {
     "ddpmpp": {"architecture": "song", **CIFAR},
     "ncsnpp": {"architecture": "song", **CIFAR, **RESIDUAL},

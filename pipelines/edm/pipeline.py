@@ -191,9 +191,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         """ValueError for labels that are not one for each image and known to the network."""
         labels, n = torch.as_tensor(class_labels, device=device), self.unet.config.num_classes or 0
         if labels.is_floating_point():
-            if labels.shape != (b, n):
-                raise ValueError(f"class_labels have shape {tuple(labels.shape)}; expected ({b}, {n}), or ({b},) integers")
-            return labels
+            return labels  # whose shape the network checks
         if labels.shape != (b,):
             raise ValueError(f"class_labels have shape {tuple(labels.shape)}; expected ({b},), one for each image")
         if not n:

@@ -8,9 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
 from ..preconditioning import IDDPM, PRECONDITIONERS, VP, Preconditioner
-
-# which of the scheduler's settings a preconditioner takes
-SETTINGS = {"edm": ("sigma_data",), "vp": ("beta_d", "beta_min", "M", "epsilon_t"), "ve": (), "iddpm": ("C_1", "C_2", "M")}
+from .layout import PRECONDITIONING
 
 
 class EDMScheduler(SchedulerMixin, ConfigMixin):
@@ -46,7 +44,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
 
     def preconditioner(self) -> Preconditioner:
         name = self.config.preconditioning
-        return PRECONDITIONERS[name](**{key: self.config[key] for key in SETTINGS[name]})
+        return PRECONDITIONERS[name](**{key: self.config[key] for key in PRECONDITIONING[name]})
 
     def sigmas(
         self,

@@ -141,7 +141,7 @@ def test_lora_student(objective, configure, converted, tmp_path):
     if objective == "diff_instruct":
         script = "import sys, torch; from pipelines.edm import EDMPipeline\n"
         script += "torch.set_num_threads(1); p = EDMPipeline.from_pretrained(sys.argv[1]); p.load_lora_weights(sys.argv[2])\n"
-        script += "z, labels, expected = torch.load(sys.argv[3])\n"
+        script += "z, labels, expected = torch.load(sys.argv[3], weights_only=True)\n"
         script += "sys.exit(not torch.equal(p(3, labels, latents=z, output_type='pt').images, expected))"
         torch.save((z, labels, expected), tmp_path / "expected.pt")
         done = subprocess.run([sys.executable, "-c", script, teacher, student, tmp_path / "expected.pt"], cwd=ROOT)

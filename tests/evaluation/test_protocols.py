@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval import weights
+from eval.__main__ import main
 from eval.captions import read_captions
 from eval.protocols import METRICS, PROTOCOLS, get_protocol
 from eval.results import TITLES
@@ -199,4 +200,17 @@ assert time.perf_counter() - start < 1, time.perf_counter() - start
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert "inception-2015-12-05.pt is in none of" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sorted(f.name for f in (ROOT / "configs" / "eval").glob("*.yaml")))
+def test_shipped_configurations(name, monkeypatch, tmp_path, capsys, offline):
+    """Every option is known and fits its protocol: all that is missing here are files, and the first of them is named."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ONE_STEP_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert main(["run", "--config", f"configs/eval/{name}", "--model", "a/b", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    wanted = "--captions: no such file" if "coco" in name else "inception-2015-12-05.pt is in none of"
+    assert wanted in error
     assert not (tmp_path / "out").exists()
