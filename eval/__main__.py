@@ -22,7 +22,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """Options of a --config file, put before those of the command line, so that these prevail. ValueError for unknown ones."""
+    """Options of a --config file, put before those of the command line, so that these prevail.
+
+    A file describes a whole evaluation: of its options each command takes its own. ValueError for what is no option of any.
+    """
     files = [i for i, word in enumerate(argv) if word == "--config"]
     if not files:
         return argv
@@ -46,7 +49,7 @@ def with_config(argv: list[str]) -> list[str]:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise ValueError(f"--config: {file} has an unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if value is None or (value is False and key != "exact"):
+        if key not in COMMANDS.get(argv[0], ()) or value is None or (value is False and key != "exact"):
             continue
         if key == "exact":
             words += ["--exact" if value else "--no-exact"]
@@ -226,7 +229,9 @@ def _compare(args: argparse.Namespace) -> int:
     if faults and not args.force:
         raise ValueError("these evaluations are not comparable: " + "; ".join(faults) + "; --force compares them and says so")
     _require_writable(Path(args.output))
-    print(write_comparison(contents, Path(args.output), args.baselines))
+    files = {name: Path(path) / "samples.png" for name, path in named}
+    samples = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    print(write_comparison(contents, Path(args.output), samples, args.baselines))
     return 0
 
 

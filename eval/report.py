@@ -40,8 +40,10 @@ def write_report(content: dict[str, Any], images: Any, folder: Path, baselines: 
     write_atomically(folder / "metrics.json", to_json(content))
 
 
-def write_comparison(contents: Sequence[tuple[str, dict[str, Any]]], folder: Path, baselines: str | None = None) -> str:
-    """comparison.json, metrics.png and report.html of several evaluations; returns the table as text."""
+def write_comparison(
+    contents: Sequence[tuple[str, dict[str, Any]]], folder: Path, samples: dict[str, bytes], baselines: str | None = None
+) -> str:
+    """comparison.json, metrics.png and report.html of several evaluations; returns the table as text. samples: PNG by name."""
     faults = comparable(contents)
     published = read_baselines(baselines, contents[0][1]["protocol"]["name"])
     published = published if not faults and all(c["beside_published"] for _, c in contents) else []
@@ -49,10 +51,16 @@ def write_comparison(contents: Sequence[tuple[str, dict[str, Any]]], folder: Pat
     plot = chart(rows, published)
     warning = "".join(f"<li>{escape(fault)}</li>" for fault in faults)
     warning = f'<div class="warn"><b>Not comparable:</b><ul>{warning}</ul></div>' if faults else ""
+    warning += "".join(f'<p class="warn">{escape(name)}: {w}</p>' for name, c in contents for w in warnings(c))
+    grids = "".join(
+        f'<figure><figcaption>{escape(name)}</figcaption><img alt="{escape(name)}" src="{data_uri(png, "image/png")}"></figure>'
+        for name, png in samples.items()
+    )
     body = f"""<h1>Comparison: {escape(contents[0][1]["protocol"]["name"])}</h1>
 <p class="lead">{escape(contents[0][1]["protocol"]["computed"])}</p>{warning}
 {table(rows, published)}
 <h2>Metrics</h2><figure><img alt="Metrics" src="{data_uri(plot, "image/png")}"></figure>
+<h2>Samples</h2><p class="soft">The first images of each, in the order of their seeds or names, none picked.</p>{grids}
 <h2>What was computed</h2>
 <dl>{"".join(f"<dt>{escape(name)}</dt><dd>{escape(c['protocol']['computed'])}</dd>" for name, c in contents)}</dl>"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +124,7 @@ def chart(rows: Sequence[Row], published: Sequence[Row]) -> bytes:
         )
         axes.set_yticks(range(len(shown)), [name for name, *_ in shown])
         axes.invert_yaxis()
+        axes.margins(x=0.12)
         for i, (_, value, _) in enumerate(shown):
             axes.annotate(f" {value:.4g}", (max(value, 0), i), va="center", fontsize=8, color=figures.INK)
         direction = "lower is better" if LOWER_IS_BETTER[metric] else "higher is better"
@@ -156,23 +165,13 @@ def text_table(rows: Sequence[Row], faults: Sequence[str]) -> str:
 
 
 def page(content: dict[str, Any], name: str, samples: bytes, plot: bytes, published: Sequence[Row]) -> str:
-    protocol, warnings = content["protocol"], []
-    if protocol["departures"]:
-        warnings.append(f"<b>Not the protocol:</b> {escape('; '.join(protocol['departures']))}.")
-    if content["not_published_weights"]:
-        others = ", ".join(content["not_published_weights"])
-        warnings.append(f"<b>Not the published weights</b> of {escape(others)}: compare with nothing but runs on the same file.")
-    for metric, numbers in content["metrics"].items():
-        if "images_below_dimension" in numbers:
-            warnings.append(
-                f"<b>{TITLES[metric]}</b> of {numbers['n']:,} images on {numbers['images_below_dimension'][0]:,} features: "
-                "the covariance has not full rank, and the value is far above that of many images."
-            )
+    protocol = content["protocol"]
+    figure = f'<h2>Metrics</h2><figure><img alt="Metrics" src="{data_uri(plot, "image/png")}"></figure>' if published else ""
     body = f"""<h1>{escape(name)}: {escape(protocol["name"])}</h1>
 <p class="lead">{escape(protocol["computed"])}</p>
-{"".join(f'<p class="warn">{w}</p>' for w in warnings)}
+{"".join(f'<p class="warn">{w}</p>' for w in warnings(content))}
 {table([own_row(name, content)], published)}
-<h2>Metrics</h2><figure><img alt="Metrics" src="{data_uri(plot, "image/png")}"></figure>
+{figure}
 {_latency(content["latency"])}
 <h2>Samples</h2><p class="soft">The first images, in the order of their seeds or names, none picked.</p>
 <figure><img alt="Samples" src="{data_uri(samples, "image/png")}"></figure>
@@ -180,6 +179,23 @@ def page(content: dict[str, Any], name: str, samples: bytes, plot: bytes, publis
 <h2>What the numbers depend on</h2>
 <pre>{escape(json.dumps({k: v for k, v in content.items() if k != "metrics"}, indent=1, ensure_ascii=False))}</pre>"""
     return _document(name, body)
+
+
+def warnings(content: dict[str, Any]) -> list[str]:
+    """What a reader must know before comparing, as HTML."""
+    said = []
+    if content["protocol"]["departures"]:
+        said.append(f"<b>Not the protocol:</b> {escape('; '.join(content['protocol']['departures']))}.")
+    if content["not_published_weights"]:
+        others = ", ".join(content["not_published_weights"])
+        said.append(f"<b>Not the published weights</b> of {escape(others)}: compare with nothing but runs on the same file.")
+    for metric, numbers in content["metrics"].items():
+        if "images_below_dimension" in numbers:
+            said.append(
+                f"<b>{TITLES[metric]}</b> of {numbers['n']:,} images on {numbers['images_below_dimension'][0]:,} features: "
+                "the covariance has not full rank, and the value is far above that of many images."
+            )
+    return said
 
 
 def _latency(latency: dict[str, Any]) -> str:

@@ -268,6 +268,9 @@ def agreement(cifar: Path, work: Path, output: Path) -> dict[str, Any]:
             return net(images, return_features=True)
 
     class Same(FeatureExtractorBase):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__(name, features_list)
+
         def forward(self, images):
             values = features(images)
             return tuple({"f": values, "logits": values @ net.output.weight.detach().T}[name] for name in self.features_list)
@@ -286,7 +289,7 @@ def agreement(cifar: Path, work: Path, output: Path) -> dict[str, Any]:
         def forward(self, images):
             return features(images)
 
-    register_feature_extractor("same-small", lambda name, features_list, **kwargs: Same(name, features_list))
+    register_feature_extractor("same-small", Same)
     both = {"input1": str(folders[0]), "input2": str(folders[1]), "samples_find_deep": True}
     what = {"fid": True, "kid": True, "isc": True, "prc": True, "save_cpu_ram": True}
     fidelity = calculate_metrics(**both, **what, feature_extractor="same-small", cuda=False, verbose=False, cache=False)

@@ -295,7 +295,9 @@ def test_compare(command, sets, tmp_path, capsys):
     found = json.loads((out / "comparison.json").read_text())
     assert [row["name"] for row in found["runs"]] == ["out", "second"]
     assert found["runs"][1]["metrics"]["fid"] == pytest.approx(0, abs=1e-6)
-    assert "Not comparable" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Not comparable" in page
+    assert page.count("data:image/png") == 3  # the bars and both runs' samples
     assert main(["compare", str(tmp_path / "out"), str(tmp_path / "other"), "--output", str(tmp_path / "refused")]) == 2
     assert not (tmp_path / "refused").exists()
     assert command(output="third") == 0
@@ -424,6 +426,8 @@ def test_config_file(networks, sets, tmp_path, capsys):
     assert main(["metrics", "--config", str(file), "--output", str(tmp_path / "out"), "--metrics", "fid"]) == 0
     assert list(values(tmp_path / "out")) == ["fid"]
     assert not (tmp_path / "x").exists()
+    call = ["reference", "--config", str(file), "--metrics", "fid", "--output", str(tmp_path / "ref")]
+    assert main(call) == 0  # of the same file: images and baselines are no option of this command
     file.write_text("protocl: custom\n")
     assert main(["metrics", "--config", str(file)]) == 2
     assert "unknown option 'protocl'; did you mean 'protocol'" in capsys.readouterr().err
