@@ -180,6 +180,10 @@ def _run(args: argparse.Namespace) -> int:
     get_protocol(args.protocol)
     if args.student:
         raise ValueError(f"--student is for {DIGITS}; give the student as --model (or its folder as --lora)")
+    return _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> int:
     from .run import check, run
 
     job = check(args)  # all that can be known to be wrong before minutes of work
@@ -278,7 +282,7 @@ def _require_writable(folder: Path) -> None:
         raise OSError(f"--output {folder}: cannot write there ({reason}); name a folder you may write to") from error
 
 
-FUNCTIONS = {"run": _run, "metrics": _run, "generate": _generate, "reference": _reference}
+FUNCTIONS = {"run": _run, "metrics": _measure, "generate": _generate, "reference": _reference}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -111,7 +111,7 @@ class Inception:
         image = torch.randint(256, (1, 3, SIDE, SIDE), dtype=torch.uint8, device=self.device)
         features = self.base(image, return_features=True).flatten(1)
         expected = self.base(image, no_output_bias=True).flatten(1)
-        for name, weight in self.base.named_parameters():
+        for name, weight in (*self.base.named_parameters(), *self.base.named_buffers()):
             if weight.ndim == 2 and features.shape[1] in weight.shape and not name.startswith("layers."):
                 weight = weight if weight.shape[1] == features.shape[1] else weight.T
                 if weight.shape[0] == expected.shape[1] and torch.allclose((features @ weight.T).softmax(1), expected, atol=1e-5):

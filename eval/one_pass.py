@@ -74,7 +74,8 @@ def one_pass(
 
     On processes other than the main one the result stays empty. start_method: of the workers (fork, spawn, forkserver).
     """
-    gathered = Gathered(len(images), extractors, keep)
+    main = accelerator is None or accelerator.is_main_process
+    gathered = Gathered(len(images), extractors, keep if main else ())
     for rows in _rounds(images, extractors, captions, batch_size, workers, accelerator, progress, start_method):
         gathered.update(rows)
     return gathered

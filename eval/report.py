@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import figures
+from .baselines import Row, read_baselines
 from .files import write_atomically
 from .html import STYLE, data_uri
 from .protocols import LOWER_IS_BETTER
 from .results import TITLES, comparable
 
-BASELINES = Path(__file__).resolve().parents[1] / "docs" / "baselines.yaml"
 SAMPLES, TILE = 64, 128
-
-Row = dict[str, Any]  # {"name", "metrics": {metric: value}, "steps", "source", "note"}; "source" only of published rows
 
 
 def write_report(content: dict[str, Any], images: Any, folder: Path, baselines: str | None = None) -> None:
@@ -72,20 +69,6 @@ def write_comparison(
 
 def to_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
-def read_baselines(file: str | None, protocol: str) -> list[Row]:
-    """Published rows for a protocol. ValueError for a file that is not such a list."""
-    path = Path(file) if file else BASELINES
-    if not path.is_file():
-        raise FileNotFoundError(f"--baselines: no such file {str(path)!r}")
-    try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for row in rows:
-            row["name"], row["source"], [float(v) for v in row["metrics"].values()]
-    except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"--baselines: {path} must be a list of protocol, name, metrics, source ({error!r})") from error
-    return [row for row in rows if row["protocol"] == protocol]
 
 
 def own_row(name: str, content: dict[str, Any]) -> Row:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .baselines import read_baselines
 from .captions import Captions, read_captions
 from .measure import Plan, plan
 from .protocols import AGAINST_REFERENCE, Protocol, get_protocol
@@ -44,6 +45,7 @@ def check(args: Namespace) -> Job:
         captions = captions.first(protocol.num_images)
     if captions is None and ("clip_score" in protocol.metrics or (protocol.captions and not args.images)):
         raise ValueError(f"--captions is needed: {protocol.captions or 'one an image, for the CLIP score'}")
+    read_baselines(args.baselines, protocol.name)
     made = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
     return Job(args, protocol, made, captions)
 
@@ -89,12 +91,6 @@ def run(job: Job) -> dict[str, Any]:
     reference = None
     if job.plan.reference_extractors:
         reference = load_or_measure(job, protocol, extractors, described, accelerator)
-        n = reference.facts["images"]["n"]
-        if n not in (None, protocol.reference_images) and protocol.name != "custom" and not args.force:
-            raise ValueError(
-                f"--reference has {n:,} images, protocol {protocol.name} compares with {protocol.reference_images:,}; "
-                "add --force to do it anyway (every report will say so)"
-            )
     draws, generated, timings = [], [], {}
     for draw in range(protocol.draws):
         part = images
@@ -118,9 +114,9 @@ def run(job: Job) -> dict[str, Any]:
     facts |= {"latency": latencies(job, sampler) if sampler is not None else {}}
     timings["seconds"] = time.perf_counter() - started
     content = results(protocol, over_draws(draws, protocol.report), facts | {"timings": timings})
-    write_report(content, part, output, args.baselines)
     if reference is not None and not references.is_statistics(args.reference):
         references.save(reference, output / "reference")
+    write_report(content, part, output, args.baselines)
     return content
 
 
@@ -156,9 +152,12 @@ def load_or_measure(job: Job, protocol: Protocol, extractors: dict, described: d
     args, wanted = job.args, job.plan.reference_extractors
     if references.is_statistics(args.reference):
         dims = {key: extractors[key].outputs["features"] for key in wanted}
-        return references.load(args.reference, protocol, {k: described[k] for k in wanted}, dims, job.plan.raw)
+        stored = references.load(args.reference, protocol, {k: described[k] for k in wanted}, dims, job.plan.raw)
+        require_reference_size(protocol, stored.facts["images"]["n"], args.force)
+        return stored
     views = sorted({extractors[key].view for key in wanted})
     images = ImageFiles(args.reference, protocol, views, args.reference_column)
+    require_reference_size(protocol, len(images), args.force)
     used = {key: without_logits(extractors[key]) for key in wanted}
     gathered = one_pass(
         images, used, job.plan.raw, None, args.feature_batch, args.workers, accelerator, "reference", args.start_method
@@ -166,6 +165,15 @@ def load_or_measure(job: Job, protocol: Protocol, extractors: dict, described: d
     if not accelerator.is_main_process:
         return references.Reference({"images": {"n": len(images)}}, {}, {})
     return references.of_images(gathered, protocol, images.identity(), described)
+
+
+def require_reference_size(protocol: Protocol, n: int | None, force: bool) -> None:
+    """ValueError for a reference of another number of images than the protocol's; n: None where a published file does not say."""
+    if n not in (None, protocol.reference_images) and protocol.name != "custom" and not force:
+        raise ValueError(
+            f"--reference has {n:,} images, protocol {protocol.name} compares with {protocol.reference_images:,}; "
+            "add --force to do it anyway (every report will say so)"
+        )
 
 
 def latencies(job: Job, sampler: Any) -> dict[str, Any]:
@@ -200,11 +208,6 @@ def make_reference(args: Namespace) -> dict[str, Any]:
     described = {key: e.describe() for key, e in extractors.items()}
     job = Job(args, protocol, job_plan, None)
     reference = load_or_measure(job, protocol, extractors, described, accelerator)
-    n, standard = reference.facts["images"]["n"], protocol.reference_images
-    if n != standard and protocol.name != "custom" and not args.force:
-        raise ValueError(
-            f"{args.reference} has {n:,} images, protocol {protocol.name} compares with {standard:,}; --force to go on"
-        )
     if accelerator.is_main_process:
         references.save(reference, Path(args.output))
     return reference.facts

@@ -22,12 +22,13 @@ from torchmetrics.image import FrechetInceptionDistance, InceptionScore, KernelI
 
 from eval import distances
 from eval.__main__ import main
+from eval.baselines import read_baselines
 from eval.extractors import Inception
 from eval.image_files import ImageFiles
 from eval.measure import over_draws
 from eval.one_pass import one_pass
 from eval.protocols import PROTOCOLS, Protocol, get_protocol
-from eval.report import read_baselines, table
+from eval.report import table
 from eval.results import TITLES, results
 from eval.weights import Found
 
@@ -343,6 +344,7 @@ def test_baselines_are_whole():
     ("more", "message"),
     [
         (["--protocol", "coco30k"], "unknown protocol 'coco30k'; did you mean 'coco-30k'"),
+        (["--protocol", "digits-10k"], "is for `python -m eval run` with --teacher and --student"),
         (["--metrics", "fids"], "unknown 'fids'; did you mean 'fid'"),
         (["--metrics", "clip_score"], "--captions is needed"),
         (["--protocol", "cifar10-50k", "--inception-mode", "clean"], "--inception-mode is fixed by protocol cifar10-50k"),
@@ -379,6 +381,16 @@ def test_too_few_images_for_the_protocol(networks, sets, tmp_path, capsys):
     assert main([*call, "--num-images", "61", "--force"]) == 0
     assert main([*call, "--num-images", "62", "--force"]) == 2
     assert "holds 61 images, 62 are needed" in capsys.readouterr().err
+
+
+def test_another_reference_needs_force(networks, sets, tmp_path, capsys):
+    """Found before its images are measured."""
+    call = ["reference", "--protocol", "cifar10-50k", "--reference", str(sets.b), "--inception", str(networks.inception)]
+    assert main([*call, "--output", str(tmp_path / "ref")]) == 2
+    assert "--reference has 97 images, protocol cifar10-50k compares with 50,000; add --force" in capsys.readouterr().err
+    assert not list((tmp_path / "ref").glob("*"))
+    assert main([*call, "--output", str(tmp_path / "ref"), "--force"]) == 0
+    assert json.loads((tmp_path / "ref" / "reference.json").read_text())["images"]["n"] == 97
 
 
 def test_captions_and_images_must_match(command, networks, tmp_path, capsys):
