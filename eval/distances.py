@@ -70,7 +70,7 @@ def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
     if min(len(x), len(y)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} images a side, got {len(x)} and {len(y)}")
     centre = y.double().mean(0)  # |a - b|^2 as |a|^2 + |b|^2 - 2ab: a common offset would cost digits
-    x, y = x - centre, y - centre
+    x, y = x - centre.to(x), y - centre.to(y)
     return _covered(x, y, _radii(y, k)), _covered(y, x, _radii(x, k))
 
 
@@ -78,10 +78,13 @@ def _radii(x: Tensor, k: int) -> Tensor:
     """Squared distance of each row to its k-th nearest other row (n,)."""
     found = []
     for i, rows in enumerate(_blocks(x)):
-        squares = torch.cat([_squares(rows, others) for others in _blocks(x)], dim=1)
-        own = torch.arange(len(rows), device=x.device)
-        squares[own, i * BLOCK + own] = -1  # rounding must not put a copy before the image itself
-        found.append(squares.kthvalue(k + 1, dim=1).values)
+        nearest = rows.new_full((len(rows), k), torch.inf)
+        for j, others in enumerate(_blocks(x)):
+            squares = _squares(rows, others)
+            if i == j:
+                squares.fill_diagonal_(torch.inf)
+            nearest = torch.cat([nearest, squares], dim=1).topk(k, dim=1, largest=False).values
+        found.append(nearest[:, -1])
     return torch.cat(found)
 
 

@@ -55,6 +55,7 @@ def small_layers(dim: int) -> nn.Sequential:
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
         nn.Linear(512, dim),
+        nn.SiLU(),  # else 2,048 features would span 512 dimensions
     )
 
 

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPModel, Dinov2Model
 
 from eval.extractors import Aesthetic, Clip, DinoV2, Inception, clean_resize
 from eval.weights import Found, sha256
+from scripts import random_networks
 
 
 def found(path: Path) -> Found:
@@ -95,6 +96,29 @@ def test_logits_are_the_networks_own(networks, sets):
         expected = base(sets.a_pixels, no_output_bias=True)
     torch.testing.assert_close(ours(sets.a_pixels)["logits"].softmax(1), expected, rtol=1e-5, atol=1e-7)
     assert ours.outputs["logits"] == 11
+
+
+class Without(random_networks.TorchScriptInception):
+    """Class probabilities that no stored matrix gives."""
+
+    def forward(
+        self, img: torch.Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
+    ) -> torch.Tensor:
+        features = self.layers(img.to(torch.float32) / 128 - 1)
+        return features if return_features else torch.sin(self.output(features)).softmax(1)
+
+
+def test_the_output_layer_is_found_by_what_it_says(tmp_path):
+    """Another matrix of its shape comes first; where none gives the network's own probabilities there is no score."""
+    torch.manual_seed(0)
+    net = random_networks.TorchScriptInception(random_networks.small_layers(13), 13, 7)
+    net.register_parameter("another", torch.nn.Parameter(torch.randn(7, 13)))
+    torch.jit.script(net.eval()).save(str(tmp_path / "net.pt"))
+    ours = Inception(found(tmp_path / "net.pt"), "clean", logits=True)
+    assert torch.equal(ours.output, torch.jit.load(str(tmp_path / "net.pt")).output.weight)
+    torch.jit.script(Without(random_networks.small_layers(13), 13, 7).eval()).save(str(tmp_path / "without.pt"))
+    with pytest.raises(ValueError, match="no output layer that gives its own class probabilities"):
+        Inception(found(tmp_path / "without.pt"), "clean", logits=True)
 
 
 def test_features_do_not_depend_on_neighbours(networks, sets):
