@@ -113,6 +113,9 @@ def test_edms_file_is_read_as_it_is(measured, tmp_path):
     assert read.facts["images"]["n"] is None
     with pytest.raises(ValueError, match="enough for fid only"):
         load(tmp_path / "cifar10-32x32.npz", extractor)
+    both, dims = {"inception": extractor.describe(), "dinov2": {}}, {"inception": 37, "dinov2": 5}
+    with pytest.raises(ValueError, match="enough for fid only"):
+        references.load(str(tmp_path / "cifar10-32x32.npz"), PROTOCOL, both, dims, [])
 
 
 def test_pickles_in_npz_are_not_loaded(measured, tmp_path):
