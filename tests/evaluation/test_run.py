@@ -194,6 +194,23 @@ def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictur
     assert "the covariance has not full rank" in page
 
 
+def test_patches_are_of_the_images_as_they_are(networks, tmp_path, make_pictures, save_pictures):
+    """Patch FID under a crop to 64 pixels is the FID of what lies within 299 pixels of the middle, cut out by hand."""
+    folders = {}
+    for name, n, seed in (("a", 13, 1), ("b", 17, 2)):
+        pixels = make_pictures(n, seed, 331)
+        folders[name] = save_pictures(pixels, tmp_path / name)
+        folders[f"{name}_cut"] = save_pictures(pixels[..., 16:315, 16:315], tmp_path / f"{name}_cut")
+    call = ["metrics", "--protocol", "custom", "--inception", str(networks.inception)]
+    whole = ["--images", str(folders["a"]), "--reference", str(folders["b"]), "--metrics", "patch_fid", "fid", "--crop-to", "64"]
+    assert main([*call, *whole, "--output", str(tmp_path / "whole")]) == 0
+    cut = ["--images", str(folders["a_cut"]), "--reference", str(folders["b_cut"]), "--metrics", "fid"]
+    assert main([*call, *cut, "--output", str(tmp_path / "cut")]) == 0
+    found = values(tmp_path / "whole")
+    assert found["patch_fid"] == pytest.approx(values(tmp_path / "cut")["fid"], rel=1e-9)
+    assert found["fid"] != pytest.approx(found["patch_fid"], rel=1e-2)
+
+
 def test_statistics_give_what_images_give(command, networks, sets, tmp_path):
     call = [
         "reference",
