@@ -29,7 +29,7 @@ from eval.measure import over_draws
 from eval.one_pass import one_pass
 from eval.protocols import PROTOCOLS, Protocol, get_protocol
 from eval.report import table
-from eval.results import TITLES, results
+from eval.results import TITLES, comparable, results
 from eval.weights import Found
 
 ROOT = Path(__file__).parents[2]
@@ -491,3 +491,33 @@ def test_no_square_root_of_scipys_is_needed(command, monkeypatch, tmp_path):
 
     monkeypatch.setattr("scipy.linalg.sqrtm", gone)
     assert command("--metrics", *ALL) == 0
+
+
+def change(content: dict, *path: str, value: object) -> dict:
+    """A copy with one entry replaced."""
+    copied = json.loads(json.dumps(content))
+    node = copied
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("protocol", "name"), "coco-30k", "name: custom in a, coco-30k in b"),
+        (("protocol", "n"), 60, "n: 61 in a, 60 in b"),
+        (("protocol", "processing"), {}, "processing"),
+        (("extractors", "inception", "sha256"), "x", "sha256 of inception differs"),
+        (("extractors", "inception", "input"), "x", "input of inception differs"),
+        (("reference", "images", "sha256"), "x", "the reference images differ"),
+        (("captions",), {"sha256": "x"}, "the captions differ"),
+    ],
+)
+def test_what_must_be_the_same_to_compare(path, value, message, command, tmp_path):
+    assert command() == 0
+    content = measured(tmp_path / "out")
+    assert comparable([("a", content), ("b", content)]) == []
+    (fault,) = comparable([("a", content), ("b", change(content, *path, value=value))])
+    assert message in fault
