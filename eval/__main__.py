@@ -204,7 +204,8 @@ def _reference(args: argparse.Namespace) -> int:
         raise ValueError("--reference is needed: the real images, a folder, .zip, .parquet or hub data set")
     _require_writable(Path(args.output))
     facts = make_reference(args)
-    print(f"wrote {args.output}: {', '.join(facts['extractors'])} of {facts['images']['n']:,} images")
+    if "extractors" in facts:  # the main process
+        print(f"wrote {args.output}: {', '.join(facts['extractors'])} of {facts['images']['n']:,} images")
     return 0
 
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from . import figures, reference
+from . import figures
 from .files import write_atomically
-from .image_files import VIEWS, ImageFiles
-from .measure import Plan, build, compute, plan, without_logits
+from .image_files import VIEWS
+from .measure import Plan, build, compute, plan
 from .one_pass import one_pass
 from .protocols import AGAINST_REFERENCE, Protocol, get_protocol
+from .reference import load_or_measure
 from .training_log import curves, read_metrics
 from .weights import weights_dir
 
@@ -61,19 +62,10 @@ class InTraining:
     ) -> None:
         self.plan, self.images, self.accelerator, self.captions, self.output = made, images, accelerator, captions, output
         self.batch_size, self.extractors = options["batch_size"], build(made, accelerator.device)
-        self.reference = self._reference(options["reference"]) if made.reference_extractors else None
-
-    def _reference(self, source: str) -> reference.Reference:
-        wanted, described = self.plan.reference_extractors, {k: e.describe() for k, e in self.extractors.items()}
-        if reference.is_statistics(source):
-            dims = {key: self.extractors[key].outputs["features"] for key in wanted}
-            return reference.load(source, self.plan.protocol, {k: described[k] for k in wanted}, dims, self.plan.raw)
-        files = ImageFiles(source, self.plan.protocol, sorted({self.extractors[key].view for key in wanted}))
-        used = {key: without_logits(self.extractors[key]) for key in wanted}
-        gathered = one_pass(files, used, self.plan.raw, batch_size=self.batch_size, accelerator=self.accelerator)
-        if not self.accelerator.is_main_process:
-            return reference.Reference({}, {}, {})
-        return reference.of_images(gathered, self.plan.protocol, files.identity(), described)
+        self.reference = None
+        if made.reference_extractors:
+            call = (options["reference"], made, self.extractors, accelerator, "evaluation.reference")
+            self.reference = load_or_measure(*call, batch_size=self.batch_size, force=True)
 
     def __call__(self, step: int) -> dict[str, float]:
         drawn = Drawn(self._draw(), self.plan.protocol, self.plan.views)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .extractors import Extractor
 from .files import write_atomically
-from .one_pass import Gathered
+from .image_files import ImageFiles
+from .measure import Plan, without_logits
+from .one_pass import Gathered, one_pass
 from .protocols import Protocol
 from .weights import sha256
 
@@ -33,6 +37,46 @@ class Reference:
     facts: dict[str, Any]
     moments: dict[str, tuple[Tensor, Tensor]]
     rows: dict[str, Tensor]
+
+
+def load_or_measure(
+    source: str,
+    made: Plan,
+    extractors: Mapping[str, Extractor],
+    accelerator: Any,
+    option: str,
+    column: str | None = None,
+    force: bool = False,
+    batch_size: int = 64,
+    workers: int = 0,
+    start_method: str | None = None,
+) -> Reference:
+    """source: statistics, checked against what they are used for, or images to be measured now (by all processes; only the main
+    one gets their statistics). option: what the user calls it. ValueError for another number of images than the protocol's.
+    """
+    protocol, wanted = made.protocol, made.reference_extractors
+    described = {key: extractors[key].describe() for key in wanted}
+    if is_statistics(source):
+        dims = {key: extractors[key].outputs["features"] for key in wanted}
+        stored = load(source, protocol, described, dims, made.raw)
+        require_size(protocol, stored.facts["images"]["n"], option, force)
+        return stored
+    images = ImageFiles(source, protocol, sorted({extractors[key].view for key in wanted}), column)
+    require_size(protocol, len(images), option, force)
+    used = {key: without_logits(extractors[key]) for key in wanted}
+    gathered = one_pass(images, used, made.raw, None, batch_size, workers, accelerator, "reference", start_method)
+    if not accelerator.is_main_process:
+        return Reference({"images": {"n": len(images)}}, {}, {})
+    return of_images(gathered, protocol, images.identity(), described)
+
+
+def require_size(protocol: Protocol, n: int | None, option: str, force: bool) -> None:
+    """ValueError for another number of images than the protocol's; n: None where a published file does not say."""
+    if n not in (None, protocol.reference_images) and protocol.name != "custom" and not force:
+        raise ValueError(
+            f"{option} has {n:,} images, protocol {protocol.name} compares with {protocol.reference_images:,}; "
+            "add --force to do it anyway (every report will say so)"
+        )
 
 
 def of_images(gathered: Gathered, protocol: Protocol, images: dict[str, Any], extractors: dict[str, dict[str, Any]]) -> Reference:

@@ -90,7 +90,7 @@ def run(job: Job) -> dict[str, Any]:
     described = {key: e.describe() for key, e in extractors.items()}
     reference = None
     if job.plan.reference_extractors:
-        reference = load_or_measure(job, protocol, extractors, described, accelerator)
+        reference = references.load_or_measure(args.reference, job.plan, extractors, accelerator, "--reference", **reading(args))
     draws, generated, timings = [], [], {}
     for draw in range(protocol.draws):
         part = images
@@ -120,6 +120,12 @@ def run(job: Job) -> dict[str, Any]:
     return content
 
 
+def reading(args: Namespace) -> dict[str, Any]:
+    """How the images of a reference are read."""
+    names = {"column": "reference_column", "force": "force", "batch_size": "feature_batch", "workers": "workers"}
+    return {key: getattr(args, name) for key, name in (names | {"start_method": "start_method"}).items()}
+
+
 def load_model(args: Namespace, device: Any, teacher: bool = False) -> Any:
     from .sampler import load_sampler
 
@@ -140,40 +146,6 @@ def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> Path:
     indices = range(draw * n, (draw + 1) * n)
     generate(sampler, folder, indices, args.seed, args.batch_size, texts, accelerator, f"draw {draw}", exact)
     return folder
-
-
-def load_or_measure(job: Job, protocol: Protocol, extractors: dict, described: dict, accelerator: Any) -> Any:
-    """--reference: statistics, checked against what they are used for, or images to be measured now."""
-    from . import reference as references
-    from .image_files import ImageFiles
-    from .measure import without_logits
-    from .one_pass import one_pass
-
-    args, wanted = job.args, job.plan.reference_extractors
-    if references.is_statistics(args.reference):
-        dims = {key: extractors[key].outputs["features"] for key in wanted}
-        stored = references.load(args.reference, protocol, {k: described[k] for k in wanted}, dims, job.plan.raw)
-        require_reference_size(protocol, stored.facts["images"]["n"], args.force)
-        return stored
-    views = sorted({extractors[key].view for key in wanted})
-    images = ImageFiles(args.reference, protocol, views, args.reference_column)
-    require_reference_size(protocol, len(images), args.force)
-    used = {key: without_logits(extractors[key]) for key in wanted}
-    gathered = one_pass(
-        images, used, job.plan.raw, None, args.feature_batch, args.workers, accelerator, "reference", args.start_method
-    )
-    if not accelerator.is_main_process:
-        return references.Reference({"images": {"n": len(images)}}, {}, {})
-    return references.of_images(gathered, protocol, images.identity(), described)
-
-
-def require_reference_size(protocol: Protocol, n: int | None, force: bool) -> None:
-    """ValueError for a reference of another number of images than the protocol's; n: None where a published file does not say."""
-    if n not in (None, protocol.reference_images) and protocol.name != "custom" and not force:
-        raise ValueError(
-            f"--reference has {n:,} images, protocol {protocol.name} compares with {protocol.reference_images:,}; "
-            "add --force to do it anyway (every report will say so)"
-        )
 
 
 def latencies(job: Job, sampler: Any) -> dict[str, Any]:
@@ -205,9 +177,7 @@ def make_reference(args: Namespace) -> dict[str, Any]:
     accelerator = Accelerator()
     check_processes(accelerator)
     extractors = build(job_plan, accelerator.device)
-    described = {key: e.describe() for key, e in extractors.items()}
-    job = Job(args, protocol, job_plan, None)
-    reference = load_or_measure(job, protocol, extractors, described, accelerator)
+    reference = references.load_or_measure(args.reference, job_plan, extractors, accelerator, "--reference", **reading(args))
     if accelerator.is_main_process:
         references.save(reference, Path(args.output))
     return reference.facts
