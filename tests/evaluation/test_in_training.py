@@ -1,7 +1,10 @@
 """Evaluations while a student trains: in the log, in a curve, of the averaged weights, and without a trace in the training."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from pipelines.students import load_student
 from trainers import distill
 from trainers.draws import derive_seed
 
+ROOT = Path(__file__).parents[2]
 N = 13
 ADAM, LEVELS = {"lr": 0.02}, {"name": "log_uniform", "low": 0.01, "high": 50.0}
 
@@ -135,3 +139,18 @@ def test_nothing_is_trained_before_a_fault_is_found(evaluation, message, config,
 
 def assert_said(message: str, capsys) -> None:
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(config, tmp_path):
+    """13 images over two processes: each draws its share, what is too many is cut off, and one set of numbers is logged."""
+    more = {"batch_size": 4, "steps": 2, "checkpoint_every": None}
+    distill.main(config("one", {}, **more))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    two = ("torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
+    command = [sys.executable, "-m", *two, "-m", "trainers.distill", *config("two", {}, **more)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, both = (rows(tmp_path / name)[-1]["evaluation/fid"] for name in ("one", "two"))
+    assert both == pytest.approx(one, rel=1e-3)
+    assert len(rows(tmp_path / "two")) == 2
