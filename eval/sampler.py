@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from pipelines.edm import EDMPipeline
+from pipelines.stable_diffusion import read_index
 from pipelines.students import load_student, read_info
 
 from .seeds import image_generator, image_label
@@ -99,14 +100,15 @@ def load_sampler(
 def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> DiffusionPipeline:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"--model: {model!r} has no model_index.json, student.json, student/ or teacher/ in it")
-    if not folder.is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"--model: no such folder {model!r}, and a hub id looks like owner/name")
+    source = str(folder) if folder.is_dir() else model
     try:
-        index = DiffusionPipeline.load_config(str(folder) if folder.is_dir() else model)
+        index = read_index(source)
         kind = EDMPipeline if index.get("_class_name") == "EDMPipeline" else DiffusionPipeline
         if kind is DiffusionPipeline and "requires_safety_checker" in index:  # it would blacken images
             kwargs = kwargs | {"safety_checker": None, "requires_safety_checker": False}
-        return kind.from_pretrained(str(folder) if folder.is_dir() else model, use_safetensors=True, **kwargs)
+        return kind.from_pretrained(source, use_safetensors=True, **kwargs)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--model: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"--model: {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
