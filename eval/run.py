@@ -91,12 +91,13 @@ def run(job: Job) -> dict[str, Any]:
     reference = None
     if job.plan.reference_extractors:
         reference = references.load_or_measure(args.reference, job.plan, extractors, accelerator, "--reference", **reading(args))
-    draws, generated, timings = [], [], {}
+    draws, generated, timings, shown = [], [], {}, images
     for draw in range(protocol.draws):
         part = images
         if sampler is not None:
             folder = make_images(sampler, job, draw, accelerator)
             part = ImageFiles(str(folder), protocol, job.plan.views)
+            shown = shown or part
         begin = time.perf_counter()
         texts = job.captions.texts if job.captions is not None else None
         gathered = one_pass(
@@ -116,7 +117,7 @@ def run(job: Job) -> dict[str, Any]:
     content = results(protocol, over_draws(draws, protocol.report), facts | {"timings": timings})
     if reference is not None and not references.is_statistics(args.reference):
         references.save(reference, output / "reference")
-    write_report(content, part, output, args.baselines)
+    write_report(content, shown, output, args.baselines)
     return content
 
 
@@ -165,9 +166,11 @@ def make_reference(args: Namespace) -> dict[str, Any]:
     from . import reference as references
 
     protocol = chosen_protocol(args)
-    job_plan = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
-    if not job_plan.reference_extractors:
+    compared = tuple(metric for metric in protocol.metrics if metric in AGAINST_REFERENCE)  # others look at one set alone
+    if not compared:
         raise ValueError(f"--metrics: none of {', '.join(protocol.metrics)} compares with real images")
+    protocol = replace(protocol, metrics=compared)
+    job_plan = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
     from accelerate import Accelerator
 
     from pipelines.launch import check_processes

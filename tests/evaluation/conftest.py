@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eval.__main__ import main
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
 from scripts import random_networks
 
@@ -81,3 +82,14 @@ def edm(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("edm") / "edm"
     EDMPipeline(unet, EDMScheduler(num_inference_steps=3)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def command(networks, sets, tmp_path):
+    """command(*more): `metrics` of set a against set b -> exit code."""
+
+    def run(*more: str, mode: str = "legacy_tensorflow", output: str = "out") -> int:
+        call = ["metrics", "--protocol", "custom", "--images", str(sets.a), "--reference", str(sets.b), "--inception-mode", mode]
+        return main([*call, "--inception", str(networks.inception), "--output", str(tmp_path / output), *more])
+
+    return run

@@ -10,26 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy
 import torch
-import yaml
-from cleanfid import fid as cleanfid
-from torch import nn
-from torch_fidelity import calculate_metrics
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.registry import register_feature_extractor
-from torchmetrics.image import FrechetInceptionDistance, InceptionScore, KernelInceptionDistance
 
-from eval import distances
 from eval.__main__ import main
-from eval.baselines import read_baselines
 from eval.extractors import Inception
 from eval.image_files import ImageFiles
 from eval.measure import over_draws
 from eval.one_pass import one_pass
-from eval.protocols import PROTOCOLS, Protocol, get_protocol
-from eval.report import table
-from eval.results import TITLES, comparable, results
+from eval.protocols import PROTOCOLS
 from eval.weights import Found
 
 ROOT = Path(__file__).parents[2]
@@ -43,124 +31,6 @@ def measured(output: Path) -> dict:
 
 def values(output: Path) -> dict[str, float]:
     return {name: numbers["value"] for name, numbers in measured(output)["metrics"].items()}
-
-
-@pytest.fixture
-def command(networks, sets, tmp_path):
-    """command(*more): `metrics` of set a against set b -> exit code."""
-
-    def run(*more: str, mode: str = "legacy_tensorflow", output: str = "out") -> int:
-        call = ["metrics", "--protocol", "custom", "--images", str(sets.a), "--reference", str(sets.b), "--inception-mode", mode]
-        return main([*call, "--inception", str(networks.inception), "--output", str(tmp_path / output), *more])
-
-    return run
-
-
-class SameNetwork(nn.Module):
-    """The TorchScript file as a feature extractor of torchmetrics: uint8 images -> features, or logits without bias."""
-
-    def __init__(self, file: Path, logits: bool = False) -> None:
-        super().__init__()
-        self.net, self.logits, self.num_features = torch.jit.load(str(file)), logits, 11 if logits else 37
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            features = self.net(images, return_features=True)
-            return features @ self.net.output.weight.T if self.logits else features
-
-
-# Against the libraries, from the command to the number --------------------------------------------------------------------
-
-
-def test_clean_fid(command, networks, sets, tmp_path):
-    assert command("--metrics", "fid", "kid", mode="clean") == 0
-    layers = torch.jit.load(str(networks.inception)).layers
-
-    def extractor(images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return layers((images - 128) / 128)
-
-    options = {"num_workers": 0, "device": torch.device("cpu"), "verbose": False, "mode": "clean"}
-    a, b = (cleanfid.get_folder_features(str(folder), extractor, **options) for folder in (sets.a, sets.b))
-    moments = [m for f in (a, b) for m in (f.astype(np.float64).mean(0), np.cov(f, rowvar=False))]
-    found = values(tmp_path / "out")
-    if tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 18):  # later ones lack what clean-fid's own distance calls
-        with pytest.warns(DeprecationWarning, match="disp"):
-            theirs = cleanfid.frechet_distance(moments[0], moments[1], moments[2], moments[3])
-        assert found["fid"] == pytest.approx(float(np.real(theirs)), rel=1e-5)
-    np.random.seed(0)  # noqa: NPY002 clean-fid draws from it
-    all_pairs = cleanfid.kernel_distance(b[:61], a, num_subsets=1, max_subset_size=61)
-    size = measured(tmp_path / "out")["metrics"]["kid"]["subset_size"]
-    assert size == [61]
-    spread = measured(tmp_path / "out")["metrics"]["kid"]["std_over_subsets"][0]
-    assert found["kid"] == pytest.approx(all_pairs, abs=4 * spread)  # its subsets are other ones; exactly: test_distances
-
-
-def test_torch_fidelity(command, networks, sets, tmp_path):
-    """All four numbers, its own subsets and shuffles included."""
-    assert command("--metrics", *ALL) == 0
-    file = networks.inception
-
-    class Same(FeatureExtractorBase):
-        def __init__(self, name, features_list, **kwargs):
-            super().__init__(name, features_list)
-            self.nets = nn.ModuleDict({"37": SameNetwork(file), "logits": SameNetwork(file, logits=True)})
-
-        def forward(self, images):
-            return tuple(self.nets[name](images) for name in self.features_list)
-
-        @staticmethod
-        def get_provided_features_list():
-            return "37", "logits"
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return {"isc": "logits"}.get(metric, "37")
-
-    register_feature_extractor("same", Same)
-    theirs = calculate_metrics(
-        input1=str(sets.a),
-        input2=str(sets.b),
-        fid=True,
-        kid=True,
-        isc=True,
-        prc=True,
-        kid_subset_size=61,
-        feature_extractor="same",
-        cuda=False,
-        verbose=False,
-        cache=False,
-    )
-    found = measured(tmp_path / "out")["metrics"]
-    assert found["fid"]["value"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
-    # float32 there: sums of 1 that cancel to .003 (in float64 the two agree to 1e-12: test_distances)
-    assert found["kid"]["value"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
-    assert found["kid"]["std_over_subsets"][0] == pytest.approx(theirs["kernel_inception_distance_std"], abs=1e-6)
-    assert found["inception_score"]["value"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
-    assert found["precision"]["value"] == pytest.approx(theirs["precision"], abs=1e-6)
-    assert found["recall"]["value"] == pytest.approx(theirs["recall"], abs=1e-6)
-
-
-def test_torchmetrics(command, networks, sets, tmp_path):
-    assert command("--metrics", "fid", "inception_score") == 0
-    features = SameNetwork(networks.inception)
-    fid = FrechetInceptionDistance(feature=features, antialias=False)
-    fid.update(sets.b_pixels, real=True)
-    fid.update(sets.a_pixels, real=False)
-    assert values(tmp_path / "out")["fid"] == pytest.approx(fid.compute().item(), rel=1e-5)
-    kid = KernelInceptionDistance(feature=features, subsets=1, subset_size=61)
-    kid.update(sets.b_pixels[:61], real=True)
-    kid.update(sets.a_pixels, real=False)
-    extractor = Inception(Found(networks.inception, "", False), "legacy_tensorflow")
-    ours = distances.kernel_distance(
-        *(extractor(p)["features"] for p in (sets.a_pixels, sets.b_pixels[:61])), subsets=1, size=61
-    )[0]
-    assert ours == pytest.approx(kid.compute()[0].item(), abs=1e-6)  # float32 there, too
-    score = InceptionScore(feature=SameNetwork(networks.inception, logits=True), splits=1)
-    score.update(sets.a_pixels)
-    mine = distances.InceptionScore(61, 11, splits=1)
-    mine.update(Inception(Found(networks.inception, "", False), "legacy_tensorflow", logits=True)(sets.a_pixels)["logits"])
-    assert mine.value()[0] == pytest.approx(score.compute()[0].item(), rel=1e-5)
 
 
 # All at once ---------------------------------------------------------------------------------------------------------------
@@ -304,57 +174,6 @@ def test_least_and_mean_of_draws():
     assert least["fid"]["std"] == pytest.approx(2**0.5)
 
 
-def test_compare(command, sets, tmp_path, capsys):
-    assert command() == 0
-    assert command("--images", str(sets.b), output="other") == 0
-    out = tmp_path / "comparison"
-    assert main(["compare", str(tmp_path / "out"), f"second={tmp_path / 'other'}", "--output", str(out), "--force"]) == 0
-    printed = capsys.readouterr().out
-    assert "NOT COMPARABLE: n: 61 in out, 97 in second" in printed
-    found = json.loads((out / "comparison.json").read_text())
-    assert [row["name"] for row in found["runs"]] == ["out", "second"]
-    assert found["runs"][1]["metrics"]["fid"] == pytest.approx(0, abs=1e-6)
-    page = (out / "report.html").read_text()
-    assert "Not comparable" in page
-    assert page.count("data:image/png") == 3  # the bars and both runs' samples
-    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "other"), "--output", str(tmp_path / "refused")]) == 2
-    assert not (tmp_path / "refused").exists()
-    assert command(output="third") == 0
-    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "third"), "--output", str(out)]) == 0
-
-
-def plan_of(protocol: Protocol, published: bool = True) -> dict:
-    facts = {"reference": {"images": {"n": 50_000, "source": "x"}}, "model": {}, "seed": 0, "images": [{"source": "x"}]}
-    extractor = {"network": "inception", "input": "x", "published": published}
-    return results(protocol, {}, facts | {"extractors": {"inception": extractor}})
-
-
-def test_published_rows_stand_beside(sets, networks, tmp_path):
-    """Rows of docs/baselines.yaml for the protocol; with weights that nobody published they would mislead, and stay away."""
-    rows = read_baselines(None, "cifar10-50k")
-    assert {"fid"} <= rows[0]["metrics"].keys()
-    plan = plan_of(get_protocol("cifar10-50k"))
-    assert plan["beside_published"]
-    assert plan_of(replace(get_protocol("cifar10-50k"), draws=1))["beside_published"]
-    assert not plan_of(replace(get_protocol("cifar10-50k"), num_images=49_999))["beside_published"]
-    assert not plan_of(get_protocol("cifar10-50k"), published=False)["beside_published"]
-    text = table([{"name": "mine", "steps": 1, "metrics": {"fid": 2.5}, "std": {}}], rows)
-    assert "Karras et al. 2022" in text
-    (tmp_path / "bad.yaml").write_text("- name: x\n")
-    with pytest.raises(ValueError, match="must be a list of protocol, name, metrics, source"):
-        read_baselines(str(tmp_path / "bad.yaml"), "cifar10-50k")
-
-
-def test_baselines_are_whole():
-    rows = yaml.safe_load((ROOT / "docs" / "baselines.yaml").read_text())
-    for row in rows:
-        assert row["protocol"] in PROTOCOLS
-        assert row["metrics"].keys() <= TITLES.keys()
-        assert row["source"].strip()
-        assert 0 <= row["metrics"].get("clip_score", 0.3) < 1  # raw cosine
-    assert len({(r["protocol"], r["name"], r.get("steps"), r["source"]) for r in rows}) == len(rows)
-
-
 # What cannot work ----------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +218,14 @@ def test_too_few_images_for_the_protocol(networks, sets, tmp_path, capsys):
     assert main([*call, "--num-images", "61", "--force"]) == 0
     assert main([*call, "--num-images", "62", "--force"]) == 2
     assert "holds 61 images, 62 are needed" in capsys.readouterr().err
+
+
+def test_a_reference_needs_no_network_that_looks_at_one_set_alone(networks, sets, tmp_path, monkeypatch):
+    """The CLIP score's network is neither looked for nor loaded."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    call = ["reference", "--protocol", "coco-30k", "--reference", str(sets.b), "--inception", str(networks.inception), "--force"]
+    assert main([*call, "--output", str(tmp_path / "ref")]) == 0
+    assert list(json.loads((tmp_path / "ref" / "reference.json").read_text())["extractors"]) == ["inception"]
 
 
 def test_another_reference_needs_force(networks, sets, tmp_path, capsys):
@@ -492,33 +319,3 @@ def test_no_square_root_of_scipys_is_needed(command, monkeypatch, tmp_path):
 
     monkeypatch.setattr("scipy.linalg.sqrtm", gone)
     assert command("--metrics", *ALL) == 0
-
-
-def change(content: dict, *path: str, value: object) -> dict:
-    """A copy with one entry replaced."""
-    copied = json.loads(json.dumps(content))
-    node = copied
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    return copied
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("protocol", "name"), "coco-30k", "name: custom in a, coco-30k in b"),
-        (("protocol", "n"), 60, "n: 61 in a, 60 in b"),
-        (("protocol", "processing"), {}, "processing"),
-        (("extractors", "inception", "sha256"), "x", "sha256 of inception differs"),
-        (("extractors", "inception", "input"), "x", "input of inception differs"),
-        (("reference", "images", "sha256"), "x", "the reference images differ"),
-        (("captions",), {"sha256": "x"}, "the captions differ"),
-    ],
-)
-def test_what_must_be_the_same_to_compare(path, value, message, command, tmp_path):
-    assert command() == 0
-    content = measured(tmp_path / "out")
-    assert comparable([("a", content), ("b", content)]) == []
-    (fault,) = comparable([("a", content), ("b", change(content, *path, value=value))])
-    assert message in fault
