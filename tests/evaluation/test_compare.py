@@ -54,6 +54,7 @@ def plan_of(protocol: Protocol, published: bool = True) -> dict:
 def test_published_rows_stand_beside(sets, networks, tmp_path):
     """Rows of docs/baselines.yaml for the protocol; with weights that nobody published they would mislead, and stay away."""
     rows = read_baselines(None, "cifar10-50k")
+    assert {row["protocol"] for row in rows} == {"cifar10-50k"}
     assert {"fid"} <= rows[0]["metrics"].keys()
     plan = plan_of(get_protocol("cifar10-50k"))
     assert plan["beside_published"]

@@ -74,6 +74,18 @@ def test_a_student_is_called_as_it_was_trained(student, tiny, captions, tmp_path
     assert plain.call["guidance_scale"] == 7.5
 
 
+def test_a_student_of_another_level(recipe, distil, fresh_accelerator):
+    """Read out at t = 600, it is called at t = 600."""
+    config = recipe("diff_instruct", "sd15")
+    config["student"]["readout_t"] = 600
+    sampler = load_sampler(str(distil(config)))
+    assert sampler.call["timesteps"] == [600]
+    assert "num_inference_steps" not in sampler.call
+    options = {"timesteps": [600], "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "np"}
+    expected = sampler.pipe(["a cat"], generator=[image_generator(0, 3)], **options).images
+    assert np.array_equal(sampler([3], 0, ["a cat"]).permute(0, 2, 3, 1).numpy(), (expected * 255).round().astype(np.uint8))
+
+
 def test_whole_run_with_captions(student, tiny, captions, tmp_path):
     """CLIP score and latency of a student beside its teacher."""
     clip = random_networks.clip(tmp_path / "clip")
