@@ -8,6 +8,8 @@ DEV := $(VENV)/.installed-dev
 
 # make test ARGS="-k noise -x"
 ARGS ?=
+# Test files run side by side, one thread each; JOBS=0 for one after the other, in one process.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -46,7 +48,7 @@ bench-eval: $(DEV) ## evaluation against clean-fid, torch-fidelity and torchmetr
 	$(BIN)/python -m scripts.bench_eval $(ARGS)
 
 test: $(DEV) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(DEV) ## check style and formatting
 	$(BIN)/ruff check .
