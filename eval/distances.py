@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .metrics import squared_distances
+
 BLOCK = 2048
 SEED = 2020  # torch-fidelity's rng_seed
 
@@ -80,7 +82,7 @@ def _radii(x: Tensor, k: int) -> Tensor:
     for i, rows in enumerate(_blocks(x)):
         nearest = rows.new_full((len(rows), k), torch.inf)
         for j, others in enumerate(_blocks(x)):
-            squares = _squares(rows, others)
+            squares = squared_distances(rows, others)
             if i == j:
                 squares.fill_diagonal_(torch.inf)
             nearest = torch.cat([nearest, squares], dim=1).topk(k, dim=1, largest=False).values
@@ -93,13 +95,9 @@ def _covered(queries: Tensor, centres: Tensor, radii: Tensor) -> float:
     for rows in _blocks(queries):
         hit = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         for others, radius in zip(_blocks(centres), radii.split(BLOCK), strict=True):
-            hit |= (_squares(rows, others) <= radius).any(1)
+            hit |= (squared_distances(rows, others) <= radius).any(1)
         inside += int(hit.sum())
     return inside / len(queries)
-
-
-def _squares(a: Tensor, b: Tensor) -> Tensor:
-    return (a.square().sum(1, keepdim=True) + b.square().sum(1)).addmm_(a, b.T, alpha=-2).clamp_(min=0)
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:

@@ -62,10 +62,10 @@ def energy_distance(x: Tensor, y: Tensor, block: int = BLOCK) -> float:
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, d), (m, d) -> (n, m) Euclidean distances."""
-    return _squared_distances(a, b).sqrt_()
+    return squared_distances(a, b).sqrt_()
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, d), (m, d) float64 -> (n, m); exact for integers (up to 2^53)."""
     squares = a.square().sum(1, keepdim=True) + b.square().sum(1)
     return squares.addmm_(a, b.T, alpha=-2).clamp_(min=0)
@@ -136,7 +136,7 @@ def _nearest(queries: Tensor, keys: Tensor, block: int, skip_self: bool) -> tupl
     """Distance to and index of the nearest key for each query: (n,), (n,)."""
     best = []
     for start in range(0, len(queries), block):
-        squares = _squared_distances(queries[start : start + block], keys)
+        squares = squared_distances(queries[start : start + block], keys)
         if skip_self:
             rows = torch.arange(len(squares), device=squares.device)
             squares[rows, start + rows] = torch.inf

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.testing import assert_close
 
-from trainers.config import Levels
+from trainers.config_levels import Levels
 from trainers.objectives.ess import BINS, GRID, LevelStatistics
 
 SAMPLERS = {

@@ -33,7 +33,7 @@ from pipelines.noise import (
     to_x0,
     widen,
 )
-from trainers.config import Levels
+from trainers.config_levels import Levels
 from trainers.objectives.base import dot, score_difference_loss
 
 TYPES = ("sample", "epsilon", "v_prediction", "flow")

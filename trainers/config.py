@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
@@ -14,71 +13,12 @@ from pipelines.edm.layout import ARCHITECTURES
 
 from .config_data import TEXT_DATA, Data, PositiveFloat, PositiveInt, Prompts, Strict
 from .config_file import KINDS
+from .config_levels import Levels
 from .posteriors import COVARIANCES
 from .posteriors.flow import TRANSFORMS
 
 Weight = Literal[tuple(noise.WEIGHTINGS)]
 
-
-# Noise levels -------------------------------------------------------------------------------------------------------
-
-
-class Range(Strict):
-    low: PositiveFloat
-    high: PositiveFloat
-
-    @model_validator(mode="after")
-    def _ordered(self):
-        if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        return self
-
-
-class UniformLevels(Range):
-    name: Literal["uniform"]
-
-    def sampler(self):
-        return lambda u, progress: noise.uniform_t(u, self.low, self.high)
-
-
-class LogUniformLevels(Range):
-    name: Literal["log_uniform"]
-
-    def sampler(self):
-        return lambda u, progress: noise.log_uniform_t(u, self.low, self.high)
-
-
-class LogNormalLevels(Strict):
-    name: Literal["log_normal"]
-    mean: float = -1.2
-    std: PositiveFloat = 1.2
-
-    def sampler(self):
-        return lambda u, progress: noise.log_normal_t(u, self.mean, self.std)
-
-
-class KarrasLevels(Range):
-    name: Literal["karras"]
-    rho: PositiveFloat = 7.0
-
-    def sampler(self):
-        return lambda u, progress: noise.karras_t(u, self.low, self.high, self.rho)
-
-
-class PowerLevels(Range):
-    """t = low + u^p (high - low), p annealed linearly from `start` to `end`, which it reaches at progress `until`."""
-
-    name: Literal["power"]
-    start: PositiveFloat = 0.1
-    end: PositiveFloat = 2.0
-    until: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-    def sampler(self):
-        exponent = partial(noise.annealed_power, start=self.start, end=self.end, until=self.until)
-        return lambda u, progress: noise.power_t(u, self.low, self.high, exponent(progress))
-
-
-Levels = Annotated[UniformLevels | LogUniformLevels | LogNormalLevels | KarrasLevels | PowerLevels, Field(discriminator="name")]
 
 # Networks and optimisers ----------------------------------------------------------------------------------------------
 

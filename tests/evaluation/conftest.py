@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,16 @@ def edm(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("edm") / "edm"
     EDMPipeline(unet, EDMScheduler(num_inference_steps=3)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def measured() -> Callable[[Path], dict]:
+    return lambda output: json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def values(measured) -> Callable[[Path], dict[str, float]]:
+    return lambda output: {name: numbers["value"] for name, numbers in measured(output)["metrics"].items()}
 
 
 @pytest.fixture

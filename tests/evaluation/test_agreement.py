@@ -1,6 +1,5 @@
 """From the command to the number: what clean-fid, torch-fidelity and torchmetrics say of the same files and network."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +17,7 @@ from eval import distances
 from eval.extractors import Inception
 from eval.weights import Found
 
-ROOT = Path(__file__).parents[2]
-TWO = ("torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
 ALL = ("fid", "kid", "inception_score", "precision_recall")
-
-
-def measured(output: Path) -> dict:
-    return json.loads((output / "metrics.json").read_text())
-
-
-def values(output: Path) -> dict[str, float]:
-    return {name: numbers["value"] for name, numbers in measured(output)["metrics"].items()}
 
 
 class SameNetwork(nn.Module):
@@ -47,7 +36,7 @@ class SameNetwork(nn.Module):
 # Against the libraries, from the command to the number --------------------------------------------------------------------
 
 
-def test_clean_fid(command, networks, sets, tmp_path):
+def test_clean_fid(command, networks, sets, tmp_path, measured, values):
     assert command("--metrics", "fid", "kid", mode="clean") == 0
     layers = torch.jit.load(str(networks.inception)).layers
 
@@ -71,7 +60,7 @@ def test_clean_fid(command, networks, sets, tmp_path):
     assert found["kid"] == pytest.approx(all_pairs, abs=4 * spread)  # its subsets are other ones; exactly: test_distances
 
 
-def test_torch_fidelity(command, networks, sets, tmp_path):
+def test_torch_fidelity(command, networks, sets, tmp_path, measured):
     """All four numbers, its own subsets and shuffles included."""
     assert command("--metrics", *ALL) == 0
     file = networks.inception
@@ -116,7 +105,7 @@ def test_torch_fidelity(command, networks, sets, tmp_path):
     assert found["recall"]["value"] == pytest.approx(theirs["recall"], abs=1e-6)
 
 
-def test_torchmetrics(command, networks, sets, tmp_path):
+def test_torchmetrics(command, networks, sets, tmp_path, values):
     assert command("--metrics", "fid", "inception_score") == 0
     features = SameNetwork(networks.inception)
     fid = FrechetInceptionDistance(feature=features, antialias=False)

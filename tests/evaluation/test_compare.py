@@ -14,16 +14,6 @@ from eval.report import table
 from eval.results import TITLES, comparable, results
 
 ROOT = Path(__file__).parents[2]
-TWO = ("torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
-ALL = ("fid", "kid", "inception_score", "precision_recall")
-
-
-def measured(output: Path) -> dict:
-    return json.loads((output / "metrics.json").read_text())
-
-
-def values(output: Path) -> dict[str, float]:
-    return {name: numbers["value"] for name, numbers in measured(output)["metrics"].items()}
 
 
 def test_compare(command, sets, tmp_path, capsys):
@@ -100,7 +90,7 @@ def change(content: dict, *path: str, value: object) -> dict:
         (("captions",), {"sha256": "x"}, "the captions differ"),
     ],
 )
-def test_what_must_be_the_same_to_compare(path, value, message, command, tmp_path):
+def test_what_must_be_the_same_to_compare(path, value, message, command, tmp_path, measured):
     assert command() == 0
     content = measured(tmp_path / "out")
     assert comparable([("a", content), ("b", content)]) == []

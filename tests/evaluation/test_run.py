@@ -25,18 +25,10 @@ TWO = ("torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--
 ALL = ("fid", "kid", "inception_score", "precision_recall")
 
 
-def measured(output: Path) -> dict:
-    return json.loads((output / "metrics.json").read_text())
-
-
-def values(output: Path) -> dict[str, float]:
-    return {name: numbers["value"] for name, numbers in measured(output)["metrics"].items()}
-
-
 # All at once ---------------------------------------------------------------------------------------------------------------
 
 
-def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictures):
+def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictures, measured, values):
     """Nine metrics, seven networks, every image decoded once; CLIP score and aesthetic score of one model share it."""
     a, b = (save_pictures(make_pictures(n, s, 310), tmp_path / f"set{s}") for n, s in ((13, 1), (17, 2)))
     (tmp_path / "captions.txt").write_text("".join(f"thing {i}\n" for i in range(13)))
@@ -65,7 +57,7 @@ def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictur
     assert "the covariance has not full rank" in page
 
 
-def test_patches_are_of_the_images_as_they_are(networks, tmp_path, make_pictures, save_pictures):
+def test_patches_are_of_the_images_as_they_are(networks, tmp_path, make_pictures, save_pictures, values):
     """Patch FID under a crop to 64 pixels is the FID of what lies within 299 pixels of the middle, cut out by hand."""
     folders = {}
     for name, n, seed in (("a", 13, 1), ("b", 17, 2)):
@@ -82,7 +74,7 @@ def test_patches_are_of_the_images_as_they_are(networks, tmp_path, make_pictures
     assert found["fid"] != pytest.approx(found["patch_fid"], rel=1e-2)
 
 
-def test_statistics_give_what_images_give(command, networks, sets, tmp_path):
+def test_statistics_give_what_images_give(command, networks, sets, tmp_path, values):
     call = [
         "reference",
         "--protocol",
@@ -105,7 +97,7 @@ def test_statistics_give_what_images_give(command, networks, sets, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_and_workers_do_not_matter(command, networks, sets, tmp_path):
+def test_processes_and_workers_do_not_matter(command, networks, sets, tmp_path, measured):
     assert command("--metrics", *ALL, "--feature-batch", "16") == 0
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     call = ["metrics", "--protocol", "custom", "--images", str(sets.a), "--reference", str(sets.b), "--metrics", *ALL]
@@ -129,7 +121,7 @@ def test_workers(method, networks, sets):
     assert torch.equal(alone.rows["inception"], helped.rows["inception"])
 
 
-def test_model_from_generation_to_report(edm, networks, sets, tmp_path):
+def test_model_from_generation_to_report(edm, networks, sets, tmp_path, measured):
     """run: two draws of generated images; killed after generating, it goes on without making one anew."""
     call = [
         "run",
@@ -274,7 +266,7 @@ def test_a_bad_image_leaves_nothing_behind(command, sets, tmp_path, capsys):
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_config_file(networks, sets, tmp_path, capsys):
+def test_config_file(networks, sets, tmp_path, capsys, values):
     file = tmp_path / "eval.yaml"
     file.write_text(
         f"protocol: custom\nimages: {sets.a}\nreference: {sets.b}\ninception: {networks.inception}\noutput: {tmp_path / 'x'}\n"

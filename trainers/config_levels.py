@@ -1,0 +1,70 @@
+"""The `levels` sections of configurations: at which noise levels t an objective or a teacher's loss is evaluated."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipelines import noise
+
+from .config_data import PositiveFloat, Strict
+
+
+class Range(Strict):
+    low: PositiveFloat
+    high: PositiveFloat
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        return self
+
+
+class UniformLevels(Range):
+    name: Literal["uniform"]
+
+    def sampler(self):
+        return lambda u, progress: noise.uniform_t(u, self.low, self.high)
+
+
+class LogUniformLevels(Range):
+    name: Literal["log_uniform"]
+
+    def sampler(self):
+        return lambda u, progress: noise.log_uniform_t(u, self.low, self.high)
+
+
+class LogNormalLevels(Strict):
+    name: Literal["log_normal"]
+    mean: float = -1.2
+    std: PositiveFloat = 1.2
+
+    def sampler(self):
+        return lambda u, progress: noise.log_normal_t(u, self.mean, self.std)
+
+
+class KarrasLevels(Range):
+    name: Literal["karras"]
+    rho: PositiveFloat = 7.0
+
+    def sampler(self):
+        return lambda u, progress: noise.karras_t(u, self.low, self.high, self.rho)
+
+
+class PowerLevels(Range):
+    """t = low + u^p (high - low), p annealed linearly from `start` to `end`, which it reaches at progress `until`."""
+
+    name: Literal["power"]
+    start: PositiveFloat = 0.1
+    end: PositiveFloat = 2.0
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def sampler(self):
+        exponent = partial(noise.annealed_power, start=self.start, end=self.end, until=self.until)
+        return lambda u, progress: noise.power_t(u, self.low, self.high, exponent(progress))
+
+
+Levels = Annotated[UniformLevels | LogUniformLevels | LogNormalLevels | KarrasLevels | PowerLevels, Field(discriminator="name")]
