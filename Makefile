@@ -13,7 +13,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval test lint format clean
+.PHONY: help install quickstart bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ bench-edm: $(RUNTIME) ## EDM's CIFAR-10 network against NVlabs' code: make bench
 
 bench-eval: $(DEV) ## evaluation against clean-fid, torch-fidelity and torchmetrics on the same weights: outputs/bench/eval.json
 	$(BIN)/python -m scripts.bench_eval $(ARGS)
+
+bench-mog40: $(RUNTIME) ## VarDiU on its own benchmark, every variant, three seeds of 300 s: outputs/bench/mog40*.{json,png}; 90 minutes
+	$(BIN)/python -m scripts.bench_mog40 $(ARGS)
+	$(BIN)/python -m scripts.bench_mog40_bounds
 
 test: $(DEV) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

@@ -1,4 +1,4 @@
-"""Command line: `python -m eval run | generate | metrics | reference | compare`, by named protocols."""
+"""Command line: `python -m eval run | generate | metrics | reference | compare | points`, by named protocols."""
 
 from __future__ import annotations
 
@@ -138,6 +138,7 @@ HELP = {
     "generate": "the images of a protocol alone; resumable, any number of processes",
     "reference": "statistics of real images, for many evaluations",
     "compare": "evaluations beside each other and beside published numbers",
+    "points": "a model of points against the mixture it should be",
 }
 
 
@@ -171,6 +172,13 @@ def _parser() -> Parser:
     )
     compare.add_argument("--baselines", **OPTIONS["--baselines"])
     compare.set_defaults(function=_compare)
+    points = commands.add_parser("points", help=HELP["points"], description=HELP["points"], allow_abbrev=False)
+    points.add_argument("--model", required=True, **OPTIONS["--model"])
+    points.add_argument("--num-points", type=int, default=10_000, metavar="N")
+    points.add_argument("--law", metavar="FILE", help="a configuration with the mixture as `data` (default: the run's own)")
+    points.add_argument("--seed", type=int, default=0, metavar="S")
+    points.add_argument("--output", required=True, metavar="DIR")
+    points.set_defaults(function=_points)
     return parser
 
 
@@ -237,6 +245,15 @@ def _compare(args: argparse.Namespace) -> int:
     files = {name: Path(path) / "samples.png" for name, path in named}
     samples = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
     print(write_comparison(contents, Path(args.output), samples, args.baselines))
+    return 0
+
+
+def _points(args: argparse.Namespace) -> int:
+    from .points_report import measure_points, table
+
+    _require_writable(Path(args.output))
+    print(table(measure_points(args.model, args.num_points, args.seed, args.law, Path(args.output))))
+    print(f"wrote {args.output}/points.json")
     return 0
 
 

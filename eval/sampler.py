@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from pipelines.edm import EDMPipeline
+from pipelines.edm import EDMPipeline, PointNet
 from pipelines.stable_diffusion import read_index
 from pipelines.students import load_student, read_info
 
@@ -47,6 +47,8 @@ class Sampler:
             inputs["batch_size"] = len(indices)
         if self.num_classes:
             inputs["class_labels"] = [image_label(seed, i, self.num_classes) for i in indices]
+        if isinstance(getattr(self.pipe, "unet", None), PointNet):
+            raise ValueError(f"--model: {self.facts['model']!r} makes points, not images; use `python -m eval points`")
         images = torch.from_numpy(self.pipe(**inputs, **self.call, output_type="np").images)
         if images.ndim != 4 or len(images) != len(indices):
             raise ValueError(f"the pipeline returned {tuple(images.shape)}, expected {len(indices)} images (h, w, c)")

@@ -225,6 +225,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "uniform": lambda level, x0, x0_hat, sigma_data: torch.ones_like(level.sigma),
     "sigma": lambda level, x0, x0_hat, sigma_data: level.sigma,
     "sigma2": lambda level, x0, x0_hat, sigma_data: level.sigma.square(),
+    "sigma4": lambda level, x0, x0_hat, sigma_data: level.sigma.square().square(),
     "inv_sigma": lambda level, x0, x0_hat, sigma_data: 1 / level.sigma,
     "snr": lambda level, x0, x0_hat, sigma_data: (level.alpha / level.sigma).square(),
     # Karras et al. 2022, Table 1: lambda(sigma), written for the noise-to-signal ratio so that VP and flow share it.

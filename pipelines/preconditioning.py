@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -149,7 +149,7 @@ class IDDPM:
         return x_t - level.sigma * out[:, : x_t.shape[1]]
 
 
-PRECONDITIONERS = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+PRECONDITIONERS = {"edm": EDM, "sample": partial(Prediction, "sample"), "vp": VP, "ve": VE, "iddpm": IDDPM}
 
 
 def make_preconditioner(parameterization: str | Preconditioner, sigma_data: float) -> Preconditioner:

@@ -17,7 +17,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from . import stable_diffusion
-from .edm import EDMPipeline
+from .edm import EDMPipeline, PointNet
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3
@@ -39,7 +39,7 @@ CARD_USE = {
     "student": """from pipelines.students import load_student
 
 pipe = load_student("{folder}")
-images = pipe(batch_size=16).images""",
+{call}""",
     "teacher": """from {module} import {pipeline}
 
 pipe = {pipeline}.from_pretrained("{folder}")""",
@@ -49,7 +49,9 @@ EDM_LORA_USE = """from pipelines.edm import EDMPipeline
 
 pipe = EDMPipeline.from_pretrained("{base_model}")
 pipe.load_lora_weights("{folder}")  # with its scheduler: one step, at the noise level it was trained for
-images = pipe(batch_size=16).images"""
+{call}"""
+
+IMAGES, POINTS = "images = pipe(batch_size=16).images", 'points = pipe(10_000, output_type="latent").images.flatten(1)'
 
 STABLE_DIFFUSION_CARD = """---
 library_name: diffusers
@@ -78,9 +80,14 @@ def save_model(folder: Path, pipeline: DiffusionPipeline, kind: str, info: dict[
     """Write the pipeline, <kind>.json and README.md to `folder`, replacing it whole. kind: "student" or "teacher"."""
     title = "One-step student" if kind == "student" else f"Teacher, {type(pipeline).__name__}"
     module = "pipelines.edm" if isinstance(pipeline, EDMPipeline) else "diffusers"
-    use = CARD_USE[kind].format(folder=folder.name, pipeline=type(pipeline).__name__, module=module)
+    use = CARD_USE[kind].format(folder=folder.name, pipeline=type(pipeline).__name__, module=module, call=call_of(pipeline))
     card = CARD.format(title=title, facts=facts_list(info), use=use)
     replace_folder(folder, pipeline.save_pretrained, kind, info, card)
+
+
+def call_of(pipeline: DiffusionPipeline) -> str:
+    """The line of a card that draws."""
+    return POINTS if isinstance(getattr(pipeline, "unet", None), PointNet) else IMAGES
 
 
 def save_edm_student(folder: Path, pipeline: EDMPipeline, info: dict[str, Any], adapter: str | None = None) -> None:
@@ -95,7 +102,7 @@ def save_edm_student(folder: Path, pipeline: EDMPipeline, info: dict[str, Any], 
     card = CARD.format(
         title=f"One-step student of {info['base_model']}",
         facts=facts_list(info),
-        use=EDM_LORA_USE.format(folder=folder.name, base_model=info["base_model"]),
+        use=EDM_LORA_USE.format(folder=folder.name, base_model=info["base_model"], call=call_of(pipeline)),
     )
     return replace_folder(folder, write, "student", info, card)
 

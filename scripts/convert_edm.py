@@ -2,7 +2,8 @@
 
     python -m scripts.convert_edm edm-cifar10-32x32-uncond-vp.pkl outputs/edm_cifar10
 
-Nothing in the file is executed: it is read as data, and refused if it holds anything that such a network does not.
+Nothing in the file is executed: it is read as data, and refused if it holds anything that such a network does not. VarDiU's
+network of points (.pth) is read too.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ FAULTS = [
         ["objective.posterior.network.channels: Input should be a multiple of 2, got 3"],
     ),
     (["objective.levels.lo=1"], ["unknown key 'objective.levels.lo'; did you mean 'low'?"]),
-    (["teacher.zzz=1"], ["unknown key 'teacher.zzz'; known here: path, guidance_scale, negative_prompt, dtype, variant"]),
+    (["teacher.zzz=1"], ["unknown key 'teacher.zzz'; known here: path, exact, guidance_scale, negative_prompt, dtype, variant"]),
     # wrong types
     (["steps=many"], ["steps: Input should be a valid integer, unable to parse string as an integer, got 'many'"]),
     (["steps=2.5"], ["steps: Input should be a valid integer, got a number with a fractional part, got 2.5"]),

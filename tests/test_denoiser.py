@@ -395,7 +395,7 @@ ERRORS = {
     "latents": ({"batch_size": 3, "latents": torch.zeros(3, 2, 5, 7)}, r"\(3, 2, 5, 7\); expected \(3, 2, 5, 5\)"),
     "latents batch": ({"batch_size": 2, "latents": torch.zeros(3, 2, 5, 5)}, r"expected \(2, 2, 5, 5\)"),
     "generators": ({"batch_size": 3, "generator": [torch.Generator()] * 2}, "2 generators for batch_size=3; give one for each"),
-    "output": ({"output_type": "latent"}, "output_type is 'latent'; expected 'pil', 'np' or 'pt'"),
+    "output": ({"output_type": "jpeg"}, "output_type is 'jpeg'; expected 'pil', 'np', 'pt' or 'latent'"),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
     "negative steps": ({"num_inference_steps": -1}, "num_inference_steps must be at least 1, got -1"),
 }

@@ -395,6 +395,18 @@ def test_power_is_annealed():
     assert (paper.start, paper.end) == (0.1, 2.0)
 
 
+def test_power_is_annealed_by_steps_too():
+    """VarDiU's code raises p by .01 every 1,000 steps, however long a run is: after 2,842 it stands at .13."""
+    levels = TypeAdapter(Levels).validate_python({"name": "power", "low": LOW, "high": HIGH, "until_steps": 190_000})
+    u = midpoints(11)
+    for steps in (2842, 400_000):
+        for done in (0, 2842, min(steps, 190_000), steps):
+            p = 0.1 + 1.9 * min(done / 190_000, 1)
+            assert_close(levels.sampler(steps)(u, done / steps), LOW + u**p * (HIGH - LOW), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="until, until_steps: give one of them"):
+        TypeAdapter(Levels).validate_python({"name": "power", "low": LOW, "high": HIGH, "until": 0.5, "until_steps": 7})
+
+
 # Weightings --------------------------------------------------------------------------------------------------------------
 
 # by hand for one sample: (alpha, sigma, mean |x0 - x0_hat|, sigma_data) -> w
@@ -402,6 +414,7 @@ HAND = {
     "uniform": lambda a, s, gap, sd: 1.0,
     "sigma": lambda a, s, gap, sd: s,
     "sigma2": lambda a, s, gap, sd: s * s,
+    "sigma4": lambda a, s, gap, sd: s**4,
     "inv_sigma": lambda a, s, gap, sd: 1 / s,
     "snr": lambda a, s, gap, sd: a * a / (s * s),
     "edm": lambda a, s, gap, sd: ((s / a) ** 2 + sd * sd) / ((s / a) * sd) ** 2,

@@ -23,9 +23,11 @@ OPTIONS = {
     "flow": {"blocks": 2, "hidden": 4},
     "flow-spline": {"blocks": 2, "hidden": 4, "transform": "spline"},
     "learned-1": {"block": 1},
+    "nsf": {"transforms": 2, "hidden": 8, "bins": 4},
+    "planar": {"transforms": 3},
 }
 CASES = [*COVARIANCES, "flow-spline", "learned-1"]
-GAUSSIAN = [case for case in CASES if not case.startswith("flow")]
+GAUSSIAN = [case for case in CASES if case.split("-")[0] not in ("flow", "nsf", "planar")]
 
 pytestmark = pytest.mark.usefixtures("float64_weights")
 
@@ -127,7 +129,7 @@ def specified(covariance: Covariance, maps: Tensor) -> tuple[Tensor, Tensor]:
     d = math.prod(shape)
     mean, rest = maps[:c].flatten(), maps[c:]
     if name == "diag":
-        return mean, torch.diag((2 * rest).exp().flatten())
+        return mean, torch.diag((20 * torch.tanh(rest / 10)).exp().flatten())
     if name == "haar":
         supports = [((row != 0).reshape(shape).any(0), maps[m], side**2) for row, m, side in haar_rows(shape)]
         log_std = torch.stack([(m * inside).sum() / size for inside, m, size in supports])
@@ -163,13 +165,13 @@ def specified(covariance: Covariance, maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_every_covariance_is_tried():
-    assert list(COVARIANCES) == ["diag", "haar", "dct", "learned", "lowrank", "flow", "linear", "full"]
+    assert list(COVARIANCES) == ["diag", "haar", "dct", "learned", "lowrank", "flow", "linear", "full", "nsf", "planar"]
 
 
 def test_maps():
     maps = {case: fresh(case).num_maps for case in COVARIANCES}
     expected = {"diag": 2 * 3, "haar": 3 + (3 + 1) * 3, "dct": 3 + 8, "learned": 3 + 8, "lowrank": 3 + 3 + 2 * 3 + 8}
-    assert maps == expected | {"flow": 2 * 3 + 8, "linear": 2 * 3, "full": 8}
+    assert maps == expected | {"flow": 2 * 3 + 8, "linear": 2 * 3, "full": 8, "nsf": 2 * 3 + 16, "planar": 2 * 3}
     assert fresh("haar", (5, 8, 24)).num_maps == 5 * (1 + 3 * 3 + 1)
 
 
@@ -212,6 +214,16 @@ def test_density_against_torch(case, make, randn):
     for i in range(B):
         expected = MultivariateNormal(*specified(covariance, maps[i])).log_prob(z[i].flatten(1))
         assert_close(log_q[i], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_diagonal_is_never_infinitely_narrow():
+    """Maps of -60 would be standard deviations of 1e-26, whose density overflows: it is large and finite, and has a gradient."""
+    covariance, maps = COVARIANCES["diag"]((2, 1, 1)).float(), torch.tensor([0.0, 0.0, -60.0, 60.0]).view(1, 4, 1, 1)
+    maps.requires_grad_()
+    log_q = covariance(maps).log_prob(torch.ones(1, 1, 2, 1, 1))
+    assert -1e9 < log_q.item() < -1e8
+    (gradient,) = torch.autograd.grad(log_q.sum(), maps)
+    assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("case", GAUSSIAN)

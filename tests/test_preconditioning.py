@@ -122,7 +122,7 @@ def test_names():
 def test_scheduler_settings_reach_the_preconditioner():
     assert EDMScheduler(preconditioning="vp", beta_d=10.0, M=7).preconditioner() == VP(beta_d=10.0, M=7)
     assert EDMScheduler(preconditioning="iddpm", C_1=0.01, C_2=0.02, M=7).preconditioner() == IDDPM(0.01, 0.02, 7)
-    with pytest.raises(ValueError, match=r"scheduler.preconditioning is 'ddpm'; expected one of edm, vp, ve, iddpm"):
+    with pytest.raises(ValueError, match=r"scheduler.preconditioning is 'ddpm'; expected one of edm, sample, vp, ve, iddpm"):
         EDMScheduler(preconditioning="ddpm")
 
 

@@ -50,11 +50,27 @@ class EDMNetwork(Strict):
         return ARCHITECTURES[self.architecture] | given
 
 
-# Told apart by a key that one of them requires.
-TeacherNetwork = Annotated[
-    Annotated[Network, Tag(KINDS[1])] | Annotated[EDMNetwork, Tag(KINDS[2])],
-    Discriminator(lambda value: KINDS[1 + ("architecture" in (value if isinstance(value, dict) else dict(value)))]),
-]
+class PointNetwork(Strict):
+    """pipelines.edm.PointNet, for points."""
+
+    width: PositiveInt
+    layers: Annotated[int, Field(ge=2)] = 4
+    frequencies: Annotated[int, Field(ge=0)] = 0
+
+    def options(self) -> dict[str, Any]:
+        return self.model_dump()
+
+
+def kind_of_network(value: Any) -> str:
+    """Networks are told apart by a key that only they have, names by their type: a fault is one of the kind that was meant."""
+    if isinstance(value, str):
+        return KINDS[0]
+    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", ())
+    return KINDS[2] if "architecture" in keys else KINDS[3] if "width" in keys else KINDS[1]
+
+
+AnyNetwork = Annotated[Network, Tag(KINDS[1])] | Annotated[EDMNetwork, Tag(KINDS[2])] | Annotated[PointNetwork, Tag(KINDS[3])]
+NewNetwork = Annotated[AnyNetwork, Discriminator(kind_of_network)]
 
 
 class Optimizer(Strict):
@@ -116,7 +132,7 @@ class TeacherConfig(Run):
     """`accelerate launch -m trainers.train_teacher`."""
 
     data: Data
-    network: TeacherNetwork | None = None  # a new network: small, or by `architecture` one of the EDM paper's
+    network: NewNetwork | None = None  # a new network: small, by `architecture` one of the EDM paper's, by `width` one for points
     pipeline: str | None = None  # or: a Stable Diffusion pipeline whose network is trained further, on captioned images
     sigma_data: PositiveFloat = 0.5
     levels: Levels
@@ -151,11 +167,19 @@ class TeacherConfig(Run):
 
 
 class Teacher(Strict):
-    path: str  # a pipeline folder (EDM, Stable Diffusion), the output_dir of train_teacher, or a hub id
+    path: str | None = None  # a pipeline folder (EDM, Stable Diffusion), the output_dir of train_teacher, or a hub id
+    # instead: nothing learned. density: the exact score of the mixture in `data`; samples: that of the noised data set itself
+    exact: Literal["density", "samples"] | None = None
     guidance_scale: float = 1.0
     negative_prompt: str | None = None  # Stable Diffusion only; None: what the stock pipeline takes for no prompt
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters are float32
     variant: str | None = None  # of the weight files, e.g. fp16
+
+    @model_validator(mode="after")
+    def _one_teacher(self):
+        if (self.path is None) == (self.exact is None):
+            raise ValueError("path, exact: give one of them")
+        return self
 
 
 class Lora(Strict):
@@ -172,7 +196,9 @@ class Lora(Strict):
 class Student(Strict):
     """sigma_init and image_range are for pixel models, readout_t for Stable Diffusion; see denoiser.OneStepGenerator."""
 
-    sigma_init: PositiveFloat | None = None  # the noise level of the one step; None: 2.5
+    network: NewNetwork | None = None  # a new one, for exact teachers, which have none
+    preconditioning: Literal["edm", "sample"] | None = None  # of that network: EDM's, or x0 as it comes out; None: edm
+    sigma_init: PositiveFloat | None = None  # the noise level of the one step; None: 2.5, of exact teachers sigma_data
     image_range: bool | None = None  # train the clamped image, which is what the pipeline gives; None: yes
     readout_t: Annotated[int, Field(ge=0)] | None = None  # the timestep of the one step; None: the last, as stock pipelines do
     lora: Lora | None = None  # None: all weights are trained
@@ -181,6 +207,7 @@ class Student(Strict):
 
 class FakeScore(Strict):
     optimizer: Optimizer
+    network: NewNetwork | None = None  # for exact teachers: a new one; None: of the student's kind
     lora: Lora | None = None  # an adapter on the teacher's weights; None: a copy of the teacher
     levels: Levels
     weighting: Weight = "edm"
@@ -195,10 +222,8 @@ class FlowOptions(Strict):
     hidden: PositiveInt = 32  # channels inside a coupling's network
 
 
-# Told apart by their type, so that a fault is one of the kind that was meant.
 PosteriorNetwork = Annotated[
-    Annotated[Literal["shared", "copy", "adapter"], Tag(KINDS[0])] | Annotated[Network, Tag(KINDS[1])],
-    Discriminator(lambda value: KINDS[not isinstance(value, str)]),
+    Annotated[Literal["shared", "copy", "adapter"], Tag(KINDS[0])] | AnyNetwork, Discriminator(kind_of_network)
 ]
 
 

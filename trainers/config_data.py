@@ -1,10 +1,10 @@
-"""The `data` sections of configurations: image sets for pixel models; prompts, captioned images and samples for text-to-image."""
+"""The `data` sections of configurations: image sets and points; prompts, captioned images and samples for text-to-image."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -48,6 +48,36 @@ class FolderData(Strict):
     labels: bool = False
 
 
+class MixtureData(Strict):
+    """num_samples points of a Gaussian mixture in d dimensions, images of d channels and one pixel.
+
+    means (k, d), None: the forty modes in the plane on which VarDiU was shown; std and weights: one number or one for each mean.
+    """
+
+    name: Literal["mixture"]
+    means: Annotated[list[Annotated[list[float], Field(min_length=1)]], Field(min_length=1)] | None = None
+    std: PositiveFloat | list[PositiveFloat] | None = None  # None: the forty modes' own; needed with means
+    weights: list[PositiveFloat] | None = None  # None: equal
+    num_samples: Annotated[int, Field(ge=2)] = 1_000_000
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if (self.means is None) != (self.std is None):
+            raise ValueError("means, std: give both or, for the forty modes, neither")
+        if self.means is None and self.weights is not None:
+            raise ValueError("weights: the forty modes are equally likely; remove it, or give means and std")
+        if self.means is not None:
+            k, d = len(self.means), len(self.means[0])
+            if any(len(m) != d for m in self.means):
+                raise ValueError(f"means must be points of equally many dimensions, as the first, which has {d}")
+            for key in ("std", "weights"):
+                value = getattr(self, key)
+                if isinstance(value, list) and len(value) != k:
+                    raise ValueError(f"{key} has {len(value)} numbers for {k} means; give one for each")
+        return self
+
+
 class TextData(Strict):
     """What Stable Diffusion is distilled on. It is encoded once, into `cache`: a folder that several runs may share, and that
     another model or another image size may not use (default: <output_dir>/cache)."""
@@ -89,5 +119,6 @@ class TeacherSamples(TextData):
 
 TEXT_DATA = (Prompts, Captions, TeacherSamples)
 Data = Annotated[
-    DigitsData | ParquetData | HubData | FolderData | Prompts | Captions | TeacherSamples, Field(discriminator="name")
+    DigitsData | ParquetData | HubData | FolderData | MixtureData | Prompts | Captions | TeacherSamples,
+    Field(discriminator="name"),
 ]

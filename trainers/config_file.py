@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 T = TypeVar("T", bound=BaseModel)
 # Tags of a union told apart by the value's type: pydantic puts them into the path of a fault, the user's file has none there.
-KINDS = ("by name", "by section", "by architecture")
+KINDS = ("by name", "by section", "by architecture", "by width")
 
 
 class ConfigError(ValueError):

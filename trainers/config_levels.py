@@ -1,4 +1,7 @@
-"""The `levels` sections of configurations: at which noise levels t an objective or a teacher's loss is evaluated."""
+"""The `levels` sections of configurations: at which noise levels t an objective or a teacher's loss is evaluated.
+
+`sampler(steps)`, for a run of so many steps, is a function (u, progress) -> t of uniform numbers and of the share that is done.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pydantic import Field, model_validator
 
 from pipelines import noise
 
-from .config_data import PositiveFloat, Strict
+from .config_data import PositiveFloat, PositiveInt, Strict
 
 
 class Range(Strict):
@@ -26,14 +29,14 @@ class Range(Strict):
 class UniformLevels(Range):
     name: Literal["uniform"]
 
-    def sampler(self):
+    def sampler(self, steps: int = 1):
         return lambda u, progress: noise.uniform_t(u, self.low, self.high)
 
 
 class LogUniformLevels(Range):
     name: Literal["log_uniform"]
 
-    def sampler(self):
+    def sampler(self, steps: int = 1):
         return lambda u, progress: noise.log_uniform_t(u, self.low, self.high)
 
 
@@ -42,7 +45,7 @@ class LogNormalLevels(Strict):
     mean: float = -1.2
     std: PositiveFloat = 1.2
 
-    def sampler(self):
+    def sampler(self, steps: int = 1):
         return lambda u, progress: noise.log_normal_t(u, self.mean, self.std)
 
 
@@ -50,20 +53,30 @@ class KarrasLevels(Range):
     name: Literal["karras"]
     rho: PositiveFloat = 7.0
 
-    def sampler(self):
+    def sampler(self, steps: int = 1):
         return lambda u, progress: noise.karras_t(u, self.low, self.high, self.rho)
 
 
 class PowerLevels(Range):
-    """t = low + u^p (high - low), p annealed linearly from `start` to `end`, which it reaches at progress `until`."""
+    """t = low + u^p (high - low), p annealed linearly from `start` to `end`, which it reaches at progress `until`, or after
+    until_steps steps, which may be more than the run has (VarDiU's code: 190,000).
+    """
 
     name: Literal["power"]
     start: PositiveFloat = 0.1
     end: PositiveFloat = 2.0
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    until_steps: PositiveInt | None = None  # instead of until
 
-    def sampler(self):
-        exponent = partial(noise.annealed_power, start=self.start, end=self.end, until=self.until)
+    @model_validator(mode="after")
+    def _one_end(self):
+        if self.until_steps is not None and self.until != type(self).model_fields["until"].default:
+            raise ValueError("until, until_steps: give one of them")
+        return self
+
+    def sampler(self, steps: int = 1):
+        until = self.until_steps / steps if self.until_steps else self.until
+        exponent = partial(noise.annealed_power, start=self.start, end=self.end, until=until)
         return lambda u, progress: noise.power_t(u, self.low, self.high, exponent(progress))
 
 

@@ -1,4 +1,4 @@
-"""What a draw takes its data and conditions from: rows of an image set, class labels, or encoded prompts and latents."""
+"""What a draw takes its data and conditions from: rows of an image set, points, class labels, or encoded prompts and latents."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipelines.analytic import GaussianMixture
 from pipelines.denoiser import Condition
 from pipelines.images import ImageSet, to_unit
 
@@ -28,7 +29,7 @@ class Images:
     has_x0 = True
 
     def __init__(self, images: ImageSet) -> None:
-        self.images = images
+        self.images, self.shape, self.class_names = images, tuple(images.pixels.shape[1:]), images.class_names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -36,6 +37,23 @@ class Images:
     def rows(self, index: Tensor) -> tuple[Tensor, Condition]:
         labels = self.images.labels
         return to_unit(self.images.pixels[index]), None if labels is None else {"class_labels": labels[index]}
+
+
+class Points:
+    """Points (n, d) of a Gaussian mixture, as images of d channels and one pixel."""
+
+    has_x0 = True
+    class_names = ()
+
+    def __init__(self, mixture: GaussianMixture, num_samples: int, seed: int) -> None:
+        self.mixture, self.shape = mixture, mixture.shape
+        self.points = mixture.sample(num_samples, torch.Generator().manual_seed(seed)).float()
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def rows(self, index: Tensor) -> tuple[Tensor, None]:
+        return self.points[index], None
 
 
 class Labels:

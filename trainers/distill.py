@@ -19,10 +19,11 @@ from .config import DistillConfig, VarDiUConfig
 from .config import Optimizer as OptimizerConfig
 from .draws import DrawSource
 from .edm import EDMModels
+from .exact import ExactModels
 from .loop import Trainer
 from .models import Models
 from .objectives.amortized import AmortizedScore
-from .objectives.base import Objective
+from .objectives.base import LevelSampler, Objective
 from .objectives.diff_instruct import DiffInstruct
 from .objectives.resampled import ResampledScore
 from .objectives.vardiu import VarDiU
@@ -40,8 +41,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(config: DistillConfig) -> None:
+    trainer = make_trainer(config)
+    trainer.fit()
+    trainer.accelerator.end_training()
+
+
+def make_trainer(config: DistillConfig) -> Trainer:
+    """All of a run, ready to start; nothing has been written yet."""
     accelerator = setup.make_accelerator(config)
-    family = family_of(config.teacher.path)
+    family = "exact" if config.teacher.exact else family_of(config.teacher.path)
     setup.check_output(config, accelerator)
     planned = plan_evaluation(config)  # weights that are missing are an error now, not when a teacher has been loaded
     models = load_models(config, family, accelerator)
@@ -59,7 +67,7 @@ def run(config: DistillConfig) -> None:
         micro_batch_size=config.micro_batch_size,
     )
     facts = models.facts | {
-        "base_model": teacher_folder(config.teacher.path),
+        "base_model": teacher_folder(config.teacher.path) if config.teacher.path else f"exact {config.teacher.exact}",
         "objective": config.objective.name,
         "estimator": getattr(config.objective, "estimator", None),
         "seed": config.seed,
@@ -67,7 +75,7 @@ def run(config: DistillConfig) -> None:
         "threads": torch.get_num_threads(),
         "versions": versions(setup.PACKAGES),
     }
-    trainer = Trainer(
+    return Trainer(
         config,
         accelerator,
         objective,
@@ -80,11 +88,11 @@ def run(config: DistillConfig) -> None:
         evaluate=build_evaluation(config, planned, models, accelerator) if planned else None,
         evaluate_every=config.evaluation.every if config.evaluation else 0,
     )
-    trainer.fit()
-    accelerator.end_training()
 
 
 def load_models(config: DistillConfig, family: str, accelerator: Accelerator) -> Models:
+    if family == "exact":
+        return ExactModels(config)
     return EDMModels(config) if family == "edm" else StableDiffusionModels(config, accelerator)
 
 
@@ -113,7 +121,7 @@ def build_evaluation(
 def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, dict[str, OptimizerConfig]]:
     """The objective and the optimisers of its networks other than the student. The only place that lists objectives."""
     o, student, teacher = config.objective, models.student, models.teacher
-    levels, sigma_data = o.levels.sampler(), teacher.sigma_data
+    levels, sigma_data = o.levels.sampler(config.steps), teacher.sigma_data
     if o.name == "varflow":
         more = {"condition_scale": o.condition_scale, "num_classes": models.num_classes, "grids": o.grids}
         more["features"] = models.features() if o.features else None
@@ -127,7 +135,7 @@ def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, d
             teacher,
             models.fake_score(),
             levels,
-            f.levels.sampler(),
+            f.levels.sampler(config.steps),
             o.weighting,
             f.weighting,
             f.updates,
@@ -136,13 +144,13 @@ def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, d
             f.augment,
         )
         return objective, {"fake_score": f.optimizer}
-    return build_vardiu(o, models), {"posterior": o.posterior.optimizer}
+    return build_vardiu(o, models, levels), {"posterior": o.posterior.optimizer}
 
 
-def build_vardiu(o: VarDiUConfig, models: Models) -> VarDiU:
+def build_vardiu(o: VarDiUConfig, models: Models, levels: LevelSampler) -> VarDiU:
     p = o.posterior
     common = {
-        "levels": o.levels.sampler(),
+        "levels": levels,
         "weighting": o.weighting,
         "num_samples": o.samples,
         "posterior_updates": p.updates,

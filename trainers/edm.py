@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_layer, whole_copy
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
-from pipelines.edm import EDMPipeline, EDMScheduler
+from pipelines.edm import EDMPipeline, EDMScheduler, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
-from pipelines.images import ImageSet
 from pipelines.students import save_edm_student
 
 from . import augment, setup
 from .config import DistillConfig, Lora
 from .config_data import TEXT_DATA
-from .data import Images, Labels
+from .data import Images, Labels, Points
 from .models import add_role, build_covariance, refuse, unit_noise
 from .posteriors import UNetPosterior
 from .teachers import load_edm_teacher
@@ -41,7 +40,7 @@ class EDMModels:
         data = setup.load_data(config.data) if config.data else None
         self._check_data(data)
         if data is not None and config.objective.name == "varflow":
-            self.examples = Images(data)
+            self.examples = data
         else:
             self.examples = Labels(self.num_classes) if self.num_classes else None
         self.base = SharedNetwork(pipeline.unet)
@@ -54,7 +53,11 @@ class EDMModels:
         network = self._role("student", lora)
         self.pipeline = EDMPipeline(self.base.network if lora else network, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.student = OneStepGenerator(self._denoiser(network), sigma_init, config.student.image_range is not False)
+        points = isinstance(self.base.network, PointNet)
+        if points:
+            refuse("a teacher of points", {"student.image_range": config.student.image_range, "evaluation": config.evaluation})
+        image_range = not points and config.student.image_range is not False
+        self.student = OneStepGenerator(self._denoiser(network), sigma_init, image_range)
         self.facts = {"family": "edm", "weights": "lora" if lora else "unet", "readout_sigma": sigma_init}
 
     def _readout_level(self, sigma_init: float) -> float:
@@ -76,13 +79,13 @@ class EDMModels:
         network = self.base.network
         return whole_copy(network) if lora is None else add_role(self.base, name, lora, block_layers(network), self.config.seed)
 
-    def _check_data(self, data: ImageSet | None) -> None:
+    def _check_data(self, data: Images | Points | None) -> None:
         """The data must be what the teacher makes: same channels, resolution and classes."""
         if data is None:
             return
-        if tuple(data.pixels.shape[1:]) != self.latent_shape:
+        if data.shape != self.latent_shape:
             raise ValueError(
-                f"data: images are {tuple(data.pixels.shape[1:])} (channels, height, width), the teacher "
+                f"data: images are {data.shape} (channels, height, width), the teacher "
                 f"{self.config.teacher.path!r} makes {self.latent_shape}; set data.image_size={self.latent_shape[1]} and "
                 f"data.channels={self.latent_shape[0]}, or another teacher"
             )
@@ -126,7 +129,7 @@ class EDMModels:
 
     def preview(self) -> Tensor:
         with self.base.running("student" if self.config.student.lora else None):
-            return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+            return setup.preview(self.pipeline, self.config.num_samples, self.config.seed, self._behind.sigma_data)
 
     def images(self, index: range) -> Tensor:
         z = unit_noise(self.config, index, self.latent_shape)
@@ -153,5 +156,8 @@ def check(config: DistillConfig) -> None:
         "teacher.variant": t.variant,
         "teacher.dtype": None if t.dtype == "float32" else t.dtype,
         "student.readout_t": s.readout_t,
+        "student.network": s.network,
+        "student.preconditioning": s.preconditioning,
+        "objective.fake_score.network": getattr(config.objective, "fake_score", None) and config.objective.fake_score.network,
     }
     refuse("an EDM teacher", settings)

@@ -99,7 +99,7 @@ class Trainer:
         """Train to run.steps. Returns False if a signal ended the run early, after saving; True if it is complete."""
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._resume()
+            self.restore()
             self.record()
             self._warm_up()
             while self.step < self.run.steps and not self._stop_agreed:
@@ -263,7 +263,8 @@ class Trainer:
             checkpoint.save(folder, self.step, self._tensors(), state, self.run.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
+    def restore(self) -> None:
+        """Take up what run.resume means, if anything."""
         path = find_checkpoint(self.run)
         if path is None:
             self.log.resume({}, step=0)

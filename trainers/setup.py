@@ -16,20 +16,24 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 
 from pipelines import images
-from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet
+from pipelines.analytic import make_mixture
+from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.images import ImageSet
 from pipelines.launch import check_processes
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
-from .config import Data, EDMNetwork, Network, Run
+from .config import Data, EDMNetwork, Network, PointNetwork, Run
 from .config_file import ConfigError, load_config
+from .data import Images, Points
 from .draws import derive_seed
 from .loop import NonFiniteError, find_checkpoint
 
 PACKAGES = ("one-step-distill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ConfigError, FileNotFoundError, ValueError, checkpoint.CheckpointError, NonFiniteError)
+
+PREVIEW_POINTS = 10_000
 
 R = TypeVar("R", bound=Run)
 
@@ -112,7 +116,14 @@ def environment(accelerator: Accelerator) -> dict:
     }
 
 
-def load_data(data: Data) -> ImageSet:
+def load_data(data: Data) -> Images | Points:
+    """What a `data` section names, for teachers that are no text-to-image models."""
+    if data.name == "mixture":
+        return Points(make_mixture(data.means, data.std, data.weights), data.num_samples, data.seed)
+    return Images(load_images(data))
+
+
+def load_images(data: Data) -> ImageSet:
     """The image set a `data` section names; labels only where the section asks for them."""
     if data.name == "digits":
         digits = images.load_digits(data.image_size)
@@ -128,23 +139,47 @@ def load_data(data: Data) -> ImageSet:
     return images.load_hub(data.id, data.split, *columns)
 
 
-def build_unet(network: Network | EDMNetwork, seed: int, role: str, sample_size: int, **shape: int) -> PatchUNet | EDMUNet:
+def build_unet(
+    network: Network | EDMNetwork | PointNetwork, seed: int, role: str, sample_size: int, **shape: int
+) -> PatchUNet | EDMUNet | PointNet:
     """A network whose initial weights depend on the seed and its role alone."""
+    if isinstance(network, PointNetwork) != (sample_size == 1):
+        raise ValueError(
+            f"network: {type(network).__name__} does not fit data of {sample_size}x{sample_size} pixels; "
+            "points take {width: 400, layers: 4}, images one of the others"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", role))
         if isinstance(network, EDMNetwork):
             return EDMUNet(sample_size=sample_size, **shape, **network.options())
+        if isinstance(network, PointNetwork):
+            return PointNet(**shape, **network.options())
         return PatchUNet(sample_size=sample_size, **shape, **network.model_dump())
 
 
-def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
-    """Images (count, c, h, w) in [0, 1] from fixed noise, so that pictures of one run can be compared; small ones enlarged."""
+def preview(pipeline: EDMPipeline, count: int, seed: int, spread: float) -> Tensor:
+    """Images (count, c, h, w) in [0, 1] from fixed noise, so that pictures of one run can be compared; small ones enlarged.
+
+    Of a model of points one picture of where many of them lie.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "preview"))
+    if isinstance(pipeline.unet, PointNet):
+        return scatter(pipeline(PREVIEW_POINTS, generator=generator, output_type="latent").images.flatten(1), spread)
     num_classes = pipeline.unet.config.num_classes
     labels = torch.arange(count) % num_classes if num_classes else None
     drawn = pipeline(count, class_labels=labels, generator=generator, output_type="pt").images
     scale = max(1, 32 // drawn.shape[-1])
     return drawn.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+
+def scatter(points: Tensor, spread: float, side: int = 256) -> Tensor:
+    """Where points (n, d) lie by their first two coordinates, each within 3 spreads of 0: (1, 1, side, side) in [0, 1].
+
+    Black on white, y upwards, darker by the logarithm of how many there are; those outside are left out.
+    """
+    plane = points[:, [0, min(1, points.shape[1] - 1)]].double().cpu()
+    counts = torch.histogramdd(plane, side, range=[-3 * spread, 3 * spread] * 2).hist.log1p()
+    return (1 - counts / counts.max().clamp_min(1e-12)).T.flip(0)[None, None].float()
 
 
 def write_text(file: Path, text: str) -> None:

@@ -131,6 +131,9 @@ def check(config: DistillConfig) -> None:
     refused = {
         "student.sigma_init": s.sigma_init,
         "student.image_range": s.image_range,
+        "student.network": s.network,
+        "student.preconditioning": s.preconditioning,
+        "objective.fake_score.network": getattr(getattr(o, "fake_score", None), "network", None),
         "objective.fake_score.augment": augmented,
     }
     refuse("a Stable Diffusion teacher", refused)

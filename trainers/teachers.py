@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet
+from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.stable_diffusion import FAMILIES, read_index
 
 
@@ -64,7 +64,7 @@ def load_edm_teacher(path: str) -> EDMPipeline:
                 f"teacher.path: {str(folder / name)!r} is not valid JSON ({error}); copy or train it again"
             ) from error
     named = json.loads((folder / "model_index.json").read_text()).get("unet")
-    networks = {cls.__name__: cls for cls in (EDMUNet, PatchUNet)}
+    networks = {cls.__name__: cls for cls in (EDMUNet, PatchUNet, PointNet)}
     if not isinstance(named, list) or named[-1] not in networks:
         raise ValueError(f"teacher.path: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
     network = networks[named[-1]]

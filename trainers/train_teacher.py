@@ -1,4 +1,4 @@
-"""Train a teacher: a small EDM network on images, or a Stable Diffusion pipeline's network further, on captioned images.
+"""Train a teacher: a small EDM network on images or points, or the network of a Stable Diffusion pipeline further, on captions.
 
     accelerate launch -m trainers.train_teacher --config configs/digits_teacher.yaml [a.b=value ...]
 
@@ -19,7 +19,6 @@ from pipelines.students import save_model
 from . import augment, setup
 from .cache import open_cache
 from .config import TeacherConfig
-from .data import Images
 from .draws import DrawSource
 from .loop import Trainer
 from .objectives.denoising import Denoising
@@ -38,7 +37,7 @@ def run(config: TeacherConfig) -> None:
         raise ValueError("FSDP shards frozen weights, and a teacher in training has none; use configs/accelerate/gpu_8.yaml")
     setup.check_output(config, accelerator)
     teacher = NewEDM(config) if config.pipeline is None else FurtherStableDiffusion(config, accelerator)
-    objective = Denoising(teacher.denoiser, config.levels.sampler(), config.weighting)
+    objective = Denoising(teacher.denoiser, config.levels.sampler(config.steps), config.weighting)
     draws = DrawSource(
         config.seed,
         config.batch_size,
@@ -74,8 +73,8 @@ class NewEDM:
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
-        data = setup.load_data(config.data)
-        self.examples, self.latent_shape = Images(data), tuple(data.pixels.shape[1:])
+        self.examples = data = setup.load_data(config.data)
+        self.latent_shape = data.shape
         channels, size = self.latent_shape[:2]
         num_classes = len(data.class_names)
         shape = {"in_channels": channels, "out_channels": channels, "num_classes": num_classes}
@@ -96,7 +95,7 @@ class NewEDM:
 
     def preview(self) -> Tensor:
         self.unet.eval()
-        drawn = setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+        drawn = setup.preview(self.pipeline, self.config.num_samples, self.config.seed, self.config.sigma_data)
         self.unet.train()
         return drawn
 

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .patch_unet import PatchUNet
     from .pipeline import EDMPipeline
+    from .point_net import PointNet
     from .scheduler import EDMScheduler
     from .unet import EDMUNet
 
-_HOMES = {"EDMPipeline": "pipeline", "EDMScheduler": "scheduler", "EDMUNet": "unet", "PatchUNet": "patch_unet"}
-__all__ = ["EDMPipeline", "EDMScheduler", "EDMUNet", "PatchUNet"]
+_HOMES = {
+    "EDMPipeline": "pipeline",
+    "EDMScheduler": "scheduler",
+    "EDMUNet": "unet",
+    "PatchUNet": "patch_unet",
+    "PointNet": "point_net",
+}
+__all__ = ["EDMPipeline", "EDMScheduler", "EDMUNet", "PatchUNet", "PointNet"]
 
 
 def __getattr__(name: str) -> Any:

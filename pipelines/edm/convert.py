@@ -2,7 +2,7 @@
 
 Three containers hold the same tensors under the same names: the pickles of EDM and of SiD (a persistent object with all of its
 modules), and FastGen's .pth (torch.save's zip of a state dict). The architecture is read off the tensors' names and shapes, and
-everything else that the file says is compared with it.
+everything else that the file says is compared with it. A .pth may also hold a network of points (convert_points.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from .convert_points import finite, is_point_network, point_network
 from .layout import PRECONDITIONING, STYLES, check_layout, decoder_layers, encoder_layers, state_shapes
 from .pickles import DAMAGE, Instance, SnapshotError
 from .torch_pickles import Array, Storage, read_torch_pickle, storage_key
 
 PRECONDITIONERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 MODELS = {"SongUNet": "song", "DhariwalUNet": "adm"}
+NETWORKS = {"EDMUNet": "pipelines.edm.unet", "PointNet": "pipelines.edm.point_net"}
 SAMPLED = (0.002, 80.0)  # where the EDM paper samples, within what a network knows
 RESOLUTION = re.compile(r"(\d+)x\1_")
 
@@ -69,17 +71,23 @@ def convert(source: str | Path, output: str | Path) -> Converted:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     try:
         snapshot = read_zip(source) if data[:4] == b"PK\x03\x04" else read_snapshot(data)
-        unet, left_out = describe(snapshot)
-        tensors, scheduler = renamed(snapshot, unet), describe_scheduler(snapshot, unet)
+        if is_point_network(snapshot.tensors):
+            name, left_out = "PointNet", ()
+            unet, scheduler, weights = point_network(snapshot.tensors)
+        else:
+            name = "EDMUNet"
+            unet, left_out = describe(snapshot)
+            tensors, scheduler = renamed(snapshot, unet), describe_scheduler(snapshot, unet)
+            weights = arrays(unet, tensors)
     except SnapshotError:
         raise
     except DAMAGE as error:
         raise SnapshotError(f"the file is damaged or holds another network ({type(error).__name__}: {error})") from error
-    count = sum(math.prod(t.shape) for name, t in tensors.items() if name != "map_noise.freqs")
+    count = sum(math.prod(w.shape) for key, w in weights.items() if key != "map_noise.freqs")
     partial = output.with_name(f".partial_{output.name}_{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        write(partial, unet, scheduler, tensors)
+        write(partial, name, unet, scheduler, weights)
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -349,23 +357,26 @@ def renamed(snapshot: Snapshot, unet: dict[str, Any]) -> dict[str, Array]:
     return found
 
 
-def write(folder: Path, unet: dict[str, Any], scheduler: dict[str, Any], tensors: dict[str, Array]) -> None:
-    """The three configurations and the weights, as EDMPipeline.save_pretrained lays them out."""
+def arrays(unet: dict[str, Any], tensors: dict[str, Array]) -> dict[str, np.ndarray]:
+    """EDMUNet's weights."""
     heads = {f"enc.{layer.name}": layer.heads for layer in encoder_layers(unet)}
     heads |= {f"dec.blocks.{layer.name}": layer.heads for layer in decoder_layers(unet)}
     weights = {}
     for name, tensor in tensors.items():
-        value = tensor.numpy()
-        if not np.isfinite(value).all():
-            raise SnapshotError(f"tensor {name!r} holds NaN or infinite values")
+        value = finite(name, tensor)
         if ".qkv." in name:
             value = separated(value, heads[name.split(".qkv.")[0]])
         weights[name] = np.ascontiguousarray(value, np.float32 if value.dtype == np.float16 else value.dtype)
+    return weights
+
+
+def write(folder: Path, name: str, unet: dict[str, Any], scheduler: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
+    """The three configurations and the weights of a network of class `name`, as EDMPipeline.save_pretrained lays them out."""
     (folder / "unet").mkdir()
     save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    index = {"unet": ["pipelines.edm.unet", "EDMUNet"], "scheduler": ["pipelines.edm.scheduler", "EDMScheduler"]}
+    index = {"unet": [NETWORKS[name], name], "scheduler": ["pipelines.edm.scheduler", "EDMScheduler"]}
     for file, held in (
-        ("unet/config.json", {"_class_name": "EDMUNet"} | unet),
+        ("unet/config.json", {"_class_name": name} | unet),
         ("scheduler/scheduler_config.json", {"_class_name": "EDMScheduler"} | scheduler),
         ("model_index.json", {"_class_name": "EDMPipeline"} | index),
     ):

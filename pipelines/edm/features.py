@@ -64,6 +64,11 @@ class Decoder(Recomputing, nn.Module):
     def out_channels(self) -> int:
         return self.conv_out.out_channels // self.patch_size**2
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's own weights, whatever an adapter's."""
+        return self.norm_out.weight.dtype
+
     def unpatch(self, out: Tensor) -> Tensor:
         return nn.functional.pixel_shuffle(out, self.patch_size)
 
@@ -94,7 +99,7 @@ class EncoderDecoder(Recomputing):
         """With return_features the output's `features` are what the encoder made, for a second decoder. Weights may be of half
         precision; timestep should not be.
         """
-        features = self.encode(sample.to(self.dec.norm_out.weight.dtype), timestep, class_labels, augment_labels)
+        features = self.encode(sample.to(self.dec.dtype), timestep, class_labels, augment_labels)
         out = self.dec(features)
         if not return_dict:
             return (out, features) if return_features else (out,)
@@ -133,7 +138,7 @@ def with_outputs(unet: EncoderDecoder, out_channels: int) -> EncoderDecoder:
 
 def blank(conv: nn.Conv2d, out_channels: int) -> nn.Conv2d:
     """A convolution like `conv` with another number of outputs, all zero."""
-    made = nn.Conv2d(conv.in_channels, out_channels, conv.kernel_size, padding=conv.padding)
+    made = type(conv)(conv.in_channels, out_channels, conv.kernel_size, padding=conv.padding)
     made.to(conv.weight.device, conv.weight.dtype)
     nn.init.zeros_(made.weight)
     nn.init.zeros_(made.bias)

@@ -42,6 +42,7 @@ PRECONDITIONING = {
     "edm": {"sigma_data": 0.5},
     "vp": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5},
     "ve": {},
+    "sample": {},
     "iddpm": {"C_1": 0.001, "C_2": 0.008, "M": 1000},
 }
 ARCHITECTURES = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..noise import EDMSchedule
 from .patch_unet import PatchUNet
+from .point_net import PointNet
 from .scheduler import EDMScheduler
 from .unet import EDMUNet
 
@@ -37,12 +38,12 @@ class Churn:
 
 
 class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
-    """unet: an EDMUNet or PatchUNet; scheduler: an EDMScheduler, which knows the preconditioning and the default sampler."""
+    """unet: an EDMUNet, PatchUNet or PointNet; scheduler: an EDMScheduler: the preconditioning and the default sampler."""
 
     model_cpu_offload_seq = "unet"
     _lora_loadable_modules = ("unet",)
 
-    def __init__(self, unet: EDMUNet | PatchUNet, scheduler: EDMScheduler) -> None:
+    def __init__(self, unet: EDMUNet | PatchUNet | PointNet, scheduler: EDMScheduler) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._teacher_scheduler: EDMScheduler | None = None
@@ -150,8 +151,8 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             generators = generator if isinstance(generator, list) else None
             batch_size = next((len(given) for given in (class_labels, latents, generators) if given is not None), 1)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image")
         if sigmas is not None and any(v is not None for v in (num_inference_steps, sigma_min, sigma_max, rho)):
@@ -180,8 +181,8 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             else:
                 x0 = _renoise(denoiser, z, grid.to(device), condition, generator, bar)
 
-        images = (x0 / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
+        images = x0 if output_type == "latent" else (x0 / 2 + 0.5).clamp(0, 1)
+        if output_type in ("pil", "np"):
             images = images.cpu().float().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
                 images = self.numpy_to_pil(images)

@@ -17,7 +17,8 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
     sampler "heun": EDM's second-order sampler (Algorithms 1 and 2), for teachers.
     sampler "renoise": x0 = D(x; sigma_i), then x = x0 + sigma_{i+1} eps, for one- and few-step students, whose readout
     level is sigma_max. num_inference_steps is the default number of steps.
-    preconditioning: edm, vp, ve or iddpm (Table 1); beta_d, beta_min, epsilon_t are vp's, C_1 and C_2 iddpm's, M of both.
+    preconditioning: edm, vp, ve or iddpm (Table 1); sample: the network takes x_t and sigma as they are and predicts x0.
+    beta_d, beta_min, epsilon_t are vp's, C_1 and C_2 iddpm's, M of both.
     """
 
     @register_to_config

@@ -5,6 +5,7 @@ from .density import Covariance, Density
 from .flow import Flow
 from .gaussian import DenseLinear, Diagonal, Full, LowRank
 from .unet import PosteriorOutput, UNetPosterior
+from .vectors import NeuralSplines, Planar
 
 # objective.posterior.covariance -> how a posterior of that name is built: COVARIANCES[name]((c, h, w), **options).
 COVARIANCES: dict[str, type[Covariance]] = {
@@ -16,6 +17,8 @@ COVARIANCES: dict[str, type[Covariance]] = {
     "flow": Flow,
     "linear": DenseLinear,
     "full": Full,
+    "nsf": NeuralSplines,
+    "planar": Planar,
 }
 
 __all__ = ["COVARIANCES", "Covariance", "Density", "PosteriorOutput", "UNetPosterior"]

@@ -9,7 +9,12 @@ from .density import Covariance, PooledLinear, Scale, Shift, Whitening
 
 
 class Diagonal(Covariance):
-    """Independent pixels. Maps: c means, then c log standard deviations."""
+    """Independent pixels. Maps: c means, then c numbers m whose log standard deviation is LIMIT tanh(m / LIMIT).
+
+    Near 0 that is m; where a network is far off for one x_t, the loss is large there, not infinite.
+    """
+
+    LIMIT = 10.0
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__(shape)
@@ -17,7 +22,7 @@ class Diagonal(Covariance):
 
     def whitening(self, maps: Tensor) -> list[Whitening]:
         mean, log_std = maps.chunk(2, dim=1)
-        return [Shift(mean), Scale(log_std)]
+        return [Shift(mean), Scale(self.LIMIT * torch.tanh(log_std / self.LIMIT))]
 
 
 class Dense:

@@ -82,9 +82,7 @@ class UNetPosterior(nn.Module):
         noise: Tensor | None = None,
     ) -> PosteriorOutput:
         """log q of z (b, k, c, h, w), and samples made from standard normal noise (b, K, c, h, w), in one network call."""
-        maps = self._maps(x_t, level, condition or {}, features)
-        maps, mean = maps.split([self.covariance.num_maps, self.num_means], dim=1)
-        density: Density = self.covariance(maps)
+        density, mean = self.density(x_t, level, condition, features)
         log_q = density.log_prob(z) if z is not None else None
         sample, log_q_z = density.sample(noise) if noise is not None else (None, None)
         x0_mean = None
@@ -93,8 +91,14 @@ class UNetPosterior(nn.Module):
             x0_mean = self.preconditioner.x0(mean, x_t, level)
         return PosteriorOutput(log_q, sample, log_q_z, x0_mean)
 
-    def _maps(self, x_t: Tensor, level: Level, condition: dict[str, Tensor], features: Features | None) -> Tensor:
+    def density(
+        self, x_t: Tensor, level: Level, condition: Condition = None, features: Features | None = None
+    ) -> tuple[Density, Tensor]:
+        """q(. | x_t), and the maps (b, c or 0, h, w) that the preconditioner turns into x0_mean."""
         if self.on_teacher_features:
-            return self.network(features)
-        out = self.network(*self.preconditioner.inputs(x_t, level), **condition)
-        return getattr(out, "sample", out)
+            maps = self.network(features)
+        else:
+            out = self.network(*self.preconditioner.inputs(x_t, level), **(condition or {}))
+            maps = getattr(out, "sample", out)
+        maps, mean = maps.split([self.covariance.num_maps, self.num_means], dim=1)
+        return self.covariance(maps), mean

@@ -1,0 +1,210 @@
+"""After bench_mog40: how tight the bounds are, whether the estimators point where the gradient does, and what a step costs.
+
+    python -m scripts.bench_mog40_bounds [--output outputs/bench]
+
+Divergences and scores of a student are exact here: z has two dimensions, and a grid of them sums up its law (points.Pushforward).
+Leaves <output>/mog40_bounds.json and mog40_bounds.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval import points
+from eval.point_figures import tightness_chart
+from pipelines.analytic import make_mixture
+from pipelines.noise import add_noise, score, weight
+from trainers import distill
+from trainers.config import DistillConfig
+from trainers.config_file import load_config
+from trainers.loop import Trainer
+from trainers.objectives.base import LossTerms, dot
+from trainers.objectives.importance import log_standard_normal
+from trainers.objectives.resampled import ResampledScore
+from trainers.objectives.vardiu import VarDiU
+
+from .bench_mog40 import METHODS, job
+from .jobs import exit_cleanly, run_all
+from .mog40_reference import PublishedVarDiU
+
+PAPER = "configs/mog40_vardiu_paper.yaml"
+POSTERIORS = ("vardiu_gaussian", "vardiu_full", "vardiu_planar", "vardiu_nsf", "vardiu")
+SIGMAS = (0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+DRAWN = 4000
+EARLY = 300  # steps after which gradients are compared: later they are small, and all noise
+BATCHES = 60
+INTEGRATED = (0.3, 1.0, 3.0, 8.0, 20.0)
+
+
+def restored(folder: Path) -> Trainer:
+    """The run in `folder` as it was at its last checkpoint."""
+    trainer = distill.make_trainer(load_config(DistillConfig, str(folder / "config.yaml"), ["resume=latest"]))
+    trainer.restore()
+    return trainer
+
+
+# Tightness ------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def tightness(objective: VarDiU) -> list[dict[str, float]]:
+    """At each noise level the diffusive KL of the student, the bound on it with its constants, their gap and its error."""
+    law, target, rows = points.Pushforward(objective.student, 2), make_mixture(), []
+    generator = torch.Generator().manual_seed(3)
+    for sigma in SIGMAS:
+        z, eps = (torch.randn(DRAWN, 2, 1, 1, generator=generator) for _ in range(2))
+        level = points.NO_NOISE.level(torch.full((DRAWN,), sigma))
+        x_t = add_noise(objective.student(z), eps, level)
+        log_q = objective.posterior(x_t, level, z=z[:, None]).log_q[:, 0]
+        log_joint = log_standard_normal(z.flatten(1)) + log_standard_normal(eps.flatten(1)) - 2 * math.log(sigma)
+        kl = law.diffusive_kl(x_t, target, sigma)
+        bound = (log_joint - log_q).double() - target.log_density(x_t, level)
+        gap = bound - kl
+        error = float(gap.std()) / math.sqrt(DRAWN)
+        rows.append({"sigma": sigma, "kl": float(kl.mean()), "bound": float(bound.mean())})
+        rows[-1] |= {"gap": float(gap.mean()), "gap_error": error}
+    return rows
+
+
+@torch.no_grad()
+def largest_error_of_mass(objective: VarDiU, x_t: Tensor) -> float:
+    """max |integral of q(z | x_t) - 1| over points x_t (b, 2, 1, 1) and INTEGRATED levels, on a grid of +-9 std."""
+    line, worst = torch.arange(-9, 9, 0.02), 0.0
+    y = torch.cartesian_prod(line, line)[None]
+    for sigma in INTEGRATED:
+        for point in x_t:
+            density, _ = objective.posterior.density(point[None], points.NO_NOISE.level(torch.tensor([sigma])))
+            z, log_det = y, 0.0
+            for f in reversed(density.maps[:2]):  # mean and scales; what follows is near the identity on such a grid
+                z, more = f.inverse(z)
+                log_det = log_det + more
+            mass = (density.log_prob(z.unflatten(2, (2, 1, 1))) - log_det).double().exp().sum() * 0.02**2
+            worst = max(worst, abs(float(mass) - 1))
+    return worst
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------------
+
+
+def gradient(objective: VarDiU, loss: Any) -> Tensor:
+    """d loss / d theta as one vector; loss in parts is summed over them."""
+    parameters = [p for p in objective.student.parameters() if p.requires_grad]
+    total = torch.zeros(sum(p.numel() for p in parameters))
+    for terms in [loss] if isinstance(loss, LossTerms) else loss:
+        found = torch.autograd.grad(terms.loss.mean(), parameters, allow_unused=True)
+        total += torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)])
+    return total
+
+
+def exact_loss(objective: VarDiU, law: points.Pushforward, draw: Any) -> LossTerms:
+    """w (s_theta - s_d) . x_t with the student's own score by quadrature."""
+    n = objective.noised(draw)
+    with torch.no_grad():
+        x_t, level = n.x_t.detach(), n.level
+        x0_hat = objective.teacher(x_t, level)
+        x0_mean = law.x0_mean(x_t, level.t)
+        w = weight(objective.weighting, level, n.x0, x0_hat, objective.teacher.sigma_data)
+        direction = w * (score(x0_mean, x_t, level) - score(x0_hat, x_t, level))
+    return LossTerms(dot(direction, n.x_t), {})
+
+
+def cosines(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """Of each estimator's mean gradient over BATCHES batches with the exact one's; and of single batches, on average.
+
+    All on one student and one posterior, trained by the amortised score's objective, whose bound trains q as the others do.
+    """
+    amortized = trainer.objective
+    networks = (amortized.student, amortized.teacher, amortized.posterior)
+    options = {"levels": amortized.levels, "weighting": amortized.weighting}
+    plain = VarDiU(*networks, **options, antithetic=False)
+    estimators = {
+        "bound": plain,
+        "multi-sample bound, K = 8": VarDiU(*networks, **options, num_samples=8, antithetic=False),
+        "resampled score, K = 8": ResampledScore(*networks, **options, num_samples=8, antithetic=False),
+        "amortised score": amortized,
+    }
+    law = points.Pushforward(amortized.student, 2, per_axis=300)
+    sums: dict[str, list[Tensor]] = {name: [] for name in ("exact", *estimators)}
+    for i in range(BATCHES):
+        (draw,) = trainer.draws.batch(("study", i), progress=0.5)
+        sums["exact"].append(gradient(plain, exact_loss(plain, law, draw)))
+        for name, objective in estimators.items():
+            sums[name].append(gradient(objective, objective.joint_loss(draw, None)))
+    exact = torch.stack(sums.pop("exact"))
+    halves = [exact[::2].mean(0), exact[1::2].mean(0)]
+    rows = {"exact, half of the batches with the other": {"mean": cosine(*halves)}}
+    for name, found in sums.items():
+        each = statistics.fmean(cosine(g, exact.mean(0)) for g in found)
+        mean = torch.stack(found).mean(0)
+        rows[name] = {"mean": cosine(mean, exact.mean(0)), "single": each, "length": float(mean.norm() / exact.mean(0).norm())}
+    return rows
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+
+# A step ---------------------------------------------------------------------------------------------------------------------
+
+
+def step_times(steps: int = 60) -> dict[str, float]:
+    """Milliseconds of a published update and of ours in its setting, one after the other on one thread: medians and minima."""
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {"published": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        rare = [f"{key}=1000000" for key in ("steps", "log_every", "sample_every", "checkpoint_every")]
+        trainer = distill.make_trainer(load_config(DistillConfig, PAPER, [f"output_dir={folder}", *rare]))
+        trainer.log.resume({}, step=0)
+        baseline = PublishedVarDiU(make_mixture(), 0)
+        for i in range(steps):
+            for name, step in (("published", lambda i=i: baseline.step(i / steps)), ("ours", trainer.one_step)):
+                start = time.perf_counter()
+                step()
+                times[name].append(1000 * (time.perf_counter() - start))
+        trainer.log.bar.close()
+    kinds = {"median": statistics.median, "min": min}
+    found = {f"{name}_{kind}": of(values[10:]) for name, values in times.items() for kind, of in kinds.items()}
+    return found | {f"ratio_{kind}": found[f"ours_{kind}"] / found[f"published_{kind}"] for kind in kinds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    args = parser.parse_args()
+    runs = args.output / "mog40"
+    found: dict[str, Any] = {"step_ms": step_times()}
+    print(json.dumps(found["step_ms"], indent=1), flush=True)
+
+    early = job("gradients", METHODS["vardiu"], runs / "gradients", runs / "teacher", f"steps={EARLY}", "checkpoint_every=100")
+    run_all([early], 1, threads=1)
+    found["cosines"] = cosines(restored(early.folder))
+    print(json.dumps(found["cosines"], indent=1), flush=True)
+
+    found["tightness"], found["mass"] = {}, {}
+    for name in POSTERIORS:
+        if not (runs / f"{name}_0" / "checkpoints").is_dir():
+            continue
+        objective = restored(runs / f"{name}_0").objective
+        found["tightness"][METHODS[name].label] = tightness(objective)
+        x_t = make_mixture().sample(5, torch.Generator().manual_seed(5)).float()
+        found["mass"][METHODS[name].label] = largest_error_of_mass(objective, x_t)
+        gaps = ", ".join(
+            f"{r['sigma']:g}: {r['gap']:.3f} +- {r['gap_error']:.3f}" for r in found["tightness"][METHODS[name].label]
+        )
+        print(f"{METHODS[name].label}: mass off by {found['mass'][METHODS[name].label]:.1e}; gap {gaps}", flush=True)
+    (args.output / "mog40_bounds.json").write_text(json.dumps(found, indent=1))
+    tightness_chart(found["tightness"]).savefig(args.output / "mog40_bounds.png", dpi=130)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
