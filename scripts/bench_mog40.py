@@ -84,7 +84,10 @@ METHODS = {
     "diff_instruct_10": Method("Diff-Instruct, 10 score updates", "mog40_diff_instruct", ("objective.fake_score.updates=10",)),
     "vardiu_learned": Method("VarDiU, learned teacher", "mog40_vardiu", teacher="learned"),
     "diff_instruct_learned": Method("Diff-Instruct, learned teacher", "mog40_diff_instruct", teacher="learned"),
-    "vardiu_samples": Method("VarDiU, teacher is 10,000 points", "mog40_vardiu", teacher="samples"),
+    # lower levels would show it single points
+    "vardiu_samples": Method(
+        "VarDiU, teacher is 10,000 points", "mog40_vardiu", ("objective.levels.low=0.65",), teacher="samples"
+    ),
 }
 
 

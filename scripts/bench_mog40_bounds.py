@@ -40,7 +40,7 @@ from .mog40_reference import PublishedVarDiU
 PAPER = "configs/mog40_vardiu_paper.yaml"
 POSTERIORS = ("vardiu_gaussian", "vardiu_full", "vardiu_planar", "vardiu_nsf", "vardiu")
 SIGMAS = (0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-DRAWN = 4000
+DRAWN = 2000
 EARLY = 300  # steps after which gradients are compared: later they are small, and all noise
 BATCHES = 60
 INTEGRATED = (0.3, 1.0, 3.0, 8.0, 20.0)

@@ -110,7 +110,7 @@ def test_channels_are_means_then_log_deviations(inputs):
     x_t, level, _, _, noise = inputs
     posterior = build("diag")
     with torch.no_grad():
-        posterior.network.conv_out.bias.copy_(torch.tensor([0.3, -1.0, math.log(2), math.log(0.5)]))
+        posterior.network.conv_out.bias.copy_(torch.tensor([0.3, -1.0, *(10 * math.atanh(math.log(s) / 10) for s in (2, 0.5))]))
     z = posterior(x_t, level, None, noise=noise).z
     assert_close(z[:, :, 0], 0.3 + 2 * noise[:, :, 0], rtol=1e-6, atol=1e-6)  # the bias was written in float32
     assert_close(z[:, :, 1], -1.0 + 0.5 * noise[:, :, 1], rtol=1e-6, atol=1e-6)

@@ -129,7 +129,7 @@ class EDMModels:
 
     def preview(self) -> Tensor:
         with self.base.running("student" if self.config.student.lora else None):
-            return setup.preview(self.pipeline, self.config.num_samples, self.config.seed, self._behind.sigma_data)
+            return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
 
     def images(self, index: range) -> Tensor:
         z = unit_noise(self.config, index, self.latent_shape)

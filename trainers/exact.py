@@ -87,7 +87,7 @@ class ExactModels:
         return UNetPosterior(network, covariance, self.sigma_data, with_mean)
 
     def preview(self) -> Tensor:
-        return setup.preview(self.pipeline, self.config.num_samples, self.config.seed, self.sigma_data)
+        return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
 
     def images(self, index: range) -> Tensor:
         return self.pipeline(latents=unit_noise(self.config, index, self.latent_shape), output_type="pt").images

@@ -157,14 +157,15 @@ def build_unet(
         return PatchUNet(sample_size=sample_size, **shape, **network.model_dump())
 
 
-def preview(pipeline: EDMPipeline, count: int, seed: int, spread: float) -> Tensor:
+def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
     """Images (count, c, h, w) in [0, 1] from fixed noise, so that pictures of one run can be compared; small ones enlarged.
 
     Of a model of points one picture of where many of them lie.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "preview"))
     if isinstance(pipeline.unet, PointNet):
-        return scatter(pipeline(PREVIEW_POINTS, generator=generator, output_type="latent").images.flatten(1), spread)
+        points = pipeline(PREVIEW_POINTS, generator=generator, output_type="latent").images.flatten(1)
+        return scatter(points, pipeline.scheduler.config.sigma_data)
     num_classes = pipeline.unet.config.num_classes
     labels = torch.arange(count) % num_classes if num_classes else None
     drawn = pipeline(count, class_labels=labels, generator=generator, output_type="pt").images

@@ -95,7 +95,7 @@ class NewEDM:
 
     def preview(self) -> Tensor:
         self.unet.eval()
-        drawn = setup.preview(self.pipeline, self.config.num_samples, self.config.seed, self.config.sigma_data)
+        drawn = setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
         self.unet.train()
         return drawn
 

@@ -12,8 +12,15 @@ from .pickles import SnapshotError
 from .torch_pickles import Array
 
 LINEAR = re.compile(r"net\.(\d+)\.(weight|bias)")
-# the levels that the published network was trained on; it predicts x0 from x_t and sigma as they are
-SCHEDULER = {"preconditioning": "sample", "sigma_min": 0.1, "sigma_max": 20.0, "sampler": "heun", "num_inference_steps": 100}
+# the spread of the forty modes and the levels that the published network was trained on
+SCHEDULER = {
+    "preconditioning": "sample",  # it predicts x0 from x_t and sigma as they are
+    "sigma_data": 23.08,
+    "sigma_min": 0.1,
+    "sigma_max": 20.0,
+    "sampler": "heun",
+    "num_inference_steps": 100,
+}
 
 
 def is_point_network(tensors: Mapping[str, Array]) -> bool:

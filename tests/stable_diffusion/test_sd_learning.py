@@ -75,7 +75,7 @@ def loaded(monkeypatch, distil):
 
     class Loaded(Trainer):
         def fit(self):
-            self._resume()
+            self.restore()
             self.log.bar.close()
             made.append(self)
 

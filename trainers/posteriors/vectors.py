@@ -18,7 +18,7 @@ class NeuralSplines(Covariance):
     Maps: c means, c log standard deviations, FEATURES for the splines, averaged over the image. The inverse takes d passes.
     """
 
-    MAX_DIM = 96
+    MAX_DIM = 128
     FEATURES = 16
 
     def __init__(self, shape: tuple[int, int, int], transforms: int = 3, hidden: int = 64, bins: int = 8) -> None:
