@@ -121,7 +121,8 @@ def exact_loss(objective: VarDiU, law: points.Pushforward, draw: Any) -> LossTer
 def cosines(trainer: Trainer) -> dict[str, dict[str, float]]:
     """Of each estimator's mean gradient over BATCHES batches with the exact one's; and of single batches, on average.
 
-    All on one student and one posterior, trained by the amortised score's objective, whose bound trains q as the others do.
+    All on one student and one posterior, trained by the amortised score's objective, whose bound trains q as the others do, and
+    at the levels of the run's end: of those that it has left behind the networks know little by then.
     """
     amortized = trainer.objective
     networks = (amortized.student, amortized.teacher, amortized.posterior)
@@ -136,7 +137,7 @@ def cosines(trainer: Trainer) -> dict[str, dict[str, float]]:
     law = points.Pushforward(amortized.student, 2, per_axis=300)
     sums: dict[str, list[Tensor]] = {name: [] for name in ("exact", *estimators)}
     for i in range(BATCHES):
-        (draw,) = trainer.draws.batch(("study", i), progress=0.5)
+        (draw,) = trainer.draws.batch(("study", i), progress=1.0)
         sums["exact"].append(gradient(plain, exact_loss(plain, law, draw)))
         for name, objective in estimators.items():
             sums[name].append(gradient(objective, objective.joint_loss(draw, None)))
