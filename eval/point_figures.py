@@ -55,7 +55,7 @@ def curves_chart(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]
         if key == "mmd":
             axes.set_yscale("log")
         if key == "log_density":
-            axes.set_ylim(-25, -6)
+            axes.set_ylim(-16, -6)
         style_axes(axes, title, "seconds of training on one thread")
     _legend(figure)
     return figure
@@ -67,9 +67,6 @@ def tightness_chart(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     for j, (label, levels) in enumerate(rows.items()):
         sigma = [r["sigma"] for r in levels]
-        left.plot(
-            sigma, [r["bound"] for r in levels], color=student_colour(j), linewidth=1.4, marker="o", markersize=2.5, label=label
-        )
         line = {"color": student_colour(j), "linewidth": 1.4, "marker": "o", "markersize": 2.5}
         left.plot(sigma, [r["bound"] for r in levels], label=label, **line)
         left.plot(sigma, [r["kl"] for r in levels], "--", color=student_colour(j), linewidth=1.2)

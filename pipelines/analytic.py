@@ -9,14 +9,17 @@ teachers of them. Any shape (b, c, h, w); a point in d dimensions is an image of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .noise import EDMSchedule, Level, Schedule
 
-CHUNK_NUMBERS = 2**16  # of the (b, chunk) table of exponents held at a time: what a core's cache holds, or nearly
+CELL, COLUMNS = 256, 512  # points in a cell, and rows of x_t at a time
+TABLE = 2**17  # exponents at a time: what a core's cache holds
+FLOOR, LARGE = -80.0, 40.0  # of exponents: less counts for nothing; e^LARGE, summed, is far from float32's largest number
+SINGLE = 512.0  # the largest number whose rounding in float32 is below 3e-5
 
 
 class GaussianMixture(nn.Module):
@@ -84,8 +87,9 @@ class GaussianMixture(nn.Module):
 class EmpiricalPosterior(nn.Module):
     """The exact posterior mean of a data set: sum_i w_i x_i, w_i proportional to N(x_t; alpha x_i, sigma^2).
 
-    data (n, c, h, w), float. Points are read in chunks with a running maximum: nothing larger than (b, chunk) and (b, d) is
-    ever held. Below the distance between neighbours it gives back the nearest point: a teacher that remembers.
+    data (n, c, h, w), float. Points are kept in cells of neighbours and read a few cells at a time: nothing larger than TABLE
+    numbers, (cells, COLUMNS) and (b, d) is ever held.
+    Below the distance between neighbours it gives back the nearest point: a teacher that remembers.
     """
 
     def __init__(self, data: Tensor, schedule: Schedule) -> None:
@@ -94,8 +98,14 @@ class EmpiricalPosterior(nn.Module):
             raise ValueError(f"data must be float (n, c, h, w) with n > 0, got {data.dtype} {tuple(data.shape)}")
         if not bool(torch.isfinite(data).all()):
             raise ValueError("data hold NaN or infinite values")
-        self.schedule, self.shape = schedule, tuple(data.shape[1:])
-        self.register_buffer("points", data.flatten(1))
+        self.schedule, self.shape, self.size = schedule, tuple(data.shape[1:]), len(data)
+        cells, counted = neighbours(data.flatten(1), CELL)
+        points = data.flatten(1)[cells]  # (cells, m, d)
+        centres = points.double().mean(1, keepdim=True).to(points.dtype)
+        self.register_buffer("centres", centres[:, 0].double())
+        self.register_buffer("centred", with_squares(points - centres))
+        self.register_buffer("weighted", with_ones(points).mul_(counted[:, :, None]).mT.contiguous())  # (cells, 1 + d, m)
+        self.register_buffer("radii", (points - centres).norm(dim=2).amax(1).double() * 1.001)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """E[x0 | x_t] (b, c, h, w) at levels t (b,), in x_t's dtype."""
@@ -104,34 +114,87 @@ class EmpiricalPosterior(nn.Module):
     def log_density(self, x_t: Tensor, level: Level) -> Tensor:
         """log p(x_t) (b,) of the noised data set, float64; sigma > 0."""
         _, log_sum = self._passed(x_t, level)
-        d, sigma = self.points.shape[1], level.sigma.flatten().double()
-        return log_sum - math.log(len(self.points)) - 0.5 * d * (2 * math.pi * sigma**2).log()
+        d, sigma = self.centres.shape[1], level.sigma.flatten().double()
+        return log_sum - math.log(self.size) - 0.5 * d * (2 * math.pi * sigma**2).log()
 
     def _passed(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        """Mean (b, d) and log sum_i exp(-|x_t - alpha x_i|^2 / 2 sigma^2) (b,), float64.
-
-        Exponents are float64, where |x_t|^2 is the same for all points and left out until the end; what is left after the
-        largest has been taken off is exponentiated in the precision of x_t.
-        """
-        x = x_t.flatten(1).double()
-        alpha, sigma = (v.flatten().double()[:, None] for v in (level.alpha, level.sigma))
+        """Mean (b, d) and log sum_i exp(-|x_t - alpha x_i|^2 / 2 sigma^2) (b,), float64."""
+        sigma = level.sigma.flatten().double()
         if not bool((sigma > 0).all()):
             raise ValueError("the posterior of a data set needs sigma > 0")
-        weight_type = torch.promote_types(x_t.dtype, torch.float32)
-        gain = alpha / sigma**2
-        toward, away = gain * x, -0.5 * alpha * gain
-        top = x.new_full((len(x), 1), -torch.inf)
-        total, mean = torch.zeros_like(top), torch.zeros_like(x)
-        for part in self.points.split(max(1, CHUNK_NUMBERS // len(x))):
-            exponents = toward @ part.double().T
-            exponents.addcmul_(away, part.double().square().sum(1))
-            raised = torch.maximum(top, exponents.amax(1, keepdim=True))
-            # a floor: e^-80 counts for nothing, and still smaller numbers are no normal ones, which a CPU is very slow with
-            weights, kept = exponents.sub_(raised).to(weight_type).clamp_(min=-80).exp_(), (top - raised).exp()
-            total = total * kept + weights.sum(1, keepdim=True)
-            mean = mean * kept + weights @ part.to(weight_type)
-            top = raised
-        return mean / total, (top - 0.5 * (x / sigma).square().sum(1, keepdim=True) + total.log())[:, 0]
+        given = (x_t.flatten(1).double().T, level.alpha.flatten().double(), sigma)
+        parts = zip(*(v.split(COLUMNS, -1) for v in given), strict=True)
+        found = torch.cat([self._columns(*part, single=x_t.dtype != torch.float64) for part in parts], 1)
+        return found[1:].T, found[0]
+
+    def _columns(self, x: Tensor, alpha: Tensor, sigma: Tensor, single: bool) -> Tensor:
+        """Log sum and mean (1 + d, b) of x (d, b), alpha and sigma (b,).
+
+        With c the centre of a cell, a = x - alpha c and p = x_i - c, exponents are
+
+            -|a - alpha p|^2 / 2 sigma^2 = -|a|^2 / 2 sigma^2 + [alpha a . p - alpha^2 |p|^2 / 2] / sigma^2
+
+        less a reference, which is below the largest but not by far. Where `single` allows it and what cells nearby add up to is
+        so small that float32 is less than 3e-5 off, tables of exponents are float32.
+        """
+        squares = x.square().sum(0) - 2 * alpha * (self.centres @ x) + alpha**2 * self.centres.square().sum(1, keepdim=True)
+        distance, radii, precision = squares.clamp_min(0).sqrt(), alpha * self.radii[:, None], 0.5 / sigma**2  # (cells, b)
+        reference = -precision * (distance + radii).square().amin(0)  # some point is no further away
+        highest = -precision * (distance - radii).clamp_min(0).square() - reference  # that any point of the cell could have
+        terms = (2 * precision * (distance + radii) * radii).where(highest > FLOOR, 0)
+        fits = (terms.amax(0) < SINGLE) & single
+        offsets, slopes = -precision * squares - reference, torch.cat([x, alpha[None]]) * (2 * precision * alpha)
+        unsafe = highest.amax(0) > LARGE  # its exponential could overflow: the largest exponent itself instead
+
+        sums, top = x.new_zeros(1 + len(x), x.shape[1]), torch.where(unsafe, -torch.inf, torch.zeros_like(reference))
+        for dtype, columns in ((torch.float64, ~fits), (torch.float32, fits)):
+            for _, exponents in self._exponents(offsets, slopes, columns & unsafe, dtype):
+                top[columns & unsafe] = torch.maximum(top[columns & unsafe], exponents.amax((0, 1)).double())
+            total = 0
+            for weighted, exponents in self._exponents(offsets - top, slopes, columns, dtype):
+                # a floor: e^-80 counts for nothing, and smaller numbers are no normal ones, which a CPU is very slow with
+                total = total + (weighted.to(dtype) @ exponents.clamp_(min=FLOOR).exp_()).sum(0).double()
+            sums[:, columns] = total
+        return torch.cat([(reference + top + sums[0].log())[None], sums[1:] / sums[0]])
+
+    def _exponents(self, offsets: Tensor, slopes: Tensor, columns: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some cells at a time: [1, x] of their points (cells, 1 + d, m), and the exponents (cells, m, columns)."""
+        if not bool(columns.any()):
+            return
+        toward, away = slopes[:, columns].split([len(slopes) - 1, 1])
+        away, down = -away, (-0.5 * away).expand(len(self.centres), 1, -1)
+        step = max(1, TABLE // (self.centred.shape[1] * away.shape[1]))
+        parts = (self.centred, self.weighted, self.centres[:, :, None], offsets[:, None, columns], down)
+        for p, weighted, c, offset, quadratic in zip(*(v.split(step) for v in parts), strict=True):
+            factors = torch.cat([offset, torch.addcmul(toward, c, away), quadratic], 1).to(dtype)
+            table = p if p.dtype == dtype else with_squares(p[:, :, 1:-1].to(dtype))
+            yield weighted, table @ factors  # points first: this way round both products are fast
+
+
+def with_ones(p: Tensor) -> Tensor:
+    return torch.cat([torch.ones_like(p[..., :1]), p], -1)
+
+
+def with_squares(p: Tensor) -> Tensor:
+    """[1, p, |p|^2]: p (..., d) -> (..., d + 2)."""
+    return torch.cat([with_ones(p), p.square().sum(-1, keepdim=True)], -1)
+
+
+def neighbours(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cells of at most `size` of the points (n, d): indices (cells, m), and which of them count: cells that are one short hold
+    a point twice. Made by halving at the median of the widest coordinate, again and again.
+    """
+    cells = [torch.arange(len(points), device=points.device)]
+    while max(len(cell) for cell in cells) > size:
+        halves = []
+        for cell in cells:
+            inside = points[cell]
+            widest = inside[:, (inside.amax(0) - inside.amin(0)).argmax()]
+            halves += cell[widest.argsort(stable=True)].tensor_split(2)
+        cells = halves
+    m = max(len(cell) for cell in cells)
+    counted = torch.tensor([[i < len(cell) for i in range(m)] for cell in cells], device=points.device)
+    return torch.stack([cell[torch.arange(m).clamp_max(len(cell) - 1)] for cell in cells]), counted
 
 
 def forty_modes() -> Tensor:

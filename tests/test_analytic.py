@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipelines import analytic
-from pipelines.analytic import FORTY_MODES_STD, EmpiricalPosterior, GaussianMixture, forty_modes, make_mixture
+from pipelines.analytic import FORTY_MODES_STD, EmpiricalPosterior, GaussianMixture, forty_modes, make_mixture, neighbours
 from pipelines.denoiser import Denoiser
 from pipelines.noise import EDMSchedule, Level, RectifiedFlowSchedule
 
@@ -83,23 +83,51 @@ def test_mean_of_the_noised_is_the_mean(case):
 
 
 def test_a_data_set_is_a_mixture_of_points(case, monkeypatch):
-    """As the limit of narrow components; in chunks of a few points, which change nothing."""
+    """As the limit of narrow components; in cells of a few points and for a few rows at a time, which change nothing."""
     schedule, levels = case[0].schedule, case[1]
     points = 2 * normal(31, 2, 3, 1, seed=4)
     whole = EmpiricalPosterior(points, schedule)
+    monkeypatch.setattr(analytic, "CELL", 3)
+    monkeypatch.setattr(analytic, "COLUMNS", 2)
+    parts = EmpiricalPosterior(points, schedule)
     narrow = GaussianMixture(points.flatten(1), 1e-7, schedule, (2, 3, 1))
     x = 2 * normal(B, 2, 3, 1, seed=5)
     for t in levels:
         level = at(schedule, t)
-        torch.testing.assert_close(whole(x, level.t), narrow(x, level.t), rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(whole.log_density(x, level), narrow.log_density(x, level), rtol=1e-8, atol=1e-8)
-        monkeypatch.setattr(analytic, "CHUNK_NUMBERS", 4 * B)
-        torch.testing.assert_close(whole(x, level.t), narrow(x, level.t), rtol=1e-8, atol=1e-8)
-        monkeypatch.undo()
+        for net in (whole, parts):
+            torch.testing.assert_close(net(x, level.t), narrow(x, level.t), rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(net.log_density(x, level), narrow.log_density(x, level), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.4, 3.0, 50.0])
+def test_cells_and_levels_far_apart(sigma, monkeypatch):
+    """Clusters in the plane, rows at levels of their own; in single precision too, against the whole table in float64."""
+    monkeypatch.setattr(analytic, "CELL", 11)
+    centres = 40 * normal(13, 1, 2, seed=6)
+    points = (centres + normal(13, 17, 2, seed=7)).view(-1, 2, 1, 1).float()
+    t = sigma * torch.linspace(0.5, 2, 29)
+    x = points[:29] + (t.view(-1, 1, 1, 1) * normal(29, 2, 1, 1, seed=8)).float()
+    difference = x.flatten(1)[:, None].double() - points.flatten(1).double()
+    exponents = -0.5 * difference.square().sum(2) / t[:, None].double() ** 2
+    mean, log_sum = exponents.softmax(1) @ points.flatten(1).double(), exponents.logsumexp(1)
+    for kind, tolerance in ((torch.float32, 3e-5), (torch.float64, 1e-9)):
+        found, found_sum = EmpiricalPosterior(points.to(kind), EDM)._passed(x.to(kind), EDM.level(t.to(kind)))
+        torch.testing.assert_close(found, mean, rtol=0, atol=tolerance)
+        torch.testing.assert_close(found_sum, log_sum, rtol=0, atol=tolerance)
+
+
+def test_neighbours():
+    """Every point counts once, in cells of at most the size, which are compact: narrower than the whole on every side."""
+    points = normal(1009, 3, seed=9)
+    cells, counted = neighbours(points, 70)
+    assert torch.equal(cells[counted].sort().values, torch.arange(1009))
+    assert cells.shape == (16, 64)
+    extent = (points[cells].amax(1) - points[cells].amin(1)).median(0).values
+    assert bool((extent < 0.6 * (points.amax(0) - points.amin(0))).all())
 
 
 def test_few_dimensions_in_float32():
-    """Differences are squared one by one: at little noise, far from 0, single precision is still exact enough."""
+    """Points are kept relative to their cell: at little noise, far from 0, single precision is still exact enough."""
     points = 40 + normal(501, 2, 1, 1, seed=4)
     x, t = points[:B] + 0.05 * normal(B, 2, 1, 1, seed=5), torch.full((B,), 0.05, dtype=torch.float64)
     single, double = EmpiricalPosterior(points.float(), EDM), EmpiricalPosterior(points, EDM)
