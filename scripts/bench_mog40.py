@@ -83,10 +83,17 @@ METHODS = {
     "diff_instruct": Method("Diff-Instruct", "mog40_diff_instruct"),
     "diff_instruct_10": Method("Diff-Instruct, 10 score updates", "mog40_diff_instruct", ("objective.fake_score.updates=10",)),
     "vardiu_learned": Method("VarDiU, learned teacher", "mog40_vardiu", teacher="learned"),
+    "vardiu_gaussian_learned": Method("bound, diagonal Gaussian, learned teacher", "mog40_vardiu_gaussian", teacher="learned"),
     "diff_instruct_learned": Method("Diff-Instruct, learned teacher", "mog40_diff_instruct", teacher="learned"),
     # lower levels would show it single points
     "vardiu_samples": Method(
         "VarDiU, teacher is 10,000 points", "mog40_vardiu", ("objective.levels.low=0.65",), teacher="samples"
+    ),
+    "diff_instruct_samples": Method(
+        "Diff-Instruct, teacher is 10,000 points",
+        "mog40_diff_instruct",
+        ("objective.levels.low=0.65", "objective.fake_score.levels.low=0.65"),
+        teacher="samples",
     ),
 }
 
@@ -124,7 +131,8 @@ def seconds_a_step(chosen: dict[str, Method], runs: Path, workers: int) -> dict[
     return found
 
 
-def distil(chosen: dict[str, Method], seeds: int, seconds: float, runs: Path, workers: int) -> list[Job]:
+def distil(chosen: dict[str, Method], seeds: int, seconds: float, runs: Path, workers: int) -> tuple[list[Job], dict[str, str]]:
+    """The runs that came to their end, and the errors of those that did not: to diverge is a result."""
     kept = runs / "steps.json"
     steps = json.loads(kept.read_text()) if kept.is_file() else {}
     new = {n: m for n, m in chosen.items() if n not in steps and not m.published}
@@ -140,8 +148,8 @@ def distil(chosen: dict[str, Method], seeds: int, seconds: float, runs: Path, wo
             every = steps[name] // SNAPSHOTS
             sizes = [f"steps={every * SNAPSHOTS}", f"snapshot_every={every}", f"log_every={every}", f"checkpoint_every={every}"]
             jobs.append(job(f"{name} {seed}", m, runs / f"{name}_{seed}", runs / "teacher", *sizes, f"seed={seed}"))
-    run_all(jobs, workers, threads=1)
-    return jobs
+    failed = run_all(jobs, workers, threads=1, keep_going=True)
+    return [done for done in jobs if done.name not in failed], failed
 
 
 def measured(x: Tensor, **facts: Any) -> dict[str, Any]:
@@ -213,7 +221,7 @@ def main() -> None:
     if any(m.teacher == "learned" for m in chosen.values()):
         train = [*LAUNCH, "trainers.train_teacher", "--config", "configs/mog40_teacher.yaml"]
         run([*train, f"output_dir={runs}/teacher", "resume=latest"], args.workers)
-    jobs = distil(chosen, args.seeds, args.seconds, runs, args.workers)
+    jobs, failed = distil(chosen, args.seeds, args.seconds, runs, args.workers)
 
     curves: dict[str, dict[str, list[dict]]] = {name: {} for name in chosen}
     with ProcessPoolExecutor(args.workers) as pool:
@@ -235,18 +243,22 @@ def main() -> None:
         "git_commit": git_commit(),
         "versions": versions(("torch", "numpy", "diffusers")),
     }
-    facts |= {"labels": {name: m.label for name, m in METHODS.items()}, "seconds_in_all": round(time.perf_counter() - start)}
+    facts |= {"failed": failed, "labels": {name: m.label for name, m in METHODS.items()}}
+    facts |= {"seconds_in_all": round(time.perf_counter() - start)}
     file = args.output / "mog40.json"
     before = json.loads(file.read_text())["methods"] if file.is_file() else {}
-    curves = before | curves
+    curves = before | {name: by_seed for name, by_seed in curves.items() if by_seed}
     file.write_text(json.dumps({"methods": curves} | facts, indent=1))
     labelled = {METHODS[n].label: by_seed for n, by_seed in curves.items()}
     curves_chart(labelled, truth).savefig(args.output / "mog40_curves.png", dpi=130)
     panels = {"true samples": law.sample(SAMPLES, torch.Generator().manual_seed(12)).flatten(1)}
     for name in curves:
-        last, stored = runs / f"{name}_0.safetensors", runs / f"{name}_0" / "student"
-        panels[METHODS[name].label] = load_file(last)["x"] if METHODS[name].published else draw(stored)
+        run_of = runs / f"{name}_{min(curves[name])}"
+        published_x = run_of.with_suffix(".safetensors")
+        panels[METHODS[name].label] = load_file(published_x)["x"] if METHODS[name].published else draw(run_of / "student")
     scatter_chart(panels, law).savefig(args.output / "mog40_samples.png", dpi=110)
+    for name, error in failed.items():
+        print(f"\n{name} did not come to its end: {error}")
     print(f"\n{table(curves, truth)}\n{time.perf_counter() - start:.0f} s in all: {file}")
 
 

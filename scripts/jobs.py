@@ -89,9 +89,22 @@ def run(command: list[str], threads: int) -> None:
     subprocess.run(command, check=True, env=environment(threads))
 
 
-def run_all(jobs: list[Job], workers: int, threads: int) -> None:
-    """All jobs, at most `workers` at a time; those that are done already are left alone."""
-    waiting, running = [job for job in jobs if not job.is_done], []
+def run_all(jobs: list[Job], workers: int, threads: int, keep_going: bool = False) -> dict[str, str]:
+    """All jobs, at most `workers` at a time; those that are done already are left alone.
+
+    RuntimeError at the first that fails, or, with keep_going, the name and the error of each that did.
+    """
+    waiting, running, failed = [job for job in jobs if not job.is_done], [], {}
+
+    def is_over(job: Job) -> bool:
+        try:
+            return job.refresh()
+        except RuntimeError as error:
+            if not keep_going:
+                raise
+            failed[job.name] = str(error)
+            return True
+
     for place, job in enumerate(waiting):
         show(job.command)
         look = "{desc} {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} {postfix}"
@@ -101,8 +114,9 @@ def run_all(jobs: list[Job], workers: int, threads: int) -> None:
             while waiting and len(running) < workers:
                 running.append(waiting.pop(0))
                 running[-1].start(threads)
-            running = [job for job in running if not job.refresh()]
+            running = [job for job in running if not is_over(job)]
             time.sleep(0.5)
+        return failed
     finally:
         for job in running:  # an error or Ctrl-C here must not leave the others running; they save and can be resumed
             if job.process.poll() is None:

@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic and the memory that training may take."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pipelines.noise import EDMSchedule
 from scripts.bench_covariances import log_density_of_data
 from scripts.bench_images import METHODS, SETTINGS, overrides, smoothed, summary
 from scripts.bench_memory import PeakMemory, distillation, student_alone
-from scripts.jobs import Job
+from scripts.jobs import Job, run_all
 from trainers import train_teacher
 from trainers.config import DistillConfig, TeacherConfig
 from trainers.config_file import load_config
@@ -73,6 +74,24 @@ def test_a_finished_job_is_not_run_again(tmp_path):
         assert job.is_done is done
     config = Path("configs/digits_vardiu.yaml")
     assert Job("x", config, tmp_path, []).steps == load_config(DistillConfig, str(config), []).steps
+
+
+def test_a_run_that_fails_ends_all_or_itself(tmp_path):
+    """The good run writes its file when the bad one has failed: it is stopped, or comes to its end."""
+
+    def jobs(folder: Path) -> list[Job]:
+        made = [Job(name, Path("x.yaml"), folder / name, ["steps=1"]) for name in ("bad", "good")]
+        wait = f"import time; time.sleep(2); open({str(folder / 'written')!r}, 'w')"
+        made[0].command, made[1].command = [sys.executable, "-c", "raise SystemExit('diverged')"], [sys.executable, "-c", wait]
+        return made
+
+    with pytest.raises(RuntimeError, match=r"bad failed with exit status 1(.|\n)*diverged"):
+        run_all(jobs(tmp_path / "strict"), 2, threads=1)
+    assert not (tmp_path / "strict" / "written").exists()
+    failed = run_all(jobs(tmp_path / "tolerant"), 2, threads=1, keep_going=True)
+    assert list(failed) == ["bad"]
+    assert "diverged" in failed["bad"]
+    assert (tmp_path / "tolerant" / "written").exists()
 
 
 def test_benchmark_chart_draws_every_method_over_both_axes():
