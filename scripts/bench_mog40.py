@@ -2,8 +2,8 @@
 
     python -m scripts.bench_mog40 [--seconds 300] [--seeds 3] [--methods vardiu diff_instruct ...] [--output outputs/bench]
 
-Each method first runs a few steps, then as many as fit into --seconds on one thread, so that rates and noise levels are annealed
-over the same time. Leaves <output>/mog40.json (methods: method -> seed -> list of {seconds, step, log_density, mmd, modes, ...}),
+Each method first runs a few steps, in as many copies as there are workers, then as many as fit into --seconds on one thread, so
+that rates and noise levels are annealed over the same time. Leaves <output>/mog40.json (methods: method -> seed -> list of {seconds, step, log_density, mmd, modes, ...}),
 mog40_samples.png and mog40_curves.png. Run again, it continues where it was stopped. bench_mog40_bounds.py does the rest.
 """
 
@@ -34,7 +34,7 @@ from .mog40_reference import PublishedVarDiU
 SAMPLES = 10_000
 SNAPSHOTS = 10
 LEARNED_SIGMA_INIT = 40.0  # a level that the learned teacher knows, with z in sight
-CALIBRATION = 60  # steps; the second half is timed
+CALIBRATION = 120  # steps; the second half is timed
 KEYS = ("log_density", "mmd", "mmd_unbiased", "modes", "in_mode", "weight_kl", "energy")
 
 
@@ -115,20 +115,19 @@ def job(name: str, method: Method, folder: Path, learned: Path, *more: str) -> J
 
 
 def seconds_a_step(chosen: dict[str, Method], runs: Path, workers: int) -> dict[str, float]:
-    """Of each method while as many others run as will later."""
-    steps = f"steps={CALIBRATION}"
-    quick = [f"log_every={CALIBRATION // 2}", "checkpoint_every=null", steps]
-    jobs = {
-        name: job(f"{name} timed", m, runs / f"timed_{name}", runs / "teacher", *quick)
+    """Of each method, in as many copies at once as runs will be side by side later: they share caches and cores."""
+    quick = [f"log_every={CALIBRATION // 2}", "checkpoint_every=null", f"steps={CALIBRATION}"]
+    copies = {
+        name: [job(f"{name} timed {i}", m, runs / f"timed_{name}_{i}", runs / "teacher", *quick) for i in range(workers)]
         for name, m in chosen.items()
-        if not m.published
     }
-    run_all(list(jobs.values()), workers, threads=1)
-    found = {}
-    for name, timed in jobs.items():
+    run_all([copy for same in copies.values() for copy in same], workers, threads=1)
+
+    def second_half(timed: Job) -> float:
         half, whole = (json.loads(line)["seconds"] for line in (timed.folder / "timings.jsonl").read_text().splitlines()[-2:])
-        found[name] = (whole - half) / (CALIBRATION - CALIBRATION // 2)
-    return found
+        return (whole - half) / (CALIBRATION - CALIBRATION // 2)
+
+    return {name: statistics.median(map(second_half, same)) for name, same in copies.items()}
 
 
 def distil(chosen: dict[str, Method], seeds: int, seconds: float, runs: Path, workers: int) -> tuple[list[Job], dict[str, str]]:

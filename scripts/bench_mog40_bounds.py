@@ -14,6 +14,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from trainers import distill
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
 from trainers.loop import Trainer
-from trainers.objectives.base import LossTerms, dot
+from trainers.objectives.base import Draw, LossTerms, dot, sample_level
+from trainers.objectives.diff_instruct import DiffInstruct
 from trainers.objectives.importance import log_standard_normal
 from trainers.objectives.resampled import ResampledScore
 from trainers.objectives.vardiu import VarDiU
@@ -39,6 +41,7 @@ from .mog40_reference import PublishedVarDiU
 
 PAPER = "configs/mog40_vardiu_paper.yaml"
 POSTERIORS = ("vardiu_gaussian", "vardiu_full", "vardiu_planar", "vardiu_nsf", "vardiu")
+LEARNED_SCORES = ("vardiu", "diff_instruct")
 SIGMAS = (0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 DRAWN = 2000
 EARLY = 300  # steps after which gradients are compared: later they are small, and all noise
@@ -96,7 +99,7 @@ def largest_error_of_mass(objective: VarDiU, x_t: Tensor) -> float:
 # Gradients ------------------------------------------------------------------------------------------------------------------
 
 
-def gradient(objective: VarDiU, loss: Any) -> Tensor:
+def gradient(objective: VarDiU | DiffInstruct, loss: Any) -> Tensor:
     """d loss / d theta as one vector; loss in parts is summed over them."""
     parameters = [p for p in objective.student.parameters() if p.requires_grad]
     total = torch.zeros(sum(p.numel() for p in parameters))
@@ -106,49 +109,60 @@ def gradient(objective: VarDiU, loss: Any) -> Tensor:
     return total
 
 
-def exact_loss(objective: VarDiU, law: points.Pushforward, draw: Any) -> LossTerms:
+def exact_loss(objective: VarDiU | DiffInstruct, law: points.Pushforward, draw: Draw) -> LossTerms:
     """w (s_theta - s_d) . x_t with the student's own score by quadrature."""
-    n = objective.noised(draw)
+    x0 = objective.student(draw.z)
+    level = sample_level(draw.u, objective.levels, draw.progress, objective.teacher.schedule)
+    x_t = add_noise(x0, draw.eps, level)
     with torch.no_grad():
-        x_t, level = n.x_t.detach(), n.level
         x0_hat = objective.teacher(x_t, level)
-        x0_mean = law.x0_mean(x_t, level.t)
-        w = weight(objective.weighting, level, n.x0, x0_hat, objective.teacher.sigma_data)
-        direction = w * (score(x0_mean, x_t, level) - score(x0_hat, x_t, level))
-    return LossTerms(dot(direction, n.x_t), {})
+        w = weight(objective.weighting, level, x0, x0_hat, objective.teacher.sigma_data)
+        direction = w * (score(law.x0_mean(x_t, level.t), x_t, level) - score(x0_hat, x_t, level))
+    return LossTerms(dot(direction, x_t), {})
+
+
+def estimators(objective: VarDiU | DiffInstruct) -> dict[str, Callable[[Draw], Any]]:
+    """Losses whose gradient in the student estimates the exact one, all with the networks of `objective`.
+
+    VarDiU's on one student and one posterior, trained by the amortised score's objective, whose bound trains q as the others do.
+    """
+    if isinstance(objective, DiffInstruct):
+        return {"Diff-Instruct's fake score": objective.student_loss}
+    networks = (objective.student, objective.teacher, objective.posterior)
+    options = {"levels": objective.levels, "weighting": objective.weighting, "antithetic": False}
+    return {
+        "bound": VarDiU(*networks, **options).joint_loss,
+        "multi-sample bound, K = 8": VarDiU(*networks, **options, num_samples=8).joint_loss,
+        "resampled score, K = 8": ResampledScore(*networks, **options, num_samples=8).joint_loss,
+        "amortised score": objective.joint_loss,
+    }
 
 
 def cosines(trainer: Trainer) -> dict[str, dict[str, float]]:
     """Of each estimator's mean gradient over BATCHES batches with the exact one's; and of single batches, on average.
 
-    All on one student and one posterior, trained by the amortised score's objective, whose bound trains q as the others do, and
-    at the levels of the run's end: of those that it has left behind the networks know little by then.
+    At the levels of the run's end: of those that it has left behind the networks know little by then.
     """
-    amortized = trainer.objective
-    networks = (amortized.student, amortized.teacher, amortized.posterior)
-    options = {"levels": amortized.levels, "weighting": amortized.weighting}
-    plain = VarDiU(*networks, **options, antithetic=False)
-    estimators = {
-        "bound": plain,
-        "multi-sample bound, K = 8": VarDiU(*networks, **options, num_samples=8, antithetic=False),
-        "resampled score, K = 8": ResampledScore(*networks, **options, num_samples=8, antithetic=False),
-        "amortised score": amortized,
-    }
-    law = points.Pushforward(amortized.student, 2, per_axis=300)
-    sums: dict[str, list[Tensor]] = {name: [] for name in ("exact", *estimators)}
+    objective, losses = trainer.objective, estimators(trainer.objective)
+    law = points.Pushforward(objective.student, 2, per_axis=300)
+    sums: dict[str, list[Tensor]] = {name: [] for name in ("exact", *losses)}
     for i in range(BATCHES):
         (draw,) = trainer.draws.batch(("study", i), progress=1.0)
-        sums["exact"].append(gradient(plain, exact_loss(plain, law, draw)))
-        for name, objective in estimators.items():
-            sums[name].append(gradient(objective, objective.joint_loss(draw, None)))
+        sums["exact"].append(gradient(objective, exact_loss(objective, law, draw)))
+        for name, loss in losses.items():
+            sums[name].append(gradient(objective, loss(draw)))
     exact = torch.stack(sums.pop("exact"))
-    halves = [exact[::2].mean(0), exact[1::2].mean(0)]
-    rows = {"exact, half of the batches with the other": {"mean": cosine(*halves)}}
+    rows = {f"exact, one half of the batches with the other, {type(objective).__name__}": halves(exact)}
     for name, found in sums.items():
         each = statistics.fmean(cosine(g, exact.mean(0)) for g in found)
         mean = torch.stack(found).mean(0)
         rows[name] = {"mean": cosine(mean, exact.mean(0)), "single": each, "length": float(mean.norm() / exact.mean(0).norm())}
     return rows
+
+
+def halves(gradients: Tensor) -> dict[str, float]:
+    """How far the mean itself is known: gradients (n, parameters)."""
+    return {"mean": cosine(gradients[::2].mean(0), gradients[1::2].mean(0))}
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -186,9 +200,10 @@ def main() -> None:
     found: dict[str, Any] = {"step_ms": step_times()}
     print(json.dumps(found["step_ms"], indent=1), flush=True)
 
-    early = job("gradients", METHODS["vardiu"], runs / "gradients", runs / "teacher", f"steps={EARLY}", "checkpoint_every=100")
-    run_all([early], 1, threads=1)
-    found["cosines"] = cosines(restored(early.folder))
+    often = (f"steps={EARLY}", "checkpoint_every=100")
+    early = {name: job(name, METHODS[name], runs / f"gradients_{name}", runs / "teacher", *often) for name in LEARNED_SCORES}
+    run_all(list(early.values()), len(early), threads=1)
+    found["cosines"] = {name: row for run in early.values() for name, row in cosines(restored(run.folder)).items()}
     print(json.dumps(found["cosines"], indent=1), flush=True)
 
     found["tightness"], found["mass"] = {}, {}
