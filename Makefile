@@ -47,7 +47,7 @@ bench-edm: $(RUNTIME) ## EDM's CIFAR-10 network against NVlabs' code: make bench
 bench-eval: $(DEV) ## evaluation against clean-fid, torch-fidelity and torchmetrics on the same weights: outputs/bench/eval.json
 	$(BIN)/python -m scripts.bench_eval $(ARGS)
 
-bench-mog40: $(RUNTIME) ## VarDiU on its own benchmark, every variant, three seeds of 300 s: outputs/bench/mog40*.{json,png}; 90 minutes
+bench-mog40: $(RUNTIME) ## VarDiU on its own benchmark, every variant, three seeds of 300 s: outputs/bench/mog40*.{json,png}; two hours
 	$(BIN)/python -m scripts.bench_mog40 $(ARGS)
 	$(BIN)/python -m scripts.bench_mog40_bounds
 

@@ -54,6 +54,11 @@ METHODS = {
     "published": Method("VarDiU as published (all samples count alike)", published=True),
     "published_weights": Method("the same, its weights meant as written", published=True),
     "vardiu_paper": Method("the published setting, this library", "mog40_vardiu_paper"),
+    "vardiu_paper_single": Method(
+        "the same, one noise a sample, control variate",
+        "mog40_vardiu_paper",
+        ("objective.antithetic=false", "objective.control_variate=true"),
+    ),
     "vardiu_gaussian": Method("VarDiU, bound, diagonal Gaussian", "mog40_vardiu_gaussian"),
     "vardiu_full": Method("VarDiU, bound, full Gaussian", "mog40_vardiu_gaussian", ("objective.posterior.covariance=full",)),
     "vardiu_nsf": Method("VarDiU, bound, neural splines", "mog40_vardiu_gaussian", ("objective.posterior.covariance=nsf",)),

@@ -39,7 +39,6 @@ from .bench_mog40 import METHODS, job
 from .jobs import exit_cleanly, run_all
 from .mog40_reference import PublishedVarDiU
 
-PAPER = "configs/mog40_vardiu_paper.yaml"
 POSTERIORS = ("vardiu_gaussian", "vardiu_full", "vardiu_planar", "vardiu_nsf", "vardiu")
 LEARNED_SCORES = ("vardiu", "diff_instruct")
 SIGMAS = (0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
@@ -172,24 +171,31 @@ def cosine(a: Tensor, b: Tensor) -> float:
 # A step ---------------------------------------------------------------------------------------------------------------------
 
 
-def step_times(steps: int = 60) -> dict[str, float]:
-    """Milliseconds of a published update and of ours in its setting, one after the other on one thread: medians and minima."""
+def step_times(steps: int = 60) -> dict[str, dict[str, float]]:
+    """Milliseconds of a published update, of ours in its setting, and of ours with one noise a sample instead of a pair: one
+    after the other on one thread, medians and minima, and how they compare with the published ones.
+    """
     torch.set_num_threads(1)
-    times: dict[str, list[float]] = {"published": [], "ours": []}
+    baseline, rare = PublishedVarDiU(make_mixture(), 0), ("steps", "log_every", "sample_every", "checkpoint_every")
+    run: dict[str, Callable[[], None]] = {"published": lambda: baseline.step(0.5)}
     with tempfile.TemporaryDirectory() as folder:
-        rare = [f"{key}=1000000" for key in ("steps", "log_every", "sample_every", "checkpoint_every")]
-        trainer = distill.make_trainer(load_config(DistillConfig, PAPER, [f"output_dir={folder}", *rare]))
-        trainer.log.resume({}, step=0)
-        baseline = PublishedVarDiU(make_mixture(), 0)
-        for i in range(steps):
-            for name, step in (("published", lambda i=i: baseline.step(i / steps)), ("ours", trainer.one_step)):
+        for name in ("vardiu_paper", "vardiu_paper_single"):
+            given = [f"output_dir={folder}/{name}", *METHODS[name].overrides, *(f"{key}=1000000" for key in rare)]
+            trainer = distill.make_trainer(load_config(DistillConfig, f"configs/{METHODS[name].config}.yaml", given))
+            trainer.log.resume({}, step=0)
+            trainer.log.bar.close()
+            run[name] = trainer.one_step
+        times: dict[str, list[float]] = {name: [] for name in run}
+        for _ in range(steps):
+            for name, step in run.items():
                 start = time.perf_counter()
                 step()
                 times[name].append(1000 * (time.perf_counter() - start))
-        trainer.log.bar.close()
     kinds = {"median": statistics.median, "min": min}
-    found = {f"{name}_{kind}": of(values[10:]) for name, values in times.items() for kind, of in kinds.items()}
-    return found | {f"ratio_{kind}": found[f"ours_{kind}"] / found[f"published_{kind}"] for kind in kinds}
+    found = {name: {kind: of(values[10:]) for kind, of in kinds.items()} for name, values in times.items()}
+    for row in found.values():
+        row |= {f"{kind}_ratio": row[kind] / found["published"][kind] for kind in kinds}
+    return found
 
 
 def main() -> None:
