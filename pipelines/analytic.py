@@ -19,7 +19,7 @@ from .noise import EDMSchedule, Level, Schedule
 CELL, COLUMNS = 256, 512  # points in a cell, and rows of x_t at a time
 TABLE = 2**17  # exponents at a time: what a core's cache holds
 FLOOR, LARGE = -80.0, 40.0  # of exponents: less counts for nothing; e^LARGE, summed, is far from float32's largest number
-SINGLE = 512.0  # the largest number whose rounding in float32 is below 3e-5
+SINGLE = 512.0  # a number whose rounding in float32 is 3e-5
 
 
 class GaussianMixture(nn.Module):
@@ -135,7 +135,7 @@ class EmpiricalPosterior(nn.Module):
             -|a - alpha p|^2 / 2 sigma^2 = -|a|^2 / 2 sigma^2 + [alpha a . p - alpha^2 |p|^2 / 2] / sigma^2
 
         less a reference, which is below the largest but not by far. Where `single` allows it and what cells nearby add up to is
-        so small that float32 is less than 3e-5 off, tables of exponents are float32.
+        so small that float32 is about 3e-5 off, tables of exponents are float32.
         """
         squares = x.square().sum(0) - 2 * alpha * (self.centres @ x) + alpha**2 * self.centres.square().sum(1, keepdim=True)
         distance, radii, precision = squares.clamp_min(0).sqrt(), alpha * self.radii[:, None], 0.5 / sigma**2  # (cells, b)
