@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.analytic import GaussianMixture
 
-from .figures import INK, REAL, student_colour, style_axes
+from .figures import INK, REAL, STUDENTS, student_colour, style_axes
 from .points import NO_NOISE
 
 SIDE = 50.0  # pictures show [-SIDE, SIDE] squared
@@ -49,7 +49,7 @@ def curves_chart(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]
             points = list(zip(*by_seed.values(), strict=True))
             seconds = [np.median([p["seconds"] for p in same]) for same in points]
             values = [np.median([p[key] for p in same]) for same in points]
-            style = ("-", "--", ":")[j // 8 % 3]
+            style = ("-", "--", ":")[j // len(STUDENTS) % 3]
             axes.plot(seconds, values, style, color=student_colour(j), linewidth=1.4, marker="o", markersize=2, label=label)
         axes.axhline(truth[key], color=REAL, linewidth=1, linestyle=(0, (4, 3)), label="true samples")
         if key == "mmd":

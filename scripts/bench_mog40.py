@@ -253,6 +253,7 @@ def main() -> None:
     file = args.output / "mog40.json"
     before = json.loads(file.read_text())["methods"] if file.is_file() else {}
     curves = before | {name: by_seed for name, by_seed in curves.items() if by_seed}
+    curves = {name: curves[name] for name in METHODS if name in curves}
     file.write_text(json.dumps({"methods": curves} | facts, indent=1))
     labelled = {METHODS[n].label: by_seed for n, by_seed in curves.items()}
     curves_chart(labelled, truth).savefig(args.output / "mog40_curves.png", dpi=130)
