@@ -166,9 +166,12 @@ class EmpiricalPosterior(nn.Module):
         step = max(1, TABLE // (self.centred.shape[1] * away.shape[1]))
         parts = (self.centred, self.weighted, self.centres[:, :, None], offsets[:, None, columns], down)
         for p, weighted, c, offset, quadratic in zip(*(v.split(step) for v in parts), strict=True):
-            factors = torch.cat([offset, torch.addcmul(toward, c, away), quadratic], 1).to(dtype)
-            table = p if p.dtype == dtype else with_squares(p[:, :, 1:-1].to(dtype))
-            yield weighted, table @ factors  # points first: this way round both products are fast
+            factors = torch.addcmul(toward, c, away)
+            if p.dtype == dtype:  # points first: this way round both products are fast
+                yield weighted, p @ torch.cat([offset, factors, quadratic], 1).to(dtype)
+            else:  # no copy beyond the points' own: of images it would cost more than the product
+                p = p[:, :, 1:-1].to(dtype)
+                yield weighted, torch.baddbmm(offset + p.square().sum(2, keepdim=True) * quadratic, p, factors)
 
 
 def with_ones(p: Tensor) -> Tensor:
