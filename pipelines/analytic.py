@@ -166,12 +166,12 @@ class EmpiricalPosterior(nn.Module):
         step = max(1, TABLE // (self.centred.shape[1] * away.shape[1]))
         parts = (self.centred, self.weighted, self.centres[:, :, None], offsets[:, None, columns], down)
         for p, weighted, c, offset, quadratic in zip(*(v.split(step) for v in parts), strict=True):
-            factors = torch.addcmul(toward, c, away)
+            slope = torch.addcmul(toward, c, away)
             if p.dtype == dtype:  # points first: this way round both products are fast
-                yield weighted, p @ torch.cat([offset, factors, quadratic], 1).to(dtype)
+                yield weighted, p @ torch.cat([offset, slope, quadratic], 1).to(dtype)
             else:  # no copy beyond the points' own: of images it would cost more than the product
-                p = p[:, :, 1:-1].to(dtype)
-                yield weighted, torch.baddbmm(offset + p.square().sum(2, keepdim=True) * quadratic, p, factors)
+                p = p[:, :, 1:-1].double()
+                yield weighted, torch.baddbmm(offset + p.square().sum(2, keepdim=True) * quadratic, p, slope).to(dtype)
 
 
 def with_ones(p: Tensor) -> Tensor:

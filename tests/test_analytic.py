@@ -156,11 +156,17 @@ def test_far_away_and_at_small_noise_it_is_the_nearest_point():
     torch.testing.assert_close(mean.flatten(1), torch.tensor([[1.0, 0.0], [0.0, 5.0]], dtype=torch.float64))
 
 
-def test_images_and_dtypes():
-    net = EmpiricalPosterior(torch.rand(11, 3, 5, 7), EDM)
-    x = torch.randn(2, 3, 5, 7)
-    assert net(x, torch.ones(2)).dtype == torch.float32
-    assert net(x, torch.ones(2)).shape == x.shape
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("points_kind", [torch.bfloat16, torch.float32, torch.float64])
+def test_images_and_dtypes(points_kind, kind):
+    """Whatever is stored and asked in, the answer is x_t's kind and that of float64 to its digits."""
+    points, x = torch.rand(11, 3, 5, 7).to(points_kind), torch.randn(2, 3, 5, 7).to(kind)
+    found = EmpiricalPosterior(points, EDM)(x, torch.ones(2))
+    exact = EmpiricalPosterior(points.double(), EDM)(x.double(), torch.ones(2).double())
+    assert found.dtype == kind
+    assert found.shape == x.shape
+    tolerance = 1e-2 if torch.bfloat16 in (kind, points_kind) else 1e-4
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
 
 
 def test_as_a_teacher():
