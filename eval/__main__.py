@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.launch import end_processes
+
 from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
 
 
@@ -152,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"eval: error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return 2
+    finally:
+        end_processes()
 
 
 def _parser() -> Parser:

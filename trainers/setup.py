@@ -19,7 +19,7 @@ from pipelines import images
 from pipelines.analytic import make_mixture
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.images import ImageSet
-from pipelines.launch import check_processes
+from pipelines.launch import check_processes, end_processes
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
@@ -50,6 +50,7 @@ def parse(model: type[R], description: str, argv: list[str] | None) -> R:
 def fail(error: Exception) -> NoReturn:
     """One clear message, no traceback, exit status 2."""
     print(f"error: {error}", file=sys.stderr, flush=True)
+    end_processes()
     raise SystemExit(2)
 
 
