@@ -80,7 +80,8 @@ class GaussianMixture(nn.Module):
         """log weights_j N(x; alpha mu_j, v_j) (b, k), and v_j = alpha^2 s_j^2 + sigma^2 (b, k)."""
         alpha, sigma = (v.flatten().double()[:, None] for v in (level.alpha, level.sigma))
         variances = alpha**2 * self.variances + sigma**2
-        squares = (x[:, None] - alpha[:, None] * self.means).square().sum(2)
+        # |x - alpha mu|^2 expanded: no (b, k, d) table, and double precision has digits enough
+        squares = x.square().sum(1, keepdim=True) - 2 * alpha * (x @ self.means.T) + alpha**2 * self.means.square().sum(1)
         return self.log_weights - squares / (2 * variances) - 0.5 * x.shape[1] * (2 * math.pi * variances).log(), variances
 
 
