@@ -24,7 +24,7 @@ from torch import Tensor
 from eval import points
 from eval.point_figures import tightness_chart
 from pipelines.analytic import make_mixture
-from pipelines.noise import add_noise, score, weight
+from pipelines.noise import Level, add_noise, score, weight
 from trainers import distill
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
@@ -46,6 +46,8 @@ DRAWN = 2000
 EARLY = 300  # steps after which gradients are compared: later they are small, and all noise
 BATCHES = 60
 INTEGRATED = (0.3, 1.0, 3.0, 8.0, 20.0)
+NOISY = ("vardiu_paper", "vardiu_gaussian")
+LATENTS, NOISES = 256, 64
 
 
 def restored(folder: Path) -> Trainer:
@@ -168,6 +170,46 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
+# Noise ----------------------------------------------------------------------------------------------------------------------
+
+
+def noise_of_gradients(objective: VarDiU) -> list[dict[str, float]]:
+    """Variances, summed over dimensions, of the bound's gradient in x0 at each noise level (w = 1), in the run's last networks:
+
+    between_z, of its mean over eps, which only more latents lower; and given z, over eps, of one noise a sample as in Eq. 12
+    (single), with the control variate, and of the mean of a pair +-eps. best: the factor of eps / sigma with the least variance.
+    """
+    generator, rows = torch.Generator().manual_seed(7), []
+    z = torch.randn(LATENTS, 2, 1, 1, generator=generator)
+    with torch.no_grad():
+        x0 = objective.student(z).repeat_interleave(NOISES, 0)
+    z = z.repeat_interleave(NOISES, 0)[:, None]
+    for sigma in (0.1, *SIGMAS):
+        level = points.NO_NOISE.level(torch.full((len(x0),), sigma))
+        eps = torch.randn(x0.shape, generator=generator)
+
+        def slope(noise: Tensor, level: Level = level) -> Tensor:
+            x_t = add_noise(x0, noise, level).requires_grad_(True)
+            (of_q,) = torch.autograd.grad(objective.posterior(x_t, level, z=z).log_q.sum(), x_t)
+            with torch.no_grad():
+                found = of_q + score(objective.teacher(x_t, level), x_t, level)
+            return found.view(LATENTS, NOISES, 2)
+
+        single, control = slope(eps), (eps / sigma).view(LATENTS, NOISES, 2)
+        pair = (single + slope(-eps)) / 2
+        best = -float(covariance(single, control) / covariance(control, control))
+        kinds = {"single": single, "control_variate": single + control, "best": single + best * control, "pair": pair}
+        mean = pair.mean(1)[None]
+        rows.append({"sigma": sigma, "between_z": float(covariance(mean, mean)), "factor": best})
+        rows[-1] |= {name: float(covariance(v, v)) for name, v in kinds.items()}
+    return rows
+
+
+def covariance(a: Tensor, b: Tensor) -> Tensor:
+    """Within groups, summed over dimensions, mean over groups: (groups, n, d) -> ()."""
+    return ((a - a.mean(1, keepdim=True)) * (b - b.mean(1, keepdim=True))).sum((1, 2)).mean() / (a.shape[1] - 1)
+
+
 # A step ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +266,11 @@ def main() -> None:
             f"{r['sigma']:g}: {r['gap']:.3f} +- {r['gap_error']:.3f}" for r in found["tightness"][METHODS[name].label]
         )
         print(f"{METHODS[name].label}: mass off by {found['mass'][METHODS[name].label]:.1e}; gap {gaps}", flush=True)
+    found["noise"] = {
+        METHODS[name].label: noise_of_gradients(restored(runs / f"{name}_0").objective)
+        for name in NOISY
+        if (runs / f"{name}_0" / "checkpoints").is_dir()
+    }
     (args.output / "mog40_bounds.json").write_text(json.dumps(found, indent=1))
     tightness_chart(found["tightness"]).savefig(args.output / "mog40_bounds.png", dpi=130)
 

@@ -126,6 +126,25 @@ def test_the_whole_benchmark(bench, monkeypatch, capfd):
         assert bounds["mass"][label] < 1e-3
     assert bounds["cosines"]["bound"]["mean"] <= 1
     assert (bench / "mog40_bounds.png").stat().st_size > 5000
+    assert bounds["noise"] == {}  # of runs that were not made here
+
+
+def test_noise_of_gradients_where_they_are_linear(tmp_path, monkeypatch):
+    """A teacher N(0, s^2) and a posterior that is the prior: the gradient is -x_t / (s^2 + sigma^2), a pair has no noise, and
+    neither has the control variate times sigma^2 / (s^2 + sigma^2).
+    """
+    monkeypatch.setattr(bench_mog40_bounds, "LATENTS", 13)
+    s, given = 3.0, [f"output_dir={tmp_path}", "student.network={width: 5}", "objective.posterior.network={width: 5}"]
+    given += [f"data={{name: mixture, means: [[0, 0]], std: {s}}}"]
+    config = load_config(DistillConfig, str(ROOT / "configs" / "mog40_vardiu.yaml"), given)
+    rows = bench_mog40_bounds.noise_of_gradients(distill.make_trainer(config).objective)
+    assert [r["sigma"] for r in rows] == [0.1, *bench_mog40_bounds.SIGMAS]
+    for r in rows:
+        variance = s**2 + r["sigma"] ** 2
+        assert r["factor"] == pytest.approx(r["sigma"] ** 2 / variance, rel=1e-3)
+        assert r["single"] == pytest.approx(2 * r["sigma"] ** 2 / variance**2, rel=0.15)  # 13 x 64 x 2 squares
+        assert r["pair"] < 1e-6 * r["single"]
+        assert r["best"] < 1e-4 * r["single"]
 
 
 def test_exact_gradient_is_that_of_the_divergence(tmp_path):
