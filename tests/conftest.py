@@ -6,6 +6,7 @@ Test modules cannot import one another or this file, so everything here arrives 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -23,6 +24,10 @@ from trainers.objectives.base import LossTerms
 from trainers.objectives.importance import log_importance
 from trainers.objectives.resampled import ResampledScore
 from trainers.objectives.vardiu import VarDiU
+
+# Bits are compared, and on some processors (AMD's) MKL's products depend on how their operands lie in memory, but in this mode.
+# Read at the first product; processes that tests start inherit it.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 # (b, c, h, w) in pairwise different primes: whatever broadcasts over the wrong axis raises.
 SHAPE = (3, 2, 5, 7)

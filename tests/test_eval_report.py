@@ -291,5 +291,7 @@ def test_module_entry_point(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == "eval: error: teacher 'teacher': no such folder: nowhere\n"
+    *warned, error = done.stderr.splitlines()  # libraries may warn while they are imported, of a CPU or of a missing extra
+    assert error == "eval: error: teacher 'teacher': no such folder: nowhere"
+    assert not any("Traceback" in line for line in warned)
     assert not (tmp_path / "out").exists()
