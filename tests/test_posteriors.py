@@ -248,8 +248,9 @@ def test_log_determinant(case, make, randn):
     z, log_q = (v.detach() for v in density.sample(noise))
     forward = torch.autograd.functional.jacobian(lambda z: whitened(covariance, maps, z), z).reshape(d, d)
     backward = torch.autograd.functional.jacobian(lambda n: density.sample(n)[0], noise).reshape(d, d)
-    assert log_q.item() == pytest.approx((log_prior(noise) + torch.linalg.slogdet(forward).logabsdet).item(), rel=1e-9)
-    assert log_q.item() == pytest.approx((log_prior(noise) - torch.linalg.slogdet(backward).logabsdet).item(), rel=1e-9)
+    # not 1e-9: the Jacobian of "full", a triangle of random numbers, has the condition number 1e10
+    assert log_q.item() == pytest.approx((log_prior(noise) + torch.linalg.slogdet(forward).logabsdet).item(), rel=1e-8)
+    assert log_q.item() == pytest.approx((log_prior(noise) - torch.linalg.slogdet(backward).logabsdet).item(), rel=1e-8)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "haar"])
