@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.errors import USER_ERRORS, UserError, message
 from pipelines.launch import end_processes
 
 from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
@@ -33,7 +34,7 @@ def with_config(argv: list[str]) -> list[str]:
         return argv
     i = files[0]
     if len(files) > 1 or i + 1 == len(argv):
-        raise ValueError("--config takes one file, once")
+        raise UserError("--config takes one file, once")
     import yaml
 
     file = Path(argv[i + 1])
@@ -42,15 +43,15 @@ def with_config(argv: list[str]) -> list[str]:
     try:
         options = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"--config: {file} is not valid YAML: {error}") from error
+        raise UserError(f"--config: {file} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"--config: {file} must hold `option: value` lines")
+        raise UserError(f"--config: {file} must hold `option: value` lines")
     known = {name.removeprefix("--").replace("-", "_") for name in OPTIONS}
     words: list[str] = []
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(f"--config: {file} has an unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UserError(f"--config: {file} has an unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if key not in COMMANDS.get(argv[0], ()) or value is None or (value is False and key != "exact"):
             continue
         if key == "exact":
@@ -150,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         return args.function(args)
-    except (OSError, ValueError) as error:
+    except USER_ERRORS as error:
         rank = os.environ.get("RANK", "0")
-        print(f"eval: error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        print(f"eval: error{'' if rank == '0' else f' (process {rank})'}: {message(error)}", file=sys.stderr)
         return 2
     finally:
         end_processes()
@@ -191,7 +192,7 @@ def _run(args: argparse.Namespace) -> int:
         return _digits(args)
     get_protocol(args.protocol)
     if args.student:
-        raise ValueError(f"--student is for {DIGITS}; give the student as --model (or its folder as --lora)")
+        raise UserError(f"--student is for {DIGITS}; give the student as --model (or its folder as --lora)")
     return _measure(args)
 
 
@@ -213,7 +214,7 @@ def _reference(args: argparse.Namespace) -> int:
     from .run import make_reference
 
     if not args.reference:
-        raise ValueError("--reference is needed: the real images, a folder, .zip, .parquet or hub data set")
+        raise UserError("--reference is needed: the real images, a folder, .zip, .parquet or hub data set")
     _require_writable(Path(args.output))
     facts = make_reference(args)
     if "extractors" in facts:  # the main process
@@ -225,7 +226,7 @@ def _generate(args: argparse.Namespace) -> int:
     from .run import make_only
 
     if not args.model:
-        raise ValueError("--model is needed: a pipeline or student, a folder, a run's output_dir or a hub id")
+        raise UserError("--model is needed: a pipeline or student, a folder, a run's output_dir or a hub id")
     _require_writable(Path(args.output))
     folder = make_only(args)
     if os.environ.get("RANK", "0") == "0":
@@ -241,10 +242,10 @@ def _compare(args: argparse.Namespace) -> int:
     named = [(a, b) if b else (Path(a).name, a) for a, _, b in (run.partition("=") for run in args.runs)]
     contents = [(name, load_results(path)) for name, path in named]
     if len(dict(contents)) < len(contents):
-        raise ValueError(f"two runs have one name ({', '.join(name for name, _ in named)}); name them: NAME=DIR")
+        raise UserError(f"two runs have one name ({', '.join(name for name, _ in named)}); name them: NAME=DIR")
     faults = comparable(contents)
     if faults and not args.force:
-        raise ValueError("these evaluations are not comparable: " + "; ".join(faults) + "; --force compares them and says so")
+        raise UserError("these evaluations are not comparable: " + "; ".join(faults) + "; --force compares them and says so")
     _require_writable(Path(args.output))
     files = {name: Path(path) / "samples.png" for name, path in named}
     samples = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
@@ -269,7 +270,7 @@ def _digits(args: argparse.Namespace) -> int:
     from .digits.runs import find_run
 
     if not args.teacher:
-        raise ValueError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
+        raise UserError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
     protocol = STUDIES[args.protocol].adjusted(args.num_images, args.seed, args.force)
     named = _named_students(args.student or [])
     teacher = find_run("teacher", Path(args.teacher), "teacher")
@@ -287,9 +288,9 @@ def _named_students(values: Sequence[str]) -> list[tuple[str, Path]]:
     for value in values:
         name, _, path = value.partition("=")
         if not name or not path:
-            raise ValueError(f"--student {value!r}: expected NAME=RUN, e.g. vardiu=runs/vardiu")
+            raise UserError(f"--student {value!r}: expected NAME=RUN, e.g. vardiu=runs/vardiu")
         if name in named:
-            raise ValueError(f"--student {name!r} is given twice ({named[name]} and {path}); use two different names")
+            raise UserError(f"--student {name!r} is given twice ({named[name]} and {path}); use two different names")
         named[name] = Path(path)
     return list(named.items())
 

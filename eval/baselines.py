@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from pipelines.errors import UserError
+
 BASELINES = Path(__file__).resolve().parents[1] / "docs" / "baselines.yaml"
 
 Row = dict[str, Any]  # {"name", "metrics": {metric: value}, "steps", "source", "note"}; "source" only of published rows
@@ -22,5 +24,5 @@ def read_baselines(file: str | None, protocol: str) -> list[Row]:
         for row in rows:
             row["name"], row["source"], [float(v) for v in row["metrics"].values()]
     except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"--baselines: {path} must be a list of protocol, name, metrics, source ({error!r})") from error
+        raise UserError(f"--baselines: {path} must be a list of protocol, name, metrics, source ({error!r})") from error
     return [row for row in rows if row["protocol"] == protocol]

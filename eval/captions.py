@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.errors import UserError
 from pipelines.prompts import read_rows
 
 
@@ -28,7 +29,7 @@ class Captions:
     def first(self, n: int) -> Captions:
         """The captions of the first n images. ValueError if there are fewer."""
         if len(self) < n:
-            raise ValueError(f"--captions: {self.source} has captions for {len(self):,} images, {n:,} are needed")
+            raise UserError(f"--captions: {self.source} has captions for {len(self):,} images, {n:,} are needed")
         return Captions(self.texts[:n], self.source)
 
     def describe(self) -> dict[str, object]:
@@ -44,10 +45,10 @@ def read_captions(file: str, column: str = "caption") -> Captions:
     for i, cell in enumerate(cells):
         text = cell[0] if isinstance(cell, list) and cell else cell
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"--captions: image {i} of {file} has no caption (got {cell!r}); give it one or remove the row")
+            raise UserError(f"--captions: image {i} of {file} has no caption (got {cell!r}); give it one or remove the row")
         texts.append(text)
     if not texts:
-        raise ValueError(f"--captions: {file} has no captions in it")
+        raise UserError(f"--captions: {file} has no captions in it")
     return Captions(tuple(texts), Path(file).name)
 
 
@@ -61,5 +62,5 @@ def coco_captions(file: str) -> list[Sequence[str]]:
         for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
             captions[annotation["image_id"]].append(annotation["caption"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--captions: {file} is no COCO captions file ({error!r}): expected images and annotations") from error
+        raise UserError(f"--captions: {file} is no COCO captions file ({error!r}): expected images and annotations") from error
     return list(captions.values())

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.errors import UserError
+
 from .metrics import squared_distances
 
 BLOCK = 2048
@@ -22,7 +24,7 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, 
     (a.b / d + 1)^3. x (n, d), y (m, d). ValueError for sets smaller than a subset.
     """
     if min(len(x), len(y)) < size:
-        raise ValueError(f"KID takes subsets of {size:,} images, but there are {len(x):,} and {len(y):,}; use more images")
+        raise UserError(f"KID takes subsets of {size:,} images, but there are {len(x):,} and {len(y):,}; use more images")
     draw = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
@@ -51,7 +53,7 @@ def cmmd(x: Tensor, y: Tensor, bandwidth: float = 10.0) -> float:
     for rows in (x, y):
         norms = rows.double().norm(dim=1)
         if bool(((norms - 1).abs() > 1e-3).any()):
-            raise ValueError(f"CMMD takes unit rows; norms range over {norms.min():.3g}..{norms.max():.3g}")
+            raise UserError(f"CMMD takes unit rows; norms range over {norms.min():.3g}..{norms.max():.3g}")
 
     def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
         total = sum(
@@ -70,7 +72,7 @@ def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
     recall: the reverse. x (n, d), y (m, d), more than k rows each. The radius leaves out the image itself.
     """
     if min(len(x), len(y)) <= k:
-        raise ValueError(f"precision and recall with k = {k} need more than {k} images a side, got {len(x)} and {len(y)}")
+        raise UserError(f"precision and recall with k = {k} need more than {k} images a side, got {len(x)} and {len(y)}")
     centre = y.double().mean(0)  # |a - b|^2 as |a|^2 + |b|^2 - 2ab: a common offset would cost digits
     x, y = x - centre.to(x), y - centre.to(y)
     return _covered(x, y, _radii(y, k)), _covered(y, x, _radii(x, k))
@@ -112,7 +114,7 @@ class InceptionScore:
 
     def __init__(self, n: int, classes: int, splits: int = 10, seed: int = SEED) -> None:
         if n < splits:
-            raise ValueError(f"the inception score takes {splits} parts, but there are {n} images")
+            raise UserError(f"the inception score takes {splits} parts, but there are {n} images")
         order = np.random.RandomState(seed).permutation(n)
         part = np.empty(n, dtype=np.int64)
         for i in range(splits):
@@ -134,7 +136,7 @@ class InceptionScore:
     def value(self) -> tuple[float, float]:
         """Mean and standard deviation over the parts. ValueError before all n images have been seen."""
         if self.seen != len(self.part):
-            raise ValueError(f"the inception score has seen {self.seen:,} of {len(self.part):,} images")
+            raise UserError(f"the inception score has seen {self.seen:,} of {len(self.part):,} images")
         q = self.p / self.counts[:, None]
         scores = (self.p_log_p / self.counts - torch.special.xlogy(q, q).sum(1)).exp()
         std, mean = torch.std_mean(scores, correction=0)

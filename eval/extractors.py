@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.errors import UserError
+
 from .weights import OPEN_CLIP, Found
 
 SIDE = 299  # what Inception sees
@@ -79,7 +81,7 @@ class Inception:
                 self.base = torch.jit.load(str(weights.path), map_location=self.device).eval()
                 self.layers = self.base.layers
             except (RuntimeError, ValueError, AttributeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{weights.path} is no TorchScript Inception in the format of inception-2015-12-05.pt: "
                     f"{str(error).strip().splitlines()[-1]}; copy or download it again"
                 ) from error
@@ -116,7 +118,7 @@ class Inception:
                 weight = weight if weight.shape[1] == features.shape[1] else weight.T
                 if weight.shape[0] == expected.shape[1] and torch.allclose((features @ weight.T).softmax(1), expected, atol=1e-5):
                     return weight.float()
-        raise ValueError(f"{self.weights.path} has no output layer that gives its own class probabilities; the score needs one")
+        raise UserError(f"{self.weights.path} has no output layer that gives its own class probabilities; the score needs one")
 
 
 def inception_blocks() -> tuple[nn.Module, nn.Sequential]:
@@ -146,7 +148,7 @@ def _tensors(weights: Found) -> dict[str, Tensor]:
         return torch.load(weights.path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in the unpickler, the zip reader or torch itself
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{weights.path} cannot be read as tensors ({reason}); copy or download it again") from error
+        raise UserError(f"{weights.path} cannot be read as tensors ({reason}); copy or download it again") from error
 
 
 class DinoV2:
@@ -193,7 +195,7 @@ class Aesthetic(nn.Module):
         try:
             net.load_state_dict(_tensors(weights))
         except RuntimeError as error:
-            raise ValueError(f"{weights.path} is no aesthetic predictor of this kind: {error}") from error
+            raise UserError(f"{weights.path} is no aesthetic predictor of this kind: {error}") from error
         return net.eval().requires_grad_(False)
 
 
@@ -219,7 +221,7 @@ class Clip:
         self.aesthetic_weights = aesthetic
         self.head = Aesthetic.load(aesthetic).to(device) if "aesthetic" in wanted else None
         if self.head is not None and self.net.dim != 768:
-            raise ValueError(f"the aesthetic predictor reads 768 columns, {weights.path} gives {self.net.dim}; it needs ViT-L/14")
+            raise UserError(f"the aesthetic predictor reads 768 columns, {weights.path} gives {self.net.dim}; it needs ViT-L/14")
         self.outputs = {"features": self.net.dim, "cosine": 1, "aesthetic": 1}
         self.outputs = {key: size for key, size in self.outputs.items() if key in wanted}
 
@@ -252,7 +254,7 @@ class _Transformers:
             self.tokenizer = AutoTokenizer.from_pretrained(weights.path)
             self.processor = AutoImageProcessor.from_pretrained(weights.path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{weights.path} is no whole CLIP model: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{weights.path} is no whole CLIP model: {str(error).splitlines()[0]}") from error
         self.input = type(self.processor).__name__
         self.device, self.dim = device, self.net.config.projection_dim
         self.longest = self.net.config.text_config.max_position_embeddings
@@ -275,7 +277,7 @@ class _OpenClip:
         try:
             import open_clip
         except ImportError as error:
-            raise ValueError(f"{name} needs open_clip: pip install 'open_clip_torch>=3.3,<4'") from error
+            raise UserError(f"{name} needs open_clip: pip install 'open_clip_torch>=3.3,<4'") from error
         _, model, tag = name.split(":")
         # OpenAI's own weights use another GELU, which a local file does not tell
         quick = {"force_quick_gelu": True} if tag == "openai" else {}

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipelines.errors import UserError
+
 # A Cholesky pivot is known to about eps * max; below this share of the largest too few of its digits are left.
 MIN_PIVOT_RATIO = 1e-10
 # Eigenvalues below this share of the largest are rounding noise of a symmetric float64 eigendecomposition.
@@ -57,7 +59,7 @@ class GaussianStats:
             raise ValueError(f"features must have shape (n, {self.dim}), got {tuple(features.shape)}")
         bad = ~torch.isfinite(features).all(dim=1)
         if bool(bad.any()):
-            raise ValueError(
+            raise UserError(
                 f"features of {int(bad.sum())} of {len(bad)} images are NaN or infinite (first: row "
                 f"{int(bad.nonzero()[0])}); the images or the extractor are broken, no distance can be computed"
             )
@@ -100,7 +102,7 @@ class GaussianStats:
 
     def _require_two(self) -> None:
         if self.n < 2:
-            raise ValueError(f"mean and covariance need at least 2 images, got {self.n}; evaluate more images")
+            raise UserError(f"mean and covariance need at least 2 images, got {self.n}; evaluate more images")
 
 
 def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
@@ -123,7 +125,7 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
     mean_a, cov_a, mean_b, cov_b = (v.to(mean_a.device, torch.float64) for v in (mean_a, cov_a, mean_b, cov_b))
     for name, value in (("mean_a", mean_a), ("cov_a", cov_a), ("mean_b", mean_b), ("cov_b", cov_b)):
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} holds NaN or infinite values; recompute these statistics")
+            raise UserError(f"{name} holds NaN or infinite values; recompute these statistics")
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * _trace_sqrt(cov_a, cov_b)
     return max(distance.item(), 0.0)  # never negative in exact arithmetic; equal sets may round to -1e-13
 

@@ -15,6 +15,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from pipelines.errors import UserError
+
 from .files import write_atomically
 from .sampler import Sampler
 
@@ -41,9 +43,9 @@ def generate(
     ValueError where the folder holds images of something else, or captions are missing.
     """
     if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; at least 1 is needed")
+        raise UserError(f"--batch-size is {batch_size}; at least 1 is needed")
     if sampler.takes == "prompt" and (captions is None or len(captions) != len(indices)):
-        raise ValueError(f"{len(indices):,} images need as many captions, got {len(captions or ()):,}; give --captions")
+        raise UserError(f"{len(indices):,} images need as many captions, got {len(captions or ()):,}; give --captions")
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     texts = captions if sampler.takes == "prompt" else None
     manifest = {"model": sampler.describe(), "seed": seed, "first": indices.start, "n": len(indices), "captions": _hash(texts)}
@@ -84,12 +86,12 @@ def _claim(folder: Path, manifest: dict[str, Any], first: bool) -> None:
         differing = [key for key in stored if other.get(key) != stored[key]]
         if differing:
             key = differing[0]
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds images made with another {key} ({other.get(key)!r}, now {stored[key]!r}); name another --output "
                 "or remove them"
             )
     elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and has no generation.json; name another --output")
+        raise UserError(f"{folder} is not empty and has no generation.json; name another --output")
     elif first:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(manifest, indent=1) + "\n").encode())

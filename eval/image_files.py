@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from pipelines.errors import UserError
 from pipelines.images import IMAGE_SUFFIXES
 
 from .protocols import Protocol
@@ -56,7 +57,7 @@ class ImageFiles(Dataset):
                 with zipfile.ZipFile(path) as archive:
                     self.names = sorted(n for n in archive.namelist() if _is_image(n))
             except zipfile.BadZipFile as error:
-                raise ValueError(f"{source} is not a whole zip file ({error}); copy it again") from error
+                raise UserError(f"{source} is not a whole zip file ({error}); copy it again") from error
         elif path.suffix == ".parquet" and path.is_file():
             self.kind, self.rows = "rows", _rows("parquet", [source], source)
         elif not path.exists() and source.partition(":")[0].count("/") == 1 and not source.startswith((".", "/", "~")):
@@ -68,7 +69,7 @@ class ImageFiles(Dataset):
             self.rows = _undecoded(self.rows, self.column)
             self.names = [f"row {i}" for i in range(len(self.rows))]
         if not self.names:
-            raise ValueError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
         self.names = self.names[:limit]
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class ImageFiles(Dataset):
                 opened.load()
                 image = as_rgb(opened, where, self.protocol.grayscale, deep)
         except (OSError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise ValueError(f"{where} cannot be decoded: {error}; mend or remove it") from error
+            raise UserError(f"{where} cannot be decoded: {error}; mend or remove it") from error
         return {view: pil_to_tensor(VIEWS[view](image, self.protocol, where)) for view in self.views}
 
     def _file(self, i: int) -> Any:
@@ -93,7 +94,7 @@ class ImageFiles(Dataset):
                 return io.BytesIO(archive.read(self.names[i]))
         cell = self.rows[i][self.column]
         if cell is None:
-            raise ValueError(f"{self.names[i]} of {self.source} has no image; remove the row")
+            raise UserError(f"{self.names[i]} of {self.source} has no image; remove the row")
         return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
 
     def identity(self) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def as_rgb(image: Image.Image, where: str, photographs: bool, deep: bool = False
     if not clear and not deep and photographs and image.mode in GREY_MODES:
         return image.convert("RGB")
     what = "transparency" if clear else "more than 8 bits a channel" if deep else "no colour channels"
-    raise ValueError(
+    raise UserError(
         f"{where} has {what} (mode {image.mode}), expected 8-bit RGB; convert it yourself: how is a choice that changes numbers"
         + ("" if photographs or image.mode not in GREY_MODES else " (--grayscale takes grey photographs as grey RGB)")
     )
@@ -124,7 +125,7 @@ def as_rgb(image: Image.Image, where: str, photographs: bool, deep: bool = False
 def prepared(image: Image.Image, protocol: Protocol, where: str) -> Image.Image:
     """Checked for its size, or cropped to the largest centred square and resized (Lanczos), as the protocol says."""
     if protocol.size is not None and image.size != (protocol.size, protocol.size):
-        raise ValueError(
+        raise UserError(
             f"{where} is {image.width}x{image.height}, protocol {protocol.name} compares images of "
             f"{protocol.size}x{protocol.size}"
         )
@@ -176,7 +177,7 @@ def _rows(kind: str, what: Any, source: str) -> Any:
             return load_dataset(name, split=split or "train")
         return load_dataset("parquet", data_files=what, split="train")
     except (DatasetGenerationError, ArrowInvalid, OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
+        raise UserError(f"{source} cannot be read: {error.__cause__ or error}") from error
 
 
 def _image_column(rows: Any, column: str | None, source: str) -> str:
@@ -184,11 +185,9 @@ def _image_column(rows: Any, column: str | None, source: str) -> str:
 
     images = [name for name, feature in rows.features.items() if isinstance(feature, ImageFeature)]
     if column is not None and column not in images:
-        raise ValueError(
-            f"--image-column: {source} has no image column {column!r} (image columns: {', '.join(images) or 'none'})"
-        )
+        raise UserError(f"--image-column: {source} has no image column {column!r} (image columns: {', '.join(images) or 'none'})")
     if column is None and len(images) != 1:
-        raise ValueError(f"{source} has {len(images)} image columns ({', '.join(images)}); name one with --image-column")
+        raise UserError(f"{source} has {len(images)} image columns ({', '.join(images)}); name one with --image-column")
     return column or images[0]
 
 

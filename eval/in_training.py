@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from pipelines.errors import UserError
+
 from . import figures
 from .files import write_atomically
 from .image_files import VIEWS
@@ -35,12 +37,12 @@ def make_plan(options: Mapping[str, Any]) -> Plan:
     if protocol.name == "custom" and options["inception_mode"]:
         protocol = replace(protocol, inception=options["inception_mode"])
     elif options["inception_mode"]:
-        raise ValueError(f"evaluation.inception_mode is fixed by protocol {protocol.name}; use protocol custom")
+        raise UserError(f"evaluation.inception_mode is fixed by protocol {protocol.name}; use protocol custom")
     protocol = protocol.adjusted(options["num_images"], 1, options["metrics"], force=True)
     if any(m in AGAINST_REFERENCE for m in protocol.metrics) and not options["reference"]:
-        raise ValueError(f"evaluation.reference is needed for {', '.join(protocol.metrics)}: images, or statistics of them")
+        raise UserError(f"evaluation.reference is needed for {', '.join(protocol.metrics)}: images, or statistics of them")
     if "inception_score" in protocol.metrics and protocol.num_images < 10:
-        raise ValueError("evaluation.num_images: the inception score takes 10 parts, and more images")
+        raise UserError("evaluation.num_images: the inception score takes 10 parts, and more images")
     return plan(protocol, {key: options[key] for key in NETWORKS}, weights_dir(options["weights_dir"]))
 
 
@@ -87,7 +89,7 @@ class InTraining:
             parts.append((self.images(index).float() * 255).round().clamp(0, 255).to(torch.uint8))
         mine = torch.cat(parts)
         if mine.shape[1] != 3:
-            raise ValueError(f"evaluation: the metrics' networks see colours, the student makes {mine.shape[1]} channel(s)")
+            raise UserError(f"evaluation: the metrics' networks see colours, the student makes {mine.shape[1]} channel(s)")
         every = mine if world == 1 else self.accelerator.gather(mine.to(self.accelerator.device))
         return every[:n].cpu()
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
+
 from . import weights
 from .protocols import AGAINST_REFERENCE, METRICS, RAW_FEATURES, Protocol
 from .weights import Found
@@ -70,9 +72,7 @@ def plan(protocol: Protocol, given: dict[str, str | None], folder: Path) -> Plan
             found[key] = weights.find(names[key], given.get(key), folder)
     head = weights.find("aesthetic", given.get("aesthetic"), folder) if "aesthetic" in protocol.metrics else None
     if "inception_score" in protocol.metrics and protocol.inception == "legacy_pytorch":
-        raise ValueError(
-            "inception_score: published scores use the TensorFlow network; choose --inception-mode legacy_tensorflow"
-        )
+        raise UserError("inception_score: published scores use the TensorFlow network; choose --inception-mode legacy_tensorflow")
     return Plan(protocol, found, names, head)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipelines.errors import UserError
+
 from .frechet import GaussianStats, frechet_distance
 
 BLOCK = 1024  # rows a block: 1024 x 10,000 float64 distances are 80 MB
@@ -49,9 +51,9 @@ def energy_distance(x: Tensor, y: Tensor, block: int = BLOCK) -> float:
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have shapes (n, d) and (m, d), got {tuple(x.shape)} and {tuple(y.shape)}")
     if min(len(x), len(y)) < 2:
-        raise ValueError(f"energy distance needs at least 2 rows a side, got {len(x)} and {len(y)}")
+        raise UserError(f"energy distance needs at least 2 rows a side, got {len(x)} and {len(y)}")
     if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
-        raise ValueError("energy distance got NaN or infinite values; the images or features are broken")
+        raise UserError("energy distance got NaN or infinite values; the images or features are broken")
     # |a - b|^2 is taken as |a|^2 + |b|^2 - 2ab: a common offset would cost digits, so remove it first.
     centre = y.double().mean(dim=0)
     x, y = x.double() - centre, y.double() - centre
@@ -114,7 +116,7 @@ def nearest_neighbour_check(generated: Tensor, real: Tensor, block: int = BLOCK)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or len(pixels) < least:
             raise ValueError(f"{name} must be uint8 (n, c, h, w) with n >= {least}, got {pixels.dtype} {tuple(pixels.shape)}")
     if generated.shape[1:] != real.shape[1:]:
-        raise ValueError(f"image sizes differ: {tuple(generated.shape[1:])} generated, {tuple(real.shape[1:])} real")
+        raise UserError(f"image sizes differ: {tuple(generated.shape[1:])} generated, {tuple(real.shape[1:])} real")
     scale = 1 / 127.5
     real_rows = real.flatten(1).double()  # integers: squared distances are exact, a copy has distance 0
     distances, indices = _nearest(generated.flatten(1).double(), real_rows, block, skip_self=False)
@@ -158,7 +160,7 @@ def halves_floor(features: Tensor, generator: torch.Generator, splits: int = 10)
     this is what "no difference" reads as at half the size of the reference.
     """
     if len(features) < 4 or splits < 2:
-        raise ValueError(f"need at least 4 images and 2 splits, got {len(features)} and {splits}")
+        raise UserError(f"need at least 4 images and 2 splits, got {len(features)} and {splits}")
     values = [
         frechet_distance(GaussianStats.of(features[a]), GaussianStats.of(features[b]))
         for a, b in random_halves(len(features), splits, generator)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pipelines.errors import UserError
+
 from .distances import InceptionScore
 from .extractors import Extractor
 from .frechet import GaussianStats
@@ -45,7 +47,7 @@ class Gathered:
                 bad = ~torch.isfinite(values).all(1)
                 if bool(bad.any()):
                     first = self.seen + int(bad.nonzero()[0])
-                    raise ValueError(
+                    raise UserError(
                         f"{name} of {key} are NaN or infinite for {int(bad.sum())} images, the first is image {first}"
                     )
                 if name == "features":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.analytic import EmpiricalPosterior, GaussianMixture
+from pipelines.errors import UserError
 from pipelines.noise import EDMSchedule
 
 from .metrics import energy_distance
@@ -33,7 +34,7 @@ def evaluate(x: Tensor, mixture: GaussianMixture, seed: int = 0) -> dict[str, fl
     the shares of the nearest modes to the true ones, nats. energy: energy distance. ValueError for points that are not finite.
     """
     if not bool(torch.isfinite(x).all()):
-        raise ValueError("points hold NaN or infinite values; the network that made them has diverged")
+        raise UserError("points hold NaN or infinite values; the network that made them has diverged")
     x = x.double()
     y = mixture.sample(len(x), torch.Generator().manual_seed(seed)).flatten(1).to(x.device)
     biased, unbiased = mmd(x, y)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipelines.analytic import GaussianMixture, make_mixture
 from pipelines.edm import PointNet
+from pipelines.errors import UserError
 from pipelines.provenance import git_commit, versions
 
 from .files import write_atomically
@@ -25,14 +26,14 @@ def measure_points(model: str, num_points: int, seed: int, law: str | None, outp
     the forty modes). ValueError for a model of something else, or a mixture of other dimensions.
     """
     if num_points < 2:
-        raise ValueError(f"--num-points: {num_points}, expected at least 2")
+        raise UserError(f"--num-points: {num_points}, expected at least 2")
     mixture = read_law(law, Path(model))
     sampler = load_sampler(model)
     if not isinstance(sampler.pipe.unet, PointNet):
-        raise ValueError(f"--model: {model!r} makes images; `python -m eval run` measures them")
+        raise UserError(f"--model: {model!r} makes images; `python -m eval run` measures them")
     if sampler.pipe.unet.config.in_channels != mixture.shape[0]:
         dimensions = sampler.pipe.unet.config.in_channels
-        raise ValueError(f"--law: a mixture in {mixture.shape[0]} dimensions, but {model!r} makes points in {dimensions}")
+        raise UserError(f"--law: a mixture in {mixture.shape[0]} dimensions, but {model!r} makes points in {dimensions}")
     x = draw(sampler.pipe, num_points, seed)
     truth = mixture.sample(num_points, torch.Generator().manual_seed(seed + 1)).flatten(1)
     found = {"model": sampler.describe(), "num_points": num_points, "seed": seed, "git_commit": git_commit()}
@@ -59,7 +60,7 @@ def read_law(law: str | None, model: Path) -> GaussianMixture:
     data = (yaml.safe_load(file.read_text()) or {}).get("data") or {}
     if data.get("name") != "mixture":
         if law:
-            raise ValueError(f"--law: {law!r} has no `data: {{name: mixture}}`")
+            raise UserError(f"--law: {law!r} has no `data: {{name: mixture}}`")
         return make_mixture()  # distilled from a learned teacher, a run needs no data
     return make_mixture(*(data.get(key) for key in ("means", "std", "weights")))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
+from pipelines.errors import UserError
+
 # What a metric reads: extractor -> its metrics. precision_recall gives two numbers.
 METRICS = {
     "fid": "inception",
@@ -81,17 +83,17 @@ class Protocol:
         """With other numbers. ValueError: another number of images without force, impossible numbers, unknown metrics."""
         n = self.num_images if num_images is None else num_images
         if n < 2 and (num_images is not None or self.name != "custom"):
-            raise ValueError(f"--num-images is {n}; statistics need at least 2 images")
+            raise UserError(f"--num-images is {n}; statistics need at least 2 images")
         if self.name != "custom" and n != self.num_images and not force:
-            raise ValueError(
+            raise UserError(
                 f"--num-images is {n:,} but protocol {self.name} has {self.num_images:,}, and these numbers depend on it; "
                 "add --force to do it anyway (every report will say so)"
             )
         if draws is not None and draws < 1:
-            raise ValueError(f"--draws is {draws}; at least 1 is needed")
+            raise UserError(f"--draws is {draws}; at least 1 is needed")
         for metric in metrics or ():
             if metric not in METRICS:
-                raise ValueError(f"--metrics: unknown {metric!r}{_near(metric, METRICS)}")
+                raise UserError(f"--metrics: unknown {metric!r}{_near(metric, METRICS)}")
         chosen = self.metrics if metrics is None else tuple(m for m in METRICS if m in metrics)
         return replace(self, num_images=n, draws=self.draws if draws is None else draws, metrics=chosen)
 
@@ -175,9 +177,9 @@ PROTOCOLS: dict[str, Protocol] = {
 def get_protocol(name: str) -> Protocol:
     """ValueError for an unknown name, with the nearest known one."""
     if name == DIGITS:
-        raise ValueError(f"protocol {DIGITS} is for `python -m eval run` with --teacher and --student")
+        raise UserError(f"protocol {DIGITS} is for `python -m eval run` with --teacher and --student")
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}{_near(name, (*PROTOCOLS, DIGITS))}")
+        raise UserError(f"unknown protocol {name!r}{_near(name, (*PROTOCOLS, DIGITS))}")
     return PROTOCOLS[name]
 
 

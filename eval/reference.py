@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.errors import UserError
+
 from .extractors import Extractor
 from .files import write_atomically
 from .image_files import ImageFiles
@@ -73,7 +75,7 @@ def load_or_measure(
 def require_size(protocol: Protocol, n: int | None, option: str, force: bool) -> None:
     """ValueError for another number of images than the protocol's; n: None where a published file does not say."""
     if n not in (None, protocol.reference_images) and protocol.name != "custom" and not force:
-        raise ValueError(
+        raise UserError(
             f"{option} has {n:,} images, protocol {protocol.name} compares with {protocol.reference_images:,}; "
             "add --force to do it anyway (every report will say so)"
         )
@@ -124,14 +126,14 @@ def load(
     try:
         facts = json.loads(file.read_text())
         if facts["format"] != FORMAT:
-            raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+            raise UserError(f"format {facts['format']}, this version reads {FORMAT}")
         known = facts["processing"], facts["extractors"], facts["images"]["n"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} cannot be read as a reference ({error!r}); make it again with python -m eval reference"
         ) from error
     if known[0] != protocol.processing:
-        raise ValueError(
+        raise UserError(
             f"{source} was made for protocol {facts['protocol']} with {known[0]}, protocol {protocol.name} has "
             f"{protocol.processing}; make a reference for this protocol: python -m eval reference"
         )
@@ -139,17 +141,17 @@ def load(
     for key, mine in extractors.items():
         theirs = known[1].get(key)
         if theirs is None:
-            raise ValueError(f"{source} has no statistics of {key}, only of {', '.join(known[1])}; make it with these --metrics")
+            raise UserError(f"{source} has no statistics of {key}, only of {', '.join(known[1])}; make it with these --metrics")
         for part in IDENTITY:
             if theirs.get(part) != mine.get(part):
-                raise ValueError(
+                raise UserError(
                     f"{source}: {part} of {key} is {theirs.get(part)!r} there and {mine.get(part)!r} here; make it again"
                 )
         arrays = _read(path / f"{key}.npz", ("mu", "sigma", *(("features",) if key in raw else ())), dims[key])
         moments[key] = arrays["mu"], arrays["sigma"]
         if key in raw:
             if len(arrays["features"]) != known[2]:
-                raise ValueError(
+                raise UserError(
                     f"{path / key}.npz has {len(arrays['features'])} rows, reference.json says {known[2]}; make it again"
                 )
             rows[key] = arrays["features"].float()
@@ -161,7 +163,7 @@ def _published(path: Path, extractors: dict[str, dict[str, Any]], dims: dict[str
         raise FileNotFoundError(f"--reference: no such file {str(path)!r}")
     others = [key for key in extractors if key != "inception"]
     if others or raw:
-        raise ValueError(
+        raise UserError(
             f"{path} holds a mean and a covariance of Inception features, which is enough for fid only; for other metrics make a "
             "reference of the images: python -m eval reference"
         )
@@ -179,13 +181,13 @@ def _read(file: Path, keys: tuple[str, ...], dim: int) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file {str(file)!r}; make the reference again with python -m eval reference") from None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} cannot be read ({error}): expected the arrays {', '.join(keys)}; get or make it again"
         ) from error
     shapes = {"mu": (dim,), "sigma": (dim, dim)}
     for key, value in arrays.items():
         if key in shapes and tuple(value.shape) != shapes[key]:
-            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the extractor gives {shapes[key]}")
+            raise UserError(f"{file}: {key} has shape {tuple(value.shape)}, the extractor gives {shapes[key]}")
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{file}: {key} holds NaN or infinite values; get or make it again")
+            raise UserError(f"{file}: {key} holds NaN or infinite values; get or make it again")
     return {key: value.double() if key in shapes else value for key, value in arrays.items()}

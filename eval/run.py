@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
+
 from .baselines import read_baselines
 from .captions import Captions, read_captions
 from .measure import Plan, plan
@@ -33,18 +35,18 @@ def check(args: Namespace) -> Job:
     """Everything that can be known to be wrong from the options and small files. FileNotFoundError or ValueError."""
     protocol = chosen_protocol(args)
     if bool(args.model) == bool(args.images):
-        raise ValueError("give either --model (images are generated) or --images (they are there)")
+        raise UserError("give either --model (images are generated) or --images (they are there)")
     if args.images:
         protocol = replace(protocol, draws=1)
     elif not protocol.num_images:
-        raise ValueError("--num-images is needed: protocol custom has no number of its own")
+        raise UserError("--num-images is needed: protocol custom has no number of its own")
     if any(metric in AGAINST_REFERENCE for metric in protocol.metrics) and not args.reference:
-        raise ValueError(f"--reference is needed for {', '.join(protocol.metrics)}: {protocol.reference}, or statistics of them")
+        raise UserError(f"--reference is needed for {', '.join(protocol.metrics)}: {protocol.reference}, or statistics of them")
     captions = read_captions(args.captions, args.caption_column) if args.captions else None
     if captions is not None and protocol.num_images:
         captions = captions.first(protocol.num_images)
     if captions is None and ("clip_score" in protocol.metrics or (protocol.captions and not args.images)):
-        raise ValueError(f"--captions is needed: {protocol.captions or 'one an image, for the CLIP score'}")
+        raise UserError(f"--captions is needed: {protocol.captions or 'one an image, for the CLIP score'}")
     read_baselines(args.baselines, protocol.name)
     made = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
     return Job(args, protocol, made, captions)
@@ -54,7 +56,7 @@ def chosen_protocol(args: Namespace) -> Protocol:
     protocol = get_protocol(args.protocol)
     own = {key: getattr(args, key) for key in CUSTOM if getattr(args, key) not in (None, False)}
     if own and protocol.name != "custom":
-        raise ValueError(f"--{next(iter(own)).replace('_', '-')} is fixed by protocol {protocol.name}; use --protocol custom")
+        raise UserError(f"--{next(iter(own)).replace('_', '-')} is fixed by protocol {protocol.name}; use --protocol custom")
     if "inception_mode" in own:
         own["inception"] = own.pop("inception_mode")
     return replace(protocol, **own).adjusted(args.num_images, args.draws, args.metrics, args.force)
@@ -82,10 +84,10 @@ def run(job: Job) -> dict[str, Any]:
         images = ImageFiles(args.images, protocol, job.plan.views, args.image_column, args.num_images)
         protocol = _sized(protocol, len(images), args)
         if job.captions is not None and len(job.captions) != len(images):
-            raise ValueError(f"{len(images):,} images and {len(job.captions):,} captions: one an image is needed, in their order")
+            raise UserError(f"{len(images):,} images and {len(job.captions):,} captions: one an image is needed, in their order")
     sampler = load_model(args, accelerator.device) if args.model else None
     if sampler is not None and sampler.takes == "prompt" and job.captions is None:
-        raise ValueError("--captions is needed: this model draws images from text")
+        raise UserError("--captions is needed: this model draws images from text")
     extractors = build(job.plan, accelerator.device)
     described = {key: e.describe() for key, e in extractors.items()}
     reference = None
@@ -168,7 +170,7 @@ def make_reference(args: Namespace) -> dict[str, Any]:
     protocol = chosen_protocol(args)
     compared = tuple(metric for metric in protocol.metrics if metric in AGAINST_REFERENCE)  # others look at one set alone
     if not compared:
-        raise ValueError(f"--metrics: none of {', '.join(protocol.metrics)} compares with real images")
+        raise UserError(f"--metrics: none of {', '.join(protocol.metrics)} compares with real images")
     protocol = replace(protocol, metrics=compared)
     job_plan = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
     from accelerate import Accelerator
@@ -191,11 +193,11 @@ def make_only(args: Namespace) -> Path:
     protocol = chosen_protocol(args)
     captions = read_captions(args.captions, args.caption_column) if args.captions else None
     if protocol.captions and captions is None:
-        raise ValueError(f"--captions is needed: {protocol.captions}")
+        raise UserError(f"--captions is needed: {protocol.captions}")
     if captions is not None:
         captions = captions.first(protocol.num_images)
     if not protocol.num_images:
-        raise ValueError("--num-images is needed: protocol custom has no number of its own")
+        raise UserError("--num-images is needed: protocol custom has no number of its own")
     from accelerate import Accelerator
 
     from pipelines.launch import check_processes
@@ -213,7 +215,7 @@ def _sized(protocol: Protocol, n: int, args: Namespace) -> Protocol:
     """For images that are there. ValueError where their number is not the one that was asked for."""
     if protocol.num_images and n != protocol.num_images:
         hint = "" if n > protocol.num_images else "; add --num-images and --force to measure fewer (every report will say so)"
-        raise ValueError(f"{args.images} holds {n:,} images, {protocol.num_images:,} are needed{hint}")
+        raise UserError(f"{args.images} holds {n:,} images, {protocol.num_images:,} are needed{hint}")
     return replace(protocol, num_images=n)
 
 
@@ -226,5 +228,5 @@ def load_results(path: str) -> dict[str, Any]:
         content = json.loads(file.read_text())
         content["metrics"], content["protocol"]["name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no metrics.json of an evaluation ({error!r})") from error
+        raise UserError(f"{file} is no metrics.json of an evaluation ({error!r})") from error
     return content

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from pipelines.edm import EDMPipeline, PointNet
+from pipelines.errors import UserError
 from pipelines.stable_diffusion import read_index
 from pipelines.students import load_student, read_info
 
@@ -48,12 +49,12 @@ class Sampler:
         if self.num_classes:
             inputs["class_labels"] = [image_label(seed, i, self.num_classes) for i in indices]
         if isinstance(getattr(self.pipe, "unet", None), PointNet):
-            raise ValueError(f"--model: {self.facts['model']!r} makes points, not images; use `python -m eval points`")
+            raise UserError(f"--model: {self.facts['model']!r} makes points, not images; use `python -m eval points`")
         images = torch.from_numpy(self.pipe(**inputs, **self.call, output_type="np").images)
         if images.ndim != 4 or len(images) != len(indices):
             raise ValueError(f"the pipeline returned {tuple(images.shape)}, expected {len(indices)} images (h, w, c)")
         if not bool(torch.isfinite(images).all()):
-            raise ValueError(f"the pipeline made NaN or infinite pixels for images {list(indices)}; try --dtype float32")
+            raise UserError(f"the pipeline made NaN or infinite pixels for images {list(indices)}; try --dtype float32")
         return (images.permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def describe(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def load_sampler(
     student = folder if (folder / "student.json").is_file() else None
     if lora is not None and (Path(lora) / "student.json").is_file():
         if student is not None:
-            raise ValueError(f"--lora: {lora!r} is a student, and so is --model {model!r}; give the model it was distilled from")
+            raise UserError(f"--lora: {lora!r} is a student, and so is --model {model!r}; give the model it was distilled from")
         student, base_model = Path(lora), str(folder)
     if student is not None:
         pipe, info = load_student(student, base_model, **kwargs), read_info(student, "student")
@@ -112,17 +113,17 @@ def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> Diffusio
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--model: {error}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model: {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--model: {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _load_lora(pipe: DiffusionPipeline, lora: str) -> None:
     """Any LoRA file that diffusers reads; a scheduler stored beside it comes with it."""
     if not hasattr(pipe, "load_lora_weights"):
-        raise ValueError(f"--lora: a {type(pipe).__name__} takes no LoRA")
+        raise UserError(f"--lora: a {type(pipe).__name__} takes no LoRA")
     try:
         pipe.load_lora_weights(lora)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--lora: {lora!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--lora: {lora!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _takes(pipe: DiffusionPipeline) -> str:
@@ -130,7 +131,7 @@ def _takes(pipe: DiffusionPipeline) -> str:
     if "prompt" in known:
         return "prompt"
     if "batch_size" not in known:
-        raise ValueError(f"a {type(pipe).__name__} takes neither prompts nor a batch_size: what to ask it for is not known")
+        raise UserError(f"a {type(pipe).__name__} takes neither prompts nor a batch_size: what to ask it for is not known")
     return "class_labels" if "class_labels" in known and getattr(pipe.unet.config, "num_classes", 0) else "nothing"
 
 
@@ -153,7 +154,7 @@ def _call(pipe: DiffusionPipeline, info: dict[str, Any], steps, guidance_scale, 
         if call["guidance_scale"] is None:
             call["guidance_scale"] = known["guidance_scale"].default
     elif guidance_scale is not None:
-        raise ValueError(f"--guidance-scale: a {type(pipe).__name__} has none")
+        raise UserError(f"--guidance-scale: a {type(pipe).__name__} has none")
     size = image_size or info.get("image_size")
     if "height" in known and size:
         call |= {"height": size, "width": size}

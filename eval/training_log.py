@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
+
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl. ValueError names the line that cannot be read; an unfinished last line is left out."""
@@ -16,9 +18,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):  # the run was killed, or is still running, in the middle of a write
                 break
-            raise ValueError(f"{file} line {number} is not valid JSON ({error}); mend or remove that line") from error
+            raise UserError(f"{file} line {number} is not valid JSON ({error}); mend or remove that line") from error
         if not isinstance(row, dict) or "step" not in row:
-            raise ValueError(f"{file} line {number} is not an object with a 'step'; mend or remove that line")
+            raise UserError(f"{file} line {number} is not an object with a 'step'; mend or remove that line")
         rows.append(row)
     return rows
 

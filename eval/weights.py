@@ -12,6 +12,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.errors import UserError
+
 WEIGHTS_DIR = "ONE_STEP_WEIGHTS"  # environment variable
 OPEN_CLIP = "open_clip:"
 
@@ -154,7 +156,7 @@ def _find_file(file: File, folder: Path) -> Found:
 def _checked(file: File, place: Path) -> Found:
     digest = sha256(place)
     if digest != file.sha256:
-        raise ValueError(
+        raise UserError(
             f"{place} has sha256 {digest}, the published file {file.sha256}: it is damaged or another one. Remove it, or "
             f"get it again from {file.url}"
         )

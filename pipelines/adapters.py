@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from .errors import UserError
+
 # A condition is flat; SDXL's network wants these two in a dictionary of their own.
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
@@ -44,7 +46,7 @@ class SharedNetwork:
         for target in config.target_modules:
             # once a layer has an adapter its own weights live in .base_layer
             if not any(n == target or n.endswith(f".{target}") for n in modules):
-                raise ValueError(
+                raise UserError(
                     f"lora.targets: {target!r} fits no layer of {type(self.network).__name__}; names are matched from their end, "
                     f"for example {', '.join(example_layers(self.network))}"
                 )

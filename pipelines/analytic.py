@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
 from .noise import EDMSchedule, Level, Schedule
 
 CELL, COLUMNS = 256, 512  # points in a cell, and rows of x_t at a time
@@ -34,13 +35,13 @@ class GaussianMixture(nn.Module):
         super().__init__()
         k, d = means.shape
         if math.prod(shape) != d:
-            raise ValueError(f"means have {d} dimensions, shape {shape} has {math.prod(shape)}")
+            raise UserError(f"means have {d} dimensions, shape {shape} has {math.prod(shape)}")
         std = torch.as_tensor(std, dtype=torch.float64).expand(k)
         if not bool((std > 0).all()):
-            raise ValueError(f"std must be positive, got {std.min():g}")
+            raise UserError(f"std must be positive, got {std.min():g}")
         weights = torch.ones(k) if weights is None else weights
         if weights.shape != (k,) or not bool((weights > 0).all()):
-            raise ValueError(f"weights must be {k} positive numbers, one for each mean")
+            raise UserError(f"weights must be {k} positive numbers, one for each mean")
         self.schedule, self.shape = schedule, shape
         self.register_buffer("means", means.double())
         self.register_buffer("variances", std.square().double())
@@ -96,9 +97,9 @@ class EmpiricalPosterior(nn.Module):
     def __init__(self, data: Tensor, schedule: Schedule) -> None:
         super().__init__()
         if data.ndim != 4 or not len(data) or not data.is_floating_point():
-            raise ValueError(f"data must be float (n, c, h, w) with n > 0, got {data.dtype} {tuple(data.shape)}")
+            raise UserError(f"data must be float (n, c, h, w) with n > 0, got {data.dtype} {tuple(data.shape)}")
         if not bool(torch.isfinite(data).all()):
-            raise ValueError("data hold NaN or infinite values")
+            raise UserError("data hold NaN or infinite values")
         self.schedule, self.shape, self.size = schedule, tuple(data.shape[1:]), len(data)
         cells, counted = neighbours(data.flatten(1), CELL)
         points = data.flatten(1)[cells]  # (cells, m, d)
@@ -122,7 +123,7 @@ class EmpiricalPosterior(nn.Module):
         """Mean (b, d) and log sum_i exp(-|x_t - alpha x_i|^2 / 2 sigma^2) (b,), float64."""
         sigma = level.sigma.flatten().double()
         if not bool((sigma > 0).all()):
-            raise ValueError("the posterior of a data set needs sigma > 0")
+            raise UserError("the posterior of a data set needs sigma > 0")
         given = (x_t.flatten(1).double().T, level.alpha.flatten().double(), sigma)
         parts = zip(*(v.split(COLUMNS, -1) for v in given), strict=True)
         found = torch.cat([self._columns(*part, single=x_t.dtype != torch.float64) for part in parts], 1)

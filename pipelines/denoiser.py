@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
 from .noise import Level, Schedule
 from .preconditioning import Preconditioner, make_preconditioner
 
@@ -39,7 +40,7 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         if guidance_scale != 1.0 and null_condition is None:
-            raise ValueError(
+            raise UserError(
                 f"guidance_scale={guidance_scale} needs a null condition; "
                 "use guidance_scale=1 (no guidance) or a teacher trained with condition dropout"
             )
@@ -127,7 +128,7 @@ class OneStepGenerator(nn.Module):
         super().__init__()
         low, high = denoiser.schedule.t_range
         if not low <= readout_t <= high:
-            raise ValueError(f"the readout level t={readout_t} is outside the schedule's range [{low}, {high}]")
+            raise UserError(f"the readout level t={readout_t} is outside the schedule's range [{low}, {high}]")
         self.denoiser = denoiser
         self.readout_t = readout_t
         self.image_range = image_range

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 # Decoded images are held in memory; this bounds a set to what a workstation can hold beside a model.
 MAX_BYTES = 8 * 2**30
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -40,7 +42,7 @@ def to_pixels(x: Tensor) -> Tensor:
     NaN and infinities raise ValueError: they are no colour.
     """
     if not bool(torch.isfinite(x).all()):
-        raise ValueError("images hold NaN or infinite values; the network that made them has diverged")
+        raise UserError("images hold NaN or infinite values; the network that made them has diverged")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -65,10 +67,10 @@ def load_rows(dataset, image_column: str, label_column: str | None, image_size: 
 
     for key, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in dataset.column_names:
-            raise ValueError(f"data.{key}: no column {column!r}; the data set has {', '.join(dataset.column_names)}")
+            raise UserError(f"data.{key}: no column {column!r}; the data set has {', '.join(dataset.column_names)}")
     need = len(dataset) * channels * image_size**2
     if need > MAX_BYTES:
-        raise ValueError(
+        raise UserError(
             f"data: {len(dataset)} images of {channels}x{image_size}x{image_size} take {need / 2**30:.0f} GiB decoded, "
             f"more than {MAX_BYTES / 2**30:.0f}; choose a smaller split, e.g. data.split='train[:10%]'"
         )
@@ -81,7 +83,7 @@ def load_rows(dataset, image_column: str, label_column: str | None, image_size: 
     for i, row in enumerate(tqdm(undecoded, desc="decoding images", unit="image")):
         source = row[image_column]
         if source is None:
-            raise ValueError(f"data.image_column: row {i} of {image_column!r} is empty; mend or remove it")
+            raise UserError(f"data.image_column: row {i} of {image_column!r} is empty; mend or remove it")
         file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]
         pixels[i] = _read_image(file, image_size, channels, f"data.image_column: cannot decode row {i} of {image_column!r}")
     return ImageSet(pixels, labels, names)
@@ -91,7 +93,7 @@ def _image_feature(dataset, column: str):
     from datasets import Image
 
     if not isinstance(dataset.features[column], Image):
-        raise ValueError(f"data.image_column: column {column!r} holds {dataset.features[column]}, not images")
+        raise UserError(f"data.image_column: column {column!r} holds {dataset.features[column]}, not images")
     return Image(decode=False)
 
 
@@ -100,7 +102,7 @@ def _labels(dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
     values = dataset[column][:]
     if not all(isinstance(v, int) and v >= 0 for v in values):
         wrong = next(v for v in values if not (isinstance(v, int) and v >= 0))
-        raise ValueError(f"data.label_column: {column!r} must hold class numbers 0, 1, ...; it holds {wrong!r}")
+        raise UserError(f"data.label_column: {column!r} must hold class numbers 0, 1, ...; it holds {wrong!r}")
     labels = torch.tensor(values, dtype=torch.long)
     names = getattr(dataset.features[column], "names", None) or map(str, range(int(labels.max()) + 1))
     return labels, tuple(names)
@@ -119,7 +121,7 @@ def load_parquet(files: list[str], image_column: str, label_column: str | None, 
         rows = load_dataset("parquet", data_files=files, split="train")  # the builder calls every local set "train"
     except (DatasetGenerationError, ArrowInvalid) as error:
         reason = error.__cause__ or error
-        raise ValueError(f"data.files: cannot read {', '.join(files)}: {reason}") from error
+        raise UserError(f"data.files: cannot read {', '.join(files)}: {reason}") from error
     return load_rows(rows, image_column, label_column, image_size, channels)
 
 
@@ -162,7 +164,7 @@ def _read_image(file, image_size: int, channels: int, fault: str) -> Tensor:
         with Image.open(file) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{fault}: {error}; mend or remove it") from error
+        raise UserError(f"{fault}: {error}; mend or remove it") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

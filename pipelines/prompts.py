@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 
 def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[Any]:
     """The cells of one column, in order; of a .txt its lines. FileNotFoundError or ValueError start with the key at fault."""
@@ -15,14 +17,14 @@ def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[An
     if not path.is_file():
         raise FileNotFoundError(f"{file_key}: no such file {file!r}; give a .txt, .csv, .jsonl or .parquet of prompts")
     if path.suffix not in (".txt", ".csv", ".jsonl", ".parquet"):
-        raise ValueError(f"{file_key}: {file!r} is none of .txt, .csv, .jsonl, .parquet")
+        raise UserError(f"{file_key}: {file!r} is none of .txt, .csv, .jsonl, .parquet")
     try:
         rows = _read_rows(path, column)
     except (ValueError, csv.Error) as error:  # not UTF-8, not JSON, not parquet
-        raise ValueError(f"{file_key}: cannot read {file!r}: {error}") from error
+        raise UserError(f"{file_key}: cannot read {file!r}: {error}") from error
     for i, row in enumerate(rows):
         if column not in row:
-            raise ValueError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {', '.join(map(str, row))}")
+            raise UserError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {', '.join(map(str, row))}")
     return [row[column] for row in rows]
 
 
@@ -45,7 +47,7 @@ def _read_rows(path: Path, column: str) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"line {i + 1} is not valid JSON ({error})") from error
+            raise UserError(f"line {i + 1} is not valid JSON ({error})") from error
         if not isinstance(rows[-1], dict):
-            raise ValueError(f"line {i + 1} is no JSON object, {{...}}")
+            raise UserError(f"line {i + 1} is no JSON object, {{...}}")
     return rows

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .denoiser import Condition, Denoiser
+from .errors import UserError
 from .noise import VPSchedule, from_x0, widen
 
 FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
@@ -38,9 +39,9 @@ def read_index(source: str) -> dict[str, Any]:
         try:
             index = json.loads(file.read_text())
         except ValueError as error:
-            raise ValueError(f"{str(file)!r} is not valid JSON ({error}); copy it again") from error
+            raise UserError(f"{str(file)!r} is not valid JSON ({error}); copy it again") from error
         if not isinstance(index, dict):
-            raise ValueError(f"{str(file)!r} holds a {type(index).__name__}, expected an object of components; copy it again")
+            raise UserError(f"{str(file)!r} holds a {type(index).__name__}, expected an object of components; copy it again")
         return index
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise FileNotFoundError(f"no such folder {source!r}, and a hub id looks like owner/name")
@@ -67,7 +68,7 @@ def load_pipeline(
     """
     index = read_index(source)
     if index.get("_class_name") not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"{source!r} holds a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)} (or an EDMPipeline)"
         )
     left_out = {k: None for k in without if k in index} | components
@@ -87,7 +88,7 @@ def load_pipeline(
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         if tokenizer is not None and encoder is not None and not 3 <= len(tokenizer) <= encoder.config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{source!r}: {name} knows {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}; "
                 f"files of {name}/ are missing or of another model; copy that folder again"
             )
@@ -104,7 +105,7 @@ def load_whole(kind: type[ModelMixin], source: str, subfolder: str, **how: Any) 
     network, report = kind.from_pretrained(source, subfolder=subfolder, output_loading_info=True, **how)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise ValueError(
+        raise UserError(
             f"{source!r}: the weights of {subfolder}/ lack {len(missing)} tensors of its config.json, the first {missing[0]!r}; "
             "copy or download it again"
         )
@@ -126,25 +127,25 @@ def check_weights(folder: Path, components: Iterable[str]) -> None:
                 with safe_open(file, framework="pt"):
                     pass
             except SafetensorError as error:
-                raise ValueError(f"{str(file)!r} is damaged ({error}); copy or download it again") from error
+                raise UserError(f"{str(file)!r} is damaged ({error}); copy or download it again") from error
 
 
 def check_scheduler_config(scheduler: Any, source: str) -> None:
     """The noise schedule must be one of the VP family whose last level can be read out."""
     config = scheduler.config
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"{source!r}: its scheduler is {type(scheduler).__name__}, which has no alphas_cumprod")
+        raise UserError(f"{source!r}: its scheduler is {type(scheduler).__name__}, which has no alphas_cumprod")
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"{source!r}: prediction_type {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
+        raise UserError(f"{source!r}: prediction_type {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
     try:
         last = one_step_scheduler(scheduler).alphas_cumprod[-1]  # Euler and DPM would put 2^-24 there for 0
     except NotImplementedError as error:
-        raise ValueError(
+        raise UserError(
             f"{source!r}: beta_schedule {config.get('beta_schedule')!r} has no one-step scheduler ({error})"
         ) from error
     if float(last) == 0 and prediction_type == "epsilon":
-        raise ValueError(
+        raise UserError(
             f"{source!r}: rescale_betas_zero_snr leaves no signal at the last timestep, where noise prediction says nothing of "
             "x0; a one-step student needs a v_prediction teacher there, or a schedule without that rescaling"
         )

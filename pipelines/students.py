@@ -18,6 +18,7 @@ from torch import nn
 
 from . import stable_diffusion
 from .edm import EDMPipeline, PointNet
+from .errors import UserError
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3
@@ -181,7 +182,7 @@ def load_student(
     info = read_info(folder, "student")
     if info.get("family") not in stable_diffusion.FAMILIES.values():
         if scheduler is not None:
-            raise ValueError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
+            raise UserError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
         return EDMPipeline.from_pretrained(folder, base_model=base_model, use_safetensors=True, dtype=dtype)
     whole = info["weights"] == "unet"
     stable_diffusion.check_weights(folder, ["unet" if whole else ""])
@@ -243,7 +244,7 @@ def read_info(folder: str | Path, kind: str) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); save the model again") from error
+        raise UserError(f"{file} is not valid JSON ({error}); save the model again") from error
     if not isinstance(info, dict):
-        raise ValueError(f"{file} holds a {type(info).__name__}, expected an object with steps, train_seconds, calls")
+        raise UserError(f"{file} holds a {type(info).__name__}, expected an object with steps, train_seconds, calls")
     return info

@@ -9,11 +9,11 @@ network of points (.pth) is read too.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from pipelines.edm.convert import convert
-from pipelines.edm.pickles import SnapshotError
+from pipelines.errors import USER_ERRORS
+from pipelines.launch import fail
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,9 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         made = convert(args.snapshot, args.output)
-    except (SnapshotError, OSError) as error:
-        print(f"error: {args.snapshot}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except USER_ERRORS as error:
+        fail(error, f"error: {args.snapshot}")
     print(f"{args.output}: {made.parameters:,} parameters")
     for title, settings in (("network", made.unet), ("scheduler", made.scheduler)):
         print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))

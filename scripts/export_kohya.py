@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +17,9 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pipelines.errors import USER_ERRORS, UserError
+from pipelines.launch import fail
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -38,11 +40,11 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], int, float]:
             metadata = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {key: stored.get_tensor(key) for key in stored.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} is damaged ({error}); copy it again") from error
+        raise UserError(f"{str(file)!r} is damaged ({error}); copy it again") from error
     if "unet.r" not in metadata:
-        raise ValueError(f"{str(file)!r} has no rank and alpha in its metadata; it was not written by trainers.distill")
+        raise UserError(f"{str(file)!r} has no rank and alpha in its metadata; it was not written by trainers.distill")
     if metadata.get("unet.rank_pattern") or metadata.get("unet.alpha_pattern"):
-        raise ValueError(f"{str(file)!r} has layers of different ranks or alphas, which this export does not know")
+        raise UserError(f"{str(file)!r} has layers of different ranks or alphas, which this export does not know")
     return weights, metadata["unet.r"], metadata["unet.lora_alpha"]
 
 
@@ -53,9 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         weights, rank, alpha = read_lora(args.student / WEIGHTS)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except USER_ERRORS as error:
+        fail(error)
     kohya = to_kohya(weights, rank, alpha)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_file(kohya, args.output, metadata={"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})

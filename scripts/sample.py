@@ -8,7 +8,6 @@ One row a prompt: the teacher with its own scheduler and guidance, then the stud
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from pipelines.errors import USER_ERRORS, UserError
+from pipelines.launch import fail
 from pipelines.stable_diffusion import DTYPES, load_pipeline
 from pipelines.students import find_student, load_student, read_info
 
@@ -59,12 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         info = read_info(find_student(args.student), "student")
         if info.get("family") == "edm":
-            raise ValueError(f"{args.student!r} is a student of an EDM teacher, which takes no prompts; its pipeline draws grids")
+            raise UserError(f"{args.student!r} is a student of an EDM teacher, which takes no prompts; its pipeline draws grids")
         student = load_student(args.student, args.base_model, dtype=DTYPES[args.dtype]).to(args.device)
         teacher = load_pipeline(args.base_model or info["base_model"], DTYPES[args.dtype]).to(args.device)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except USER_ERRORS as error:
+        fail(error)
     student.set_progress_bar_config(disable=True)
     size = info["image_size"]
     side = size // student.vae_scale_factor

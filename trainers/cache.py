@@ -17,6 +17,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipelines import stable_diffusion as sd
+from pipelines.errors import UserError
+from pipelines.launch import user_errors
 
 from . import setup, shards
 from .config import DistillConfig, TeacherConfig
@@ -140,7 +142,7 @@ def latent_shape(config: dict[str, Any], factor: int, image_size: int | None) ->
         side, rest = divmod(image_size, factor)
         steps = 2 ** (len(config["block_out_channels"]) - 1)
         if rest or side % steps:
-            raise ValueError(f"data.image_size={image_size} must be a multiple of {factor * steps} for this teacher")
+            raise UserError(f"data.image_size={image_size} must be a multiple of {factor * steps} for this teacher")
     return channels, side, side
 
 
@@ -164,17 +166,15 @@ def kind_of(argv: list[str] | None) -> type[DistillConfig] | type[TeacherConfig]
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with user_errors():
         config = setup.parse(kind_of(argv), __doc__, argv)
         if not isinstance(config.data, TEXT_DATA):
-            raise ValueError("data: only prompts, captions and teacher_samples are encoded; this configuration has none of them")
+            raise UserError("data: only prompts, captions and teacher_samples are encoded; this configuration has none of them")
         accelerator = setup.make_accelerator(config)
         encoded = open_cache(config, accelerator)
         if accelerator.is_main_process:
             print(f"{len(encoded.examples)} rows in {config.data.cache or f'{config.output_dir}/cache'}")
         accelerator.end_training()
-    except setup.USER_ERRORS as error:
-        setup.fail(error)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipelines.errors import UserError
+
 T = TypeVar("T", bound=BaseModel)
 # Tags of a union told apart by the value's type: pydantic puts them into the path of a fault, the user's file has none there.
 KINDS = ("by name", "by section", "by architecture", "by width")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """What the user must mend, one line a fault."""
 
 

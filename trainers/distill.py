@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from pipelines.errors import UserError
+from pipelines.launch import user_errors
 from pipelines.provenance import versions
 
 from . import setup
@@ -34,10 +36,8 @@ from .teachers import family_of, teacher_folder
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with user_errors():
         run(setup.parse(DistillConfig, __doc__, argv))
-    except setup.USER_ERRORS as error:
-        setup.fail(error)
 
 
 def run(config: DistillConfig) -> None:
@@ -126,7 +126,7 @@ def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, d
         more = {"condition_scale": o.condition_scale, "num_classes": models.num_classes, "grids": o.grids}
         more["features"] = models.features() if o.features else None
         if any(side % n for n in o.grids for side in models.latent_shape[1:]):
-            raise ValueError(f"objective.grids: {o.grids} must all divide the sides of the latents, {models.latent_shape[1:]}")
+            raise UserError(f"objective.grids: {o.grids} must all divide the sides of the latents, {models.latent_shape[1:]}")
         return VarFlow(student, teacher.schedule, levels, o.weighting, o.beta, o.cross, sigma_data, **more), {}
     if o.name == "diff_instruct":
         f = o.fake_score

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.denoiser import Condition
+from pipelines.errors import UserError
 
 from .augment import NUMBERS, augment
 from .data import Examples, without
@@ -45,11 +46,11 @@ class DrawSource:
         augmentation: float = 0.0,
     ) -> None:
         if batch_size % world_size:
-            raise ValueError(f"batch_size={batch_size} is not a multiple of the number of processes, {world_size}")
+            raise UserError(f"batch_size={batch_size} is not a multiple of the number of processes, {world_size}")
         share = batch_size // world_size
         self.micro_batch_size = micro_batch_size or share
         if share % self.micro_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"micro_batch_size={self.micro_batch_size} does not divide each process's share of the batch, {share} "
                 f"(batch_size={batch_size} over {world_size} processes)"
             )

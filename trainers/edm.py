@@ -12,6 +12,7 @@ from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_la
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
+from pipelines.errors import UserError
 from pipelines.students import save_edm_student
 
 from . import augment, setup
@@ -36,7 +37,7 @@ class EDMModels:
         self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
         self.num_classes = shape.num_classes or 0
         if not self.num_classes and config.objective.name == "varflow" and config.objective.condition_scale:
-            raise ValueError("objective.condition_scale has no effect: the teacher is unconditional; remove it")
+            raise UserError("objective.condition_scale has no effect: the teacher is unconditional; remove it")
         data = setup.load_data(config.data) if config.data else None
         self._check_data(data)
         if data is not None and config.objective.name == "varflow":
@@ -65,7 +66,7 @@ class EDMModels:
         known = self._behind.preconditioner
         low, high = known.sigma_range
         if not low <= sigma_init <= high:
-            raise ValueError(f"student.sigma_init: {sigma_init:g} is outside the teacher's noise levels, {low:g} to {high:g}")
+            raise UserError(f"student.sigma_init: {sigma_init:g} is outside the teacher's noise levels, {low:g} to {high:g}")
         return float(known.nearest(torch.tensor(sigma_init, dtype=torch.float64)))
 
     def _denoiser(self, network: nn.Module, guided: bool = False) -> Denoiser:
@@ -84,13 +85,13 @@ class EDMModels:
         if data is None:
             return
         if data.shape != self.latent_shape:
-            raise ValueError(
+            raise UserError(
                 f"data: images are {data.shape} (channels, height, width), the teacher "
                 f"{self.config.teacher.path!r} makes {self.latent_shape}; set data.image_size={self.latent_shape[1]} and "
                 f"data.channels={self.latent_shape[0]}, or another teacher"
             )
         if self.config.objective.name == "varflow" and self.num_classes != len(data.class_names):
-            raise ValueError(
+            raise UserError(
                 f"data: {len(data.class_names)} classes, the teacher has {self.num_classes}; "
                 "give labels for a class-conditional teacher and none for an unconditional one"
             )
@@ -103,7 +104,7 @@ class EDMModels:
         """A copy trains with the teacher's dropout."""
         labels = self.base.network.config.get("augment_dim", 0)
         if self.config.objective.fake_score.augment and labels != augment.DIM:
-            raise ValueError(
+            raise UserError(
                 f"objective.fake_score.augment: the teacher has augment_dim={labels}, {augment.DIM} are needed; set it to 0"
             )
         return self._denoiser(self._role("aux", self.config.objective.fake_score.lora).train())
@@ -138,7 +139,7 @@ class EDMModels:
             return self.pipeline(class_labels=labels, latents=z, output_type="pt").images
 
     def shard(self) -> None:
-        raise ValueError("FSDP has no effect for an EDM teacher, whose networks are small; use configs/accelerate/gpu_8.yaml")
+        raise UserError("FSDP has no effect for an EDM teacher, whose networks are small; use configs/accelerate/gpu_8.yaml")
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         save_edm_student(folder, self.pipeline, info, "student" if self.config.student.lora else None)
@@ -148,7 +149,7 @@ def check(config: DistillConfig) -> None:
     """Settings that only Stable Diffusion has are refused, before anything is loaded."""
     t, s = config.teacher, config.student
     if isinstance(config.data, TEXT_DATA):
-        raise ValueError(
+        raise UserError(
             f"data: {config.data.name!r} is for Stable Diffusion teachers; an EDM teacher takes digits, parquet, hub or folder"
         )
     settings = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipelines.analytic import EmpiricalPosterior
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler
+from pipelines.errors import UserError
 from pipelines.noise import EDMSchedule
 from pipelines.preconditioning import EDM
 from pipelines.students import save_edm_student
@@ -78,7 +79,7 @@ class ExactModels:
         return self._denoiser(self._network(section, "fake_score", self.latent_shape[0]))
 
     def features(self) -> FeatureMaps:
-        raise ValueError("objective.features: an exact teacher has no network and no feature maps; remove it")
+        raise UserError("objective.features: an exact teacher has no network and no feature maps; remove it")
 
     def posterior(self, with_mean: bool) -> UNetPosterior:
         covariance = build_covariance(self.config, self.latent_shape)
@@ -93,7 +94,7 @@ class ExactModels:
         return self.pipeline(latents=unit_noise(self.config, index, self.latent_shape), output_type="pt").images
 
     def shard(self) -> None:
-        raise ValueError("FSDP has no effect for an exact teacher, which has no weights; use configs/accelerate/gpu_8.yaml")
+        raise UserError("FSDP has no effect for an exact teacher, which has no weights; use configs/accelerate/gpu_8.yaml")
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         save_edm_student(folder, self.pipeline, info)
@@ -103,16 +104,16 @@ def check(config: DistillConfig) -> None:
     """ValueError for settings that an exact teacher lacks or needs, before anything is loaded."""
     t, s, o = config.teacher, config.student, config.objective
     if config.data is None or isinstance(config.data, TEXT_DATA):
-        raise ValueError("data: an exact teacher is that of a mixture or of an image set; add one, e.g. data={name: mixture}")
+        raise UserError("data: an exact teacher is that of a mixture or of an image set; add one, e.g. data={name: mixture}")
     if t.exact == "density" and config.data.name != "mixture":
-        raise ValueError(f"teacher.exact: the density of {config.data.name!r} is unknown; use exact=samples or data.name=mixture")
+        raise UserError(f"teacher.exact: the density of {config.data.name!r} is unknown; use exact=samples or data.name=mixture")
     if getattr(config.data, "labels", False) or getattr(config.data, "label_column", None):
-        raise ValueError("data: an exact teacher is unconditional; remove the labels")
+        raise UserError("data: an exact teacher is unconditional; remove the labels")
     if s.network is None:
-        raise ValueError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
+        raise UserError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
     posterior = getattr(o, "posterior", None)
     if posterior is not None and isinstance(posterior.network, str):
-        raise ValueError(
+        raise UserError(
             f"objective.posterior.network: {posterior.network!r} builds on a teacher's network, an exact teacher has none; "
             "give a section, e.g. {width: 400, layers: 4}"
         )

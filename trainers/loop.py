@@ -23,6 +23,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from pipelines.errors import UserError
+
 from . import checkpoint
 from .config import Optimizer as OptimizerConfig
 from .config import Run
@@ -33,7 +35,7 @@ from .objectives.base import Draw, LossTerms, Objective, Phase
 from .optimizers import build_optimizer, learning_rate
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A loss or gradient is NaN or infinite; raised on every process before any weight has changed."""
 
 

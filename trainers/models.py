@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipelines.adapters import Role, SharedNetwork
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.errors import UserError
 
 from .config import DistillConfig, Lora
 from .data import Examples
@@ -78,4 +79,4 @@ def refuse(family: str, settings: dict[str, Any]) -> None:
     """ValueError for settings, by their key, that are given (not None) and would be ignored."""
     for key, value in settings.items():
         if value is not None:
-            raise ValueError(f"{key} has no effect for {family}; remove it")
+            raise UserError(f"{key} has no effect for {family}; remove it")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import yaml
@@ -18,20 +17,19 @@ from torch import Tensor
 from pipelines import images
 from pipelines.analytic import make_mixture
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
+from pipelines.errors import UserError
 from pipelines.images import ImageSet
-from pipelines.launch import check_processes, end_processes
+from pipelines.launch import check_processes
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
 from .config import Data, EDMNetwork, Network, PointNetwork, Run
-from .config_file import ConfigError, load_config
+from .config_file import load_config
 from .data import Images, Points
 from .draws import derive_seed
-from .loop import NonFiniteError, find_checkpoint
+from .loop import find_checkpoint
 
 PACKAGES = ("one-step-distill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
-# What a user can mend; anything else is a defect of ours and keeps its traceback.
-USER_ERRORS = (ConfigError, FileNotFoundError, ValueError, checkpoint.CheckpointError, NonFiniteError)
 
 PREVIEW_POINTS = 10_000
 
@@ -47,26 +45,19 @@ def parse(model: type[R], description: str, argv: list[str] | None) -> R:
     return load_config(model, args.config, args.overrides)
 
 
-def fail(error: Exception) -> NoReturn:
-    """One clear message, no traceback, exit status 2."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    end_processes()
-    raise SystemExit(2)
-
-
 def make_accelerator(run: Run) -> Accelerator:
     project = ProjectConfiguration(project_dir=run.output_dir)
     accelerator = Accelerator(log_with=run.trackers or None, project_config=project)
     check_processes(accelerator)
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
+        raise UserError(
             f"{accelerator.distributed_type.value} is not supported: a step differentiates several networks separately, which "
             "its engine cannot follow. Use FSDP2, which shards the frozen network (configs/accelerate/fsdp2.yaml)"
         )
     if sharded() and os.environ.get("FSDP_VERSION") != "2":
-        raise ValueError("FSDP: only version 2 is supported; set fsdp_config.fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
+        raise UserError("FSDP: only version 2 is supported; set fsdp_config.fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
+        raise UserError(
             f"mixed precision {accelerator.mixed_precision!r} is not supported: a run must stop at the first non-finite number, "
             "and loss scaling makes such numbers on purpose. Use --mixed_precision bf16 or no"
         )
@@ -85,10 +76,10 @@ def check_output(run: Run, accelerator: Accelerator) -> None:
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = "may not be written" if existing.is_dir() else "is a file"
-        raise ValueError(f"output_dir {run.output_dir!r} cannot be written: {str(existing)!r} {reason}; name another folder")
+        raise UserError(f"output_dir {run.output_dir!r} cannot be written: {str(existing)!r} {reason}; name another folder")
     used = (folder / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(folder / "checkpoints"))
     if used and run.resume == "no":
-        raise ValueError(
+        raise UserError(
             f"output_dir {run.output_dir!r} already holds a run; continue it with resume=latest or name another folder"
         )
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
@@ -132,7 +123,7 @@ def load_images(data: Data) -> ImageSet:
     if data.name == "folder":
         folder = images.load_folder(data.path, data.image_size, data.channels)
         if data.labels and folder.labels is None:
-            raise ValueError(f"data.labels: {data.path!r} has images outside sub-folders, so it has no classes")
+            raise UserError(f"data.labels: {data.path!r} has images outside sub-folders, so it has no classes")
         return folder if data.labels else ImageSet(folder.pixels)
     columns = (data.image_column, data.label_column, data.image_size, data.channels)
     if data.name == "parquet":
@@ -145,7 +136,7 @@ def build_unet(
 ) -> PatchUNet | EDMUNet | PointNet:
     """A network whose initial weights depend on the seed and its role alone."""
     if isinstance(network, PointNetwork) != (sample_size == 1):
-        raise ValueError(
+        raise UserError(
             f"network: {type(network).__name__} does not fit data of {sample_size}x{sample_size} pixels; "
             "points take {width: 400, layers: 4}, images one of the others"
         )

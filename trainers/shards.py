@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipelines.denoiser import Condition
+from pipelines.errors import UserError
 
 from .setup import write_text
 
@@ -33,7 +34,7 @@ SHARD_ROWS = 256
 Encode = Callable[[range], dict[str, Tensor]]
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """A cache that is not of this configuration, or is damaged, and what to do about it."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.errors import UserError
 from pipelines.images import to_unit
 from pipelines.prompts import read_rows
 
@@ -32,9 +33,9 @@ class PromptRows:
     def __init__(self, prompts: list[str], source: str) -> None:
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(f"{source}: prompt {i + 1} of {len(prompts)} is empty; remove it")
+                raise UserError(f"{source}: prompt {i + 1} of {len(prompts)} is empty; remove it")
         if not prompts:
-            raise ValueError(f"{source}: no prompts in it; put one on each line or row")
+            raise UserError(f"{source}: no prompts in it; put one on each line or row")
         self.prompts = prompts
         self.identity = {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(), "rows": len(prompts)}
 
@@ -52,15 +53,15 @@ class CaptionRows(PromptRows):
             if column not in rows.column_names:
                 names = ", ".join(rows.column_names)
                 what = "its images have no captions" if key == "caption_column" else "it has no images"
-                raise ValueError(f"data.{key}: no column {column!r} in {source}, so {what}; its columns are {names}")
+                raise UserError(f"data.{key}: no column {column!r} in {source}, so {what}; its columns are {names}")
         if not isinstance(rows.features[data.image_column], Image):
             kind = rows.features[data.image_column]
-            raise ValueError(f"data.image_column: column {data.image_column!r} of {source} holds {kind}, not images")
+            raise UserError(f"data.image_column: column {data.image_column!r} of {source} holds {kind}, not images")
         captions, self.index = [], []
         for i, caption in enumerate(rows[data.caption_column]):
             each = caption if isinstance(caption, list) else [caption]
             if not each or not all(isinstance(c, str) and c.strip() for c in each):
-                raise ValueError(f"data.caption_column: image {i} of {source} has no caption; give it one or remove it")
+                raise UserError(f"data.caption_column: image {i} of {source} has no caption; give it one or remove it")
             captions += each
             self.index += [i] * len(each)
         super().__init__(captions, source)
@@ -76,10 +77,10 @@ class CaptionRows(PromptRows):
         try:
             image = self.images[self.index[row]][self.column]
             if image is None:
-                raise ValueError("there is none")
+                raise UserError("there is none")
             image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"data: image {self.index[row]} cannot be decoded: {error}; mend or remove it") from error
+            raise UserError(f"data: image {self.index[row]} cannot be decoded: {error}; mend or remove it") from error
         scale = size / min(image.size)
         width, height = round(image.width * scale), round(image.height * scale)
         left, top = (width - size) // 2, (height - size) // 2
@@ -115,7 +116,7 @@ def _captions(data: Captions) -> CaptionRows:
 
     source = ", ".join(data.paths)
     if data.source in ("hub", "imagefolder") and len(data.paths) != 1:
-        raise ValueError(f"data.paths: one {'hub id' if data.source == 'hub' else 'folder'}, got {len(data.paths)}")
+        raise UserError(f"data.paths: one {'hub id' if data.source == 'hub' else 'folder'}, got {len(data.paths)}")
     if data.source == "hub":
         return CaptionRows(load_dataset(data.paths[0], split=data.split), data, source)
     for path in data.paths:
@@ -127,7 +128,7 @@ def _captions(data: Captions) -> CaptionRows:
         else:
             rows = load_dataset(data.source, data_files=list(data.paths), split="train")
     except (DatasetGenerationError, ValueError, OSError, tarfile.TarError) as error:
-        raise ValueError(f"data.paths: cannot read {source}: {error.__cause__ or error}") from error
+        raise UserError(f"data.paths: cannot read {source}: {error.__cause__ or error}") from error
     return CaptionRows(rows, data, source)
 
 

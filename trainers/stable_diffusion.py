@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer, whole_copy
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.errors import UserError
 from pipelines.students import save_stable_diffusion
 
 from .cache import open_cache
@@ -126,7 +127,7 @@ def check(config: DistillConfig) -> None:
     """What does not fit a Stable Diffusion teacher is refused, before anything is loaded."""
     s, o = config.student, config.objective
     if config.compile and sharded():
-        raise ValueError("compile: FSDP and compiled blocks do not go together; set compile: null, or use gpu_8.yaml")
+        raise UserError("compile: FSDP and compiled blocks do not go together; set compile: null, or use gpu_8.yaml")
     augmented = o.fake_score.augment or None if o.name == "diff_instruct" else None
     refused = {
         "student.sigma_init": s.sigma_init,
@@ -138,9 +139,9 @@ def check(config: DistillConfig) -> None:
     }
     refuse("a Stable Diffusion teacher", refused)
     if not isinstance(config.data, TEXT_DATA):
-        raise ValueError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
+        raise UserError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
     if o.name == "vardiu" and o.posterior.network in ("shared", "copy"):
-        raise ValueError(
+        raise UserError(
             f"objective.posterior.network: {o.posterior.network!r} is for EDM teachers; set adapter, or a section "
             "{channels: ..., channel_mult: [...]} for a small network of its own"
         )
@@ -168,7 +169,7 @@ def small_unet(network: Network, base: nn.Module, shape: tuple[int, int, int], o
     """UNet2DConditionModel with the widths of a `network` section; its last layer starts at zero."""
     for key in ("patch_size", "dropout"):
         if getattr(network, key) != type(network).model_fields[key].default:
-            raise ValueError(f"objective.posterior.network.{key} has no effect for a Stable Diffusion teacher; remove it")
+            raise UserError(f"objective.posterior.network.{key} has no effect for a Stable Diffusion teacher; remove it")
     levels = range(len(network.channel_mult))
     down = tuple("CrossAttnDownBlock2D" if i in network.attention_levels else "DownBlock2D" for i in levels)
     up = tuple(reversed([d.replace("Down", "Up") for d in down]))

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
+from pipelines.errors import UserError
 from pipelines.stable_diffusion import FAMILIES, read_index
 
 
@@ -31,7 +32,7 @@ def family_of(path: str) -> str:
         ) from error
     families = {"EDMPipeline": "edm"} | FAMILIES
     if name not in families:
-        raise ValueError(f"teacher.path: {path!r} holds a {name}; expected one of {', '.join(families)}")
+        raise UserError(f"teacher.path: {path!r} holds a {name}; expected one of {', '.join(families)}")
     return families[name]
 
 
@@ -60,24 +61,24 @@ def load_edm_teacher(path: str) -> EDMPipeline:
         try:
             json.loads((folder / name).read_text())
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"teacher.path: {str(folder / name)!r} is not valid JSON ({error}); copy or train it again"
             ) from error
     named = json.loads((folder / "model_index.json").read_text()).get("unet")
     networks = {cls.__name__: cls for cls in (EDMUNet, PatchUNet, PointNet)}
     if not isinstance(named, list) or named[-1] not in networks:
-        raise ValueError(f"teacher.path: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
+        raise UserError(f"teacher.path: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
     network = networks[named[-1]]
     try:
         with safe_open(weights, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"teacher.path: {str(weights)!r} is damaged ({error}); copy or train it again") from error
+        raise UserError(f"teacher.path: {str(weights)!r} is damaged ({error}); copy or train it again") from error
     with torch.device("meta"):
         expected = {n: tuple(t.shape) for n, t in network.from_config(network.load_config(folder / "unet")).state_dict().items()}
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
-            raise ValueError(
+            raise UserError(
                 f"teacher.path: {str(weights)!r} does not fit its config.json: {name} is {stored.get(name, 'missing')}, "
                 f"expected {expected.get(name, 'no such tensor')}; copy or train it again"
             )

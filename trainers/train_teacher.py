@@ -14,6 +14,8 @@ from torch import Tensor
 from pipelines import stable_diffusion
 from pipelines.adapters import Whole
 from pipelines.edm import EDMPipeline, EDMScheduler
+from pipelines.errors import UserError
+from pipelines.launch import user_errors
 from pipelines.students import save_model
 
 from . import augment, setup
@@ -25,16 +27,14 @@ from .objectives.denoising import Denoising
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with user_errors():
         run(setup.parse(TeacherConfig, __doc__, argv))
-    except setup.USER_ERRORS as error:
-        setup.fail(error)
 
 
 def run(config: TeacherConfig) -> None:
     accelerator = setup.make_accelerator(config)
     if setup.sharded():
-        raise ValueError("FSDP shards frozen weights, and a teacher in training has none; use configs/accelerate/gpu_8.yaml")
+        raise UserError("FSDP shards frozen weights, and a teacher in training has none; use configs/accelerate/gpu_8.yaml")
     setup.check_output(config, accelerator)
     teacher = NewEDM(config) if config.pipeline is None else FurtherStableDiffusion(config, accelerator)
     objective = Denoising(teacher.denoiser, config.levels.sampler(config.steps), config.weighting)

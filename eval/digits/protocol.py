@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from pipelines.errors import UserError
 from pipelines.images import ImageSet, load_digits
 
 DATASETS: dict[str, Callable[[], ImageSet]] = {"digits": load_digits}
@@ -36,9 +37,9 @@ class Protocol:
         """A copy with another seed or number of images; the latter only by force, since FD depends on it."""
         n = self.num_images if num_images is None else num_images
         if n < 2:
-            raise ValueError(f"num-images is {n}; statistics need at least 2 images")
+            raise UserError(f"num-images is {n}; statistics need at least 2 images")
         if n != self.standard_images and not force:
-            raise ValueError(
+            raise UserError(
                 f"num-images is {n:,} but protocol {self.name} has {self.standard_images:,}, and a Frechet distance "
                 "depends on the number of images; add --force to do it anyway (the report will say so)"
             )

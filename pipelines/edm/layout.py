@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Style:
@@ -169,17 +171,17 @@ def check_layout(config: Mapping[str, Any]) -> None:
         ("encoder_type", ("standard", "skip", "residual")),
     ):
         if config[key] not in known:
-            raise ValueError(f"{key} is {config[key]!r}; expected one of {', '.join(known)}")
+            raise UserError(f"{key} is {config[key]!r}; expected one of {', '.join(known)}")
     if config["architecture"] == "adm":
         only = {"embedding_type": "positional", "encoder_type": "standard", "resample_filter": [1, 1], "channel_mult_noise": 1}
         for key, value in only.items():
             given = list(config[key]) if isinstance(value, list) else config[key]
             if given != value:
-                raise ValueError(f"{key} is {given!r}; architecture 'adm' has {value!r}")
+                raise UserError(f"{key} is {given!r}; architecture 'adm' has {value!r}")
     factor = 2 ** (len(config["channel_mult"]) - 1)
     if config["sample_size"] % factor:
-        raise ValueError(f"sample_size {config['sample_size']} must be a multiple of 2^(levels-1) = {factor}")
+        raise UserError(f"sample_size {config['sample_size']} must be a multiple of 2^(levels-1) = {factor}")
     if len(config["resample_filter"]) % 2:
-        raise ValueError(f"resample_filter {list(config['resample_filter'])} must have an even number of taps")
+        raise UserError(f"resample_filter {list(config['resample_filter'])} must have an even number of taps")
     if config["model_channels"] % 4:
-        raise ValueError(f"model_channels {config['model_channels']} must be a multiple of 4")
+        raise UserError(f"model_channels {config['model_channels']} must be a multiple of 4")

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .features import Decoder, EncoderDecoder, Features, channels_last, refuse_augment_labels
 
 
@@ -114,7 +115,7 @@ class PatchUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         factor = patch_size * 2 ** (len(channel_mult) - 1)
         if sample_size % factor:
-            raise ValueError(f"sample_size {sample_size} must be a multiple of patch_size 2^(levels-1) = {factor}")
+            raise UserError(f"sample_size {sample_size} must be a multiple of patch_size 2^(levels-1) = {factor}")
         emb = 2 * channels
         self.embed_noise = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.embed_class = nn.Embedding(num_classes + 1, emb) if num_classes else None
@@ -156,7 +157,7 @@ class PatchUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
                 class_labels = timestep.new_full((len(sample),), self.config.num_classes, dtype=torch.long)
             embedding = embedding + self.embed_class(class_labels)
         elif class_labels is not None:
-            raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
+            raise UserError("class_labels were given to an unconditional network (num_classes=0)")
         embedding = F.silu(embedding)
         h = self.conv_in(channels_last(F.pixel_unshuffle(sample, self.config.patch_size)))
         skips = [h]

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import UserError
+
 MARK = object()
 # what reading damaged bytes comes to in Python
 DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
-class SnapshotError(ValueError):
+class SnapshotError(UserError):
     """A file that is not what it should be; nothing in it has been executed."""
 
 

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..errors import UserError
 from ..noise import EDMSchedule
 from .patch_unet import PatchUNet
 from .point_net import PointNet
@@ -58,7 +59,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         lora_student = (folder / LORA_FILE).is_file() and not (folder / "model_index.json").is_file()
         if not lora_student:
             if base_model is not None:
-                raise ValueError(f"base_model has no effect for {str(folder)!r}: it is a pipeline of its own")
+                raise UserError(f"base_model has no effect for {str(folder)!r}: it is a pipeline of its own")
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if base_model is None:
             if not (folder / "student.json").is_file():
@@ -85,7 +86,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         before = set(getattr(self.unet, "peft_config", {}))
         self.unet.load_lora_adapter(source, prefix="unet", adapter_name=adapter_name, use_safetensors=True, **kwargs)
         if set(self.unet.peft_config if before or hasattr(self.unet, "peft_config") else {}) == before:
-            raise ValueError(f"{source!r} holds no LoRA weights for a U-Net: expected keys that start with 'unet.'")
+            raise UserError(f"{source!r} holds no LoRA weights for a U-Net: expected keys that start with 'unet.'")
         if not isinstance(source, dict) and (Path(source) / "scheduler" / "scheduler_config.json").is_file():
             self._teacher_scheduler = self._teacher_scheduler or self.scheduler
             self.scheduler = EDMScheduler.from_pretrained(source, subfolder="scheduler")
@@ -152,19 +153,19 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             batch_size = next((len(given) for given in (class_labels, latents, generators) if given is not None), 1)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'")
+            raise UserError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'")
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image")
+            raise UserError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image")
         if sigmas is not None and any(v is not None for v in (num_inference_steps, sigma_min, sigma_max, rho)):
-            raise ValueError("sigmas and num_inference_steps, sigma_min, sigma_max, rho exclude each other; give one grid")
+            raise UserError("sigmas and num_inference_steps, sigma_min, sigma_max, rho exclude each other; give one grid")
         heun = self.scheduler.config.sampler == "heun"
         churn = Churn(S_churn, S_min, S_max, S_noise)
         if not heun and churn != Churn():
-            raise ValueError("S_churn, S_min, S_max and S_noise are for the 'heun' sampler; this scheduler's is 'renoise'")
+            raise UserError("S_churn, S_min, S_max and S_noise are for the 'heun' sampler; this scheduler's is 'renoise'")
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         z = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
         if z.shape != shape:
-            raise ValueError(f"latents have shape {tuple(z.shape)}; expected {shape}")
+            raise UserError(f"latents have shape {tuple(z.shape)}; expected {shape}")
         condition = None
         if class_labels is not None:
             condition = {"class_labels": self._labels(class_labels, batch_size, device)}
@@ -194,11 +195,11 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         if labels.is_floating_point():
             return labels  # whose shape the network checks
         if labels.shape != (b,):
-            raise ValueError(f"class_labels have shape {tuple(labels.shape)}; expected ({b},), one for each image")
+            raise UserError(f"class_labels have shape {tuple(labels.shape)}; expected ({b},), one for each image")
         if not n:
-            raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
+            raise UserError("class_labels were given to an unconditional network (num_classes=0)")
         if not bool(((labels >= 0) & (labels <= n)).all()):
-            raise ValueError(f"class_labels must be in [0, {n}], where {n} is the null label; got {labels.tolist()}")
+            raise UserError(f"class_labels must be in [0, {n}], where {n} is the null label; got {labels.tolist()}")
         return labels.long()
 
 

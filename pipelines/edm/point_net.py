@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .features import Decoder, EncoderDecoder, Features, refuse_augment_labels
 
 
@@ -79,7 +80,7 @@ class PointNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> None:
         super().__init__()
         if layers < 2 or sample_size != 1 or num_classes:
-            raise ValueError(f"PointNet is for points without classes and has two layers or more, not {layers=} {sample_size=}")
+            raise UserError(f"PointNet is for points without classes and has two layers or more, not {layers=} {sample_size=}")
         first = layers - layers // 2
         inputs = in_channels * (1 + 2 * frequencies) + 1
         self.enc = nn.ModuleList([Layer(inputs, width), *(Layer(width, width) for _ in range(first - 1))])
@@ -91,7 +92,7 @@ class PointNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> Features:
         refuse_augment_labels(augment_labels)
         if class_labels is not None:
-            raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
+            raise UserError("class_labels were given to an unconditional network (num_classes=0)")
         embedding = timestep.to(sample.dtype)[:, None]
         x = sample.flatten(1)
         waves = [wave(math.pi / 2 * 2**i * x) for i in range(self.config.frequencies) for wave in (torch.cos, torch.sin)]

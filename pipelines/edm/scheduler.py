@@ -7,6 +7,7 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
+from ..errors import UserError
 from ..preconditioning import IDDPM, PRECONDITIONERS, VP, Preconditioner
 from .layout import PRECONDITIONING
 
@@ -39,9 +40,9 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         M: int = VP.M,
     ) -> None:
         if sampler not in ("heun", "renoise"):
-            raise ValueError(f"scheduler.sampler is {sampler!r}; expected 'heun' or 'renoise'")
+            raise UserError(f"scheduler.sampler is {sampler!r}; expected 'heun' or 'renoise'")
         if preconditioning not in PRECONDITIONERS:
-            raise ValueError(f"scheduler.preconditioning is {preconditioning!r}; expected one of {', '.join(PRECONDITIONERS)}")
+            raise UserError(f"scheduler.preconditioning is {preconditioning!r}; expected one of {', '.join(PRECONDITIONERS)}")
 
     def preconditioner(self) -> Preconditioner:
         name = self.config.preconditioning
@@ -59,13 +60,13 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         own. ValueError outside the network's range.
         """
         if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+            raise UserError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         c, known = self.config, self.preconditioner()
         given = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
         low, high, rho = (c[key] if value is None else value for key, value in given.items())
         slack = 1 + 1e-6  # a bound that was read from a file may be rounded
         if not known.sigma_range[0] / slack <= low <= high <= known.sigma_range[1] * slack:
-            raise ValueError(
+            raise UserError(
                 f"sigma_min={low:g}, sigma_max={high:g} must be in order and within what {c.preconditioning} knows, "
                 f"{known.sigma_range[0]:g} to {known.sigma_range[1]:g}"
             )

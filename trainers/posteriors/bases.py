@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.errors import UserError
+
 from .density import Covariance, PooledLinear, Scale, Shift, Whitening
 from .invertible_conv import InvertibleConv, block_dct, dct_matrix
 
@@ -62,7 +64,7 @@ class Haar(Covariance):
         side = math.gcd(h, w)
         self.levels = (side & -side).bit_length() - 1  # how often 2 divides both
         if not self.levels:
-            raise ValueError(
+            raise UserError(
                 f"objective.posterior.covariance='haar' halves both sides of an image, and {h}x{w} has an odd one; "
                 "use images with even sides, or covariance 'dct', which takes any"
             )
@@ -146,7 +148,7 @@ class Learned(Covariance):
         c, h, w = shape
         block = block or next(p for p in (4, 2, 1) if h % p == w % p == 0)
         if h % block or w % block:
-            raise ValueError(
+            raise UserError(
                 f"objective.posterior.block: {block}, expected a divisor of both sides of {h}x{w} images; "
                 "remove it for the largest of 4, 2 and 1 that is one"
             )

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zuko.transforms import MonotonicRQSTransform
 
+from pipelines.errors import UserError
+
 from .density import Covariance, Scale, Shift, Whitening
 from .invertible_conv import InvertibleConv
 
@@ -145,7 +147,7 @@ class Flow(Covariance):
         while not self.scales or (h % 2 == w % 2 == 0 and len(self.scales) < self.MAX_SCALES):
             block = 2 if h % 2 == w % 2 == 0 else 1
             if c * block**2 < 2:
-                raise ValueError(
+                raise UserError(
                     f"objective.posterior.covariance='flow' couples halves of the channels, and {h}x{w} images of one channel "
                     "have none: an odd side rules out space-to-depth. Use images with even sides, or covariance 'dct'"
                 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pipelines.errors import UserError
+
 from .density import Covariance, PooledLinear, Scale, Shift, Whitening
 
 
@@ -51,7 +53,7 @@ class DenseLinear(Covariance):
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__(shape)
         if self.dim > self.MAX_DIM:
-            raise ValueError(
+            raise UserError(
                 f"objective.posterior.covariance='linear' has {self.dim} dimensions and needs a matrix of {self.dim**2} weights; "
                 f"it is meant for at most {self.MAX_DIM}. Use 'learned', which mixes blocks of pixels"
             )
@@ -87,7 +89,7 @@ class Full(Covariance):
         super().__init__(shape)
         d = self.dim
         if d > self.MAX_DIM:
-            raise ValueError(
+            raise UserError(
                 f"objective.posterior.covariance='full' has {d} dimensions and needs {d * (d + 1) // 2} numbers for each sample; "
                 f"it is meant for at most {self.MAX_DIM}. Use 'lowrank' or 'learned'"
             )
@@ -133,7 +135,7 @@ class LowRank(Covariance):
     def __init__(self, shape: tuple[int, int, int], rank: int = 8) -> None:
         super().__init__(shape)
         if rank > self.dim:
-            raise ValueError(
+            raise UserError(
                 f"objective.posterior.rank: {rank}, expected at most c h w = {self.dim}; there are no more directions. "
                 f"Set objective.posterior.rank={self.dim} or less"
             )

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zuko.flows import NSF
 
+from pipelines.errors import UserError
+
 from .density import Covariance, Scale, Shift, Whitening
 
 
@@ -24,7 +26,7 @@ class NeuralSplines(Covariance):
     def __init__(self, shape: tuple[int, int, int], transforms: int = 3, hidden: int = 64, bins: int = 8) -> None:
         super().__init__(shape)
         if self.dim > self.MAX_DIM:
-            raise ValueError(
+            raise UserError(
                 f"objective.posterior.covariance='nsf' inverts {self.dim} dimensions one after the other; it is meant for at "
                 f"most {self.MAX_DIM}. Use 'flow', whose couplings take one pass"
             )

@@ -1,0 +1,31 @@
+"""What a user can mend, and how a command says it: one clear message and exit status 2. A defect of ours keeps its traceback."""
+
+from __future__ import annotations
+
+from safetensors import SafetensorError
+
+LONGEST = 4_000  # characters of a message: several faults of a configuration fit, a hostile name does not
+
+
+class UserError(ValueError):
+    """Something in the command, the configuration or the files that the user can mend; the message says what and how.
+
+    A plain ValueError is a wrong argument between functions: where it reaches a command it is a defect of ours.
+    """
+
+
+# OSError: the machine refuses (a full disk, a file that may not be read); SafetensorError: a damaged file of weights.
+USER_ERRORS = (UserError, OSError, SafetensorError)
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    """`text` with control characters escaped (names of files may hold any), line breaks kept, cut to `longest` characters."""
+    safe = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text[: longest + 1])
+    return safe if len(text) <= longest else f"{safe[:longest]}... ({len(text) - longest} more characters)"
+
+
+def message(error: BaseException) -> str:
+    """What a command prints of an error. An OSError of the system is its file and reason, without errno."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return printable(f"{error.filename!s}: {error.strerror}")
+    return printable(str(error) or type(error).__name__)
