@@ -1,7 +1,8 @@
 """All randomness of training as a function of (seed, key): a resumed run draws what an uninterrupted one would have.
 
-Every process makes the random numbers of the *whole* batch and keeps its rows, so that any number of processes and any
-number of micro-batches give the same update.
+Every process makes the random numbers of the *whole* batch, once for an update, and keeps its rows, so that any number of
+processes and any number of micro-batches give the same update. The masks of a network's dropout layers are the exception: torch
+draws them layer by layer, so each micro-batch has its own, from a seed of its own.
 """
 
 from __future__ import annotations
@@ -61,34 +62,69 @@ class DrawSource:
 
     def batch(self, key: tuple[int | str, ...], progress: float) -> list[MicroDraw]:
         """This process's micro-batches for the update named by `key`."""
-        return [
-            MicroDraw(self, (self.seed, *key), progress, self.first_row + start)
-            for start in range(0, self.share, self.micro_batch_size)
-        ]
+        numbers = Numbers(self, (self.seed, *key))
+        return [MicroDraw(self, numbers, progress, start) for start in range(0, self.share, self.micro_batch_size)]
 
 
-class MicroDraw:
-    """One micro-batch: rows [row, row + micro_batch_size) of the whole batch. See objectives.base.Draw."""
+class Numbers:
+    """The random numbers of one update, this process's rows of them: all micro-batches take theirs from here.
 
-    def __init__(self, source: DrawSource, key: tuple[int | str, ...], progress: float, row: int) -> None:
-        self._source, self._key = source, key
-        self._rows = slice(row, row + source.micro_batch_size)
-        self.progress, self.first_row = progress, source.first_row
-        self.z, self.eps = self.normal("z", *source.shape), self.normal("eps", *source.shape)
+    Each is drawn for the whole batch, once. What has many numbers a sample is drawn when the first micro-batch asks for it and
+    forgotten when the last has taken its rows, so accumulating needs no more memory than one batch's numbers.
+    """
+
+    def __init__(self, source: DrawSource, key: tuple[int | str, ...]) -> None:
+        self.source, self.key = source, key
+        self._mine = slice(source.first_row, source.first_row + source.share)
+        self._held: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         u = self._uniform("u")
         # ndtri and log need u inside (0, 1); rand gives [0, 1)
         u = u.clamp_min(torch.finfo(u.dtype).tiny)
-        self.u, self.shared_u = u[self._rows], u[0]
-        self.x0, self.condition = None, None
+        self.u, self.shared_u = u[self._mine], u[0]
         if source.examples is not None:
             index = torch.randint(len(source.examples), (source.batch_size,), generator=self._generator("data", "cpu"))
-            x0, condition = source.examples.rows(index[self._rows])
+            self.index = index[self._mine]
+        if source.dropout:
+            self.dropped = self._uniform("label_dropout")[self._mine] < source.dropout
+
+    def normal(self, start: int, name: str, *shape: int) -> Tensor:
+        """(m, *shape) for the micro-batch that begins at row `start` of this process's share."""
+        source, stream = self.source, (name, shape)
+        rows = self._held.pop(stream, None)
+        if rows is None:
+            size = (source.batch_size, *shape)
+            rows = torch.randn(size, generator=self._generator(name), device=source.device)[self._mine]
+            if source.share < source.batch_size:
+                rows = rows.clone()  # a view would keep the rows of all processes in memory
+        stop = start + source.micro_batch_size
+        if stop < source.share:
+            self._held[stream] = rows
+        return rows[start:stop]
+
+    def _uniform(self, name: str) -> Tensor:
+        return torch.rand(self.source.batch_size, generator=self._generator(name), device=self.source.device)
+
+    def _generator(self, name: str, device: str | None = None) -> torch.Generator:
+        return torch.Generator(device or self.source.device).manual_seed(derive_seed(*self.key, name))
+
+
+class MicroDraw:
+    """One micro-batch: rows [start, start + micro_batch_size) of this process's share. See objectives.base.Draw."""
+
+    def __init__(self, source: DrawSource, numbers: Numbers, progress: float, start: int) -> None:
+        self._numbers, self._start = numbers, start
+        self.progress, self.first_row = progress, source.first_row
+        rows = slice(start, start + source.micro_batch_size)
+        self.z, self.eps = self.normal("z", *source.shape), self.normal("eps", *source.shape)
+        self.u, self.shared_u = numbers.u[rows], numbers.shared_u
+        self.x0, self.condition = None, None
+        if source.examples is not None:
+            x0, condition = source.examples.rows(numbers.index[rows])
             self.x0 = None if x0 is None else x0.to(source.device)
             if condition is not None:
                 condition = {k: v.to(source.device) for k, v in condition.items()}
             if condition is not None and source.dropout:
-                dropped = self._uniform("label_dropout")[self._rows] < source.dropout
-                condition = without(condition, source.null_condition, dropped)
+                condition = without(condition, source.null_condition, numbers.dropped[rows])
             if source.augmentation:
                 self.x0, labels = augment(self.x0, self.normal("augment", NUMBERS), source.augmentation)
                 condition = (condition or {}) | {"augment_labels": labels}
@@ -96,16 +132,8 @@ class MicroDraw:
 
     @property
     def seed(self) -> int:
-        """For torch's global generator, which dropout draws from."""
-        return derive_seed(*self._key, "dropout", self._rows.start)
+        """For torch's global generator, which dropout draws from: masks are the micro-batch's own."""
+        return derive_seed(*self._numbers.key, "dropout", self.first_row + self._start)
 
     def normal(self, name: str, *shape: int) -> Tensor:
-        source = self._source
-        whole = torch.randn(source.batch_size, *shape, generator=self._generator(name), device=source.device)
-        return whole[self._rows]
-
-    def _uniform(self, name: str) -> Tensor:
-        return torch.rand(self._source.batch_size, generator=self._generator(name), device=self._source.device)
-
-    def _generator(self, name: str, device: str | None = None) -> torch.Generator:
-        return torch.Generator(device or self._source.device).manual_seed(derive_seed(*self._key, name))
+        return self._numbers.normal(self._start, name, *shape)
