@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.images import ImageSet
+from pipelines.noise import EDMSchedule
 from trainers.data import Images
 from trainers.draws import DrawSource
+from trainers.objectives.amortized import Pool, batch_mean
 
 B, M, SHAPE = 24, 3, (2, 5, 7)
 IMAGE = 4 * 2 * 5 * 7  # bytes of one z
@@ -136,3 +138,52 @@ def test_each_row_of_data_is_read_once_and_by_one_process():
             assert len(data.read) == B
             rows.append((data.read, torch.cat([d.condition["class_labels"] for d in draws]).tolist()))
     assert all(r == rows[0] for r in rows)
+
+
+def test_a_common_pool_compares_prompts_without_holding_them_b_times():
+    """Targets among 24 samples of three prompts of 77 x 768 numbers: 24 x 24 comparisons, in less than the 34 MB of their bits;
+    the same target for a sample as in a pool of its own prompt's samples alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x0, prompts = torch.randn(B, *SHAPE, generator=generator), torch.randn(3, 77, 768, generator=generator)
+    which = torch.arange(B) % 3
+    level = EDMSchedule().level(torch.full((B,), 2.0))
+    x_t = x0 + 2.0 * torch.randn(x0.shape, generator=generator)
+    pool = Pool(x0, {"encoder_hidden_states": prompts[which], "time_ids": which[:, None].repeat(1, 6)})
+    with Watch() as watch:
+        target, _ = batch_mean(x_t, level, pool.condition, pool)
+    answers, own = B * B * 77 * 768, B * 77 * 768 * 4  # the pool's own prompts are seen too
+    assert watch.peak - own < answers / 8
+    for label in range(3):
+        mine = which == label
+        alone, _ = batch_mean(x_t[mine], EDMSchedule().level(level.t[mine]), None, Pool(x0[mine], None))
+        torch.testing.assert_close(target[mine], alone, rtol=1e-5, atol=1e-5)
+
+
+ESTIMATORS = [
+    ("bound", {}),
+    ("multi_sample", {}),
+    ("resampled_score", {}),
+    ("resampled_score", {"moves": 1}),
+    ("amortized_score", {"noise_draws": 3}),
+    ("amortized_score", {"noise_draws": 3, "num_samples": 2}),
+]
+
+
+@pytest.mark.parametrize(("estimator", "options"), ESTIMATORS, ids=str)
+def test_a_loss_asks_for_a_stream_once(estimator, options, world):
+    """What is asked for twice by the last micro-batch is drawn twice; what is never used need not be drawn."""
+    objective = world.objective(estimator, **options)
+    draw, asked = world.random(4, **world.extra_of(objective)), []
+    answer = draw.normal
+
+    def normal(name: str, *shape: int) -> Tensor:
+        asked.append(name)
+        return torch.rand(len(draw.z), *shape) if name == "moves" else answer(name, *shape)
+
+    draw.normal = normal
+    world.joint(objective, draw)
+    assert len(asked) == len(set(asked))
+    used = {"bound": [], "multi_sample": ["proposals"], "resampled_score": ["proposals"] + ["moves"] * len(options)}
+    used["amortized_score"] = ["proposals_0"] * ("num_samples" in options) + ["eps_1", "eps_2"]
+    assert asked == used[estimator]

@@ -31,6 +31,8 @@ from .base import Draw, LossTerms, Phase, denoising_loss, dot, sample_level
 from .importance import effective_sample_size, log_importance, weighted_mean
 from .vardiu import Noised, VarDiU
 
+COMPARED_AT_ONCE = 2**22  # numbers, of conditions
+
 
 class Pool(NamedTuple):
     """All student samples of the whole batch (B, c, h, w) and their conditions."""
@@ -74,21 +76,17 @@ class AmortizedScore(VarDiU):
         """One noised copy of each sample."""
         with torch.no_grad():
             x0 = self.student(draw.z, draw.condition)
-        pool = context or Pool(x0, draw.condition)
-        for rows in halves(len(x0)):
-            loss, metrics, _ = self.learn_posterior(self.noised_copy(draw, x0, 0, rows), pool)
-            yield share_of(LossTerms(loss, metrics), len(loss) / len(x0))
+        for _, terms, _ in self.learn_from_first_copy(draw, x0, context):
+            yield terms
 
     def joint_loss(self, draw: Draw, context: Pool | None = None) -> Iterator[LossTerms]:
         x0 = self.student(draw.z, draw.condition)
-        pool = context or Pool(x0.detach(), draw.condition)
         direction = torch.zeros_like(x0)  # d loss / d x0
-        for rows in halves(len(x0)):
-            loss, metrics, gradient = self.learn_posterior(self.noised_copy(draw, x0.detach(), 0, rows), pool)
+        for rows, terms, gradient in self.learn_from_first_copy(draw, x0.detach(), context):
             direction[rows] = gradient / self.noise_draws
-            yield share_of(LossTerms(loss, metrics), len(loss) / len(x0))
+            yield terms
         for copy in range(1, self.noise_draws):
-            n, _ = self.noised_copy(draw, x0.detach(), copy, slice(None))
+            n = self.noised_copy(draw, x0.detach(), copy, slice(None))
             with torch.no_grad():
                 x0_hat, features = self.read_teacher(n.x_t, n.level, n.condition)
                 x0_mean = self.posterior(n.x_t, n.level, n.condition, features).x0_mean
@@ -100,18 +98,30 @@ class AmortizedScore(VarDiU):
         w = weight(self.weighting, n.level, n.x0, x0_hat, self.teacher.sigma_data)
         return w * (n.level.alpha / n.level.sigma).square() * (x0_mean - x0_hat)
 
-    def noised_copy(self, draw: Draw, x0: Tensor, copy: int, rows: slice) -> tuple[Noised, Tensor | None]:
-        """The rows of the batch at levels of their own for each copy, and their proposals' noise (b, K, c, h, w) or None."""
+    def noised_copy(self, draw: Draw, x0: Tensor, copy: int, rows: slice) -> Noised:
+        """The rows of the batch at levels of their own for each copy."""
         u = (draw.u + copy / self.noise_draws) % 1.0
         level = sample_level(u.clamp_min(torch.finfo(u.dtype).tiny)[rows], self.levels, draw.progress, self.teacher.schedule)
         x0, eps = x0[rows], (draw.normal(f"eps_{copy}", *x0.shape[1:]) if copy else draw.eps)[rows]
         condition = None if draw.condition is None else {k: v[rows] for k, v in draw.condition.items()}
-        noise = draw.normal(f"proposals_{copy}", self.num_samples, *x0.shape[1:])[rows] if self.num_samples else None
-        return Noised(draw.z[rows], x0, eps, add_noise(x0, eps, level), level, condition), noise
+        return Noised(draw.z[rows], x0, eps, add_noise(x0, eps, level), level, condition)
 
-    def learn_posterior(self, noised: tuple[Noised, Tensor | None], pool: Pool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """(loss of phi (b,), metrics, the student's gradient (b, c, h, w)) at one noised copy of x0."""
-        n, noise = noised
+    def learn_from_first_copy(self, draw: Draw, x0: Tensor, pool: Pool | None) -> Iterator[tuple[slice, LossTerms, Tensor]]:
+        """Half after half of the batch: (its rows, the loss of phi, the student's gradient at these rows).
+
+        pool: the whole batch, where this is one micro-batch of several.
+        """
+        pool, k = pool or Pool(x0, draw.condition), self.num_samples
+        noise = draw.normal("proposals_0", k, *x0.shape[1:]) if k else None
+        for rows in halves(len(x0)):
+            n = self.noised_copy(draw, x0, 0, rows)
+            loss, metrics, gradient = self.learn_posterior(n, None if noise is None else noise[rows], pool)
+            yield rows, share_of(LossTerms(loss, metrics), len(loss) / len(x0)), gradient
+
+    def learn_posterior(self, n: Noised, noise: Tensor | None, pool: Pool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(loss of phi (b,), metrics, the student's gradient (b, c, h, w)) at one noised copy of x0; noise (b, K, c, h, w) of its
+        proposals, if there are any.
+        """
         with torch.no_grad():
             x0_hat, features = self.read_teacher(n.x_t, n.level, n.condition)
         q = self.posterior(n.x_t, n.level, n.condition, features, z=n.z[:, None], noise=noise)
@@ -157,8 +167,13 @@ def batch_mean(x_t: Tensor, level: Level, condition: Condition, pool: Pool) -> t
     distance = torch.cdist(flat(x_t / level.alpha), flat(pool.x0), compute_mode="donot_use_mm_for_euclid_dist")  # (b, B)
     log_v = -0.5 * (distance * (level.alpha / level.sigma).flatten(1)).square()
     for key, value in (condition or {}).items():
-        same = (flat(value)[:, None] == flat(pool.condition[key])).all(2)
-        log_v = log_v.masked_fill(~same, -torch.inf)
+        log_v = log_v.masked_fill(~same_rows(flat(value), flat(pool.condition[key])), -torch.inf)
     with torch.autocast(x_t.device.type, enabled=False):
         mean = (log_v.softmax(1) @ flat(pool.x0)).view_as(x_t)
     return mean, effective_sample_size(log_v)
+
+
+def same_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Which rows are equal: a (n, d), b (m, d) -> (n, m) bool. Some of b's rows at a time: an encoded prompt has d = 60,000."""
+    some = max(1, COMPARED_AT_ONCE // a.numel())
+    return torch.cat([(a[:, None] == rows).all(2) for rows in b.split(some)], 1)
