@@ -1,7 +1,8 @@
 """The one training loop. It knows phases, networks by role and optimisers, and no objective by name.
 
 One step runs every phase of the objective once (or `repeats` times): draw, accumulate over micro-batches, average over
-processes, check, clip, step. EMA and the step counter follow the updates of the primary network (the student).
+processes, check, clip, step. EMA and the step counter follow the updates of the primary network (the student), the learning rate
+of each network the updates that it has made itself, its warm-up among them.
 
 Gradients are averaged over processes by one all-reduce of a flat vector instead of a DistributedDataParallel wrapper: phases
 call several networks, and the same network several times, in ways the wrapper cannot follow.
@@ -88,6 +89,9 @@ class Trainer:
         decay = halflife_decay(run.ema_halflife, run.batch_size) if run.ema_halflife else constant_decay(run.ema_decay)
         self.ema = Ema(self.networks[primary], decay)
         self.step = self.warmup_done = 0
+        self.warmup = [(phase, i) for phase in objective.warmup for i in range(phase.repeats)]  # its updates
+        self.updates = self._updates_made(0, 0)
+        self.total_updates = self._updates_made(len(self.warmup), run.steps)
         self.seconds = 0.0
         self.calls: Counter[str] = Counter()
         for role, network in (self.networks | objective.frozen).items():
@@ -120,8 +124,8 @@ class Trainer:
                 signal.signal(s, handler)
 
     def _warm_up(self) -> None:
-        updates = [(phase, i) for phase in self.objective.warmup for i in range(phase.repeats)]
-        for phase, i in updates[self.warmup_done :]:
+        """Before the first step: levels that are annealed, and the EMA, stay where they are until then."""
+        for phase, i in self.warmup[self.warmup_done :]:
             if self._stop_agreed:
                 return
             self.log.bar.set_description(f"warm-up {phase.name} {i + 1}/{phase.repeats}", refresh=False)
@@ -129,9 +133,10 @@ class Trainer:
             values = self._timed_update(phase, ("warmup", phase.name, i))
             self.warmup_done += 1
             if i + 1 == phase.repeats:
-                shown = ", ".join(f"{n} {v:.3g}" for n, v in values.items())
+                rates = {name: rate for name, rate in self._rates().items() if name.removesuffix("/lr") in phase.updates}
+                shown = ", ".join(f"{n} {v:.3g}" for n, v in (values | rates).items())
                 self.log.say(f"warm-up of {phase.name} done: {shown}")
-        if updates and self.step == 0 and self.run.checkpoint_every:
+        if self.warmup and self.step == 0 and self.run.checkpoint_every:
             self._save()
         self.log.bar.set_description("")
 
@@ -146,8 +151,7 @@ class Trainer:
             with self.ema.swapped():
                 self.log.add({f"evaluation/{name}": value for name, value in self.evaluate(self.step).items()})
         if self.step % run.log_every == 0 or self.step == run.steps:
-            rates = {f"{r}/lr": learning_rate(c, self.step - 1, run.steps) for r, c in self.optimizer_configs.items()}
-            self.log.write(self.step, self.seconds, rates)
+            self.log.write(self.step, self.seconds, self._rates())
         self.log.bar.update()
         if run.sample_every and self.step % run.sample_every == 0:
             self._preview(self.output / "samples" / f"step_{self.step:08d}.png")
@@ -193,9 +197,10 @@ class Trainer:
             if config.clip is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip, norms[role])
             for group in self.optimizers[role].param_groups:
-                group["lr"] = learning_rate(config, self.step, self.run.steps)
+                group["lr"] = learning_rate(config, self.updates[role], self.total_updates[role])
             self.optimizers[role].step()
             self.optimizers[role].zero_grad()
+            self.updates[role] += 1
             if role == self.primary:
                 self.ema.update()
         return {f"{phase.name}/{name}": value for name, value in values.items()}
@@ -278,6 +283,7 @@ class Trainer:
         checkpoint.restore_tensors(mine["ema"], tensors["ema"], str(path))
         checkpoint.restore_optimizers(self.optimizers, self.networks, tensors["optimizers"], str(path))
         self.step, self.warmup_done, self.seconds = state["step"], state["warmup_done"], state["seconds"]
+        self.updates = self._updates_made(self.warmup_done, self.step)
         self.ema.updates, self.calls = state["ema_updates"], Counter(state["calls"])
         self.log.resume(state["log"], self.step)
         self.log.say(f"Resumed from {path} at step {self.step}.")
@@ -297,6 +303,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     # Small things ----------------------------------------------------------------------------------------------------
+
+    def _updates_made(self, warmup_done: int, steps: int) -> Counter[str]:
+        """By role, how often a network has been updated after so many updates of the warm-up and so many steps."""
+        made = Counter(role for phase, _ in self.warmup[:warmup_done] for role in phase.updates)
+        for phase in self.objective.phases:
+            made.update(dict.fromkeys(phase.updates, steps * phase.repeats))
+        return made
+
+    def _rates(self) -> dict[str, float]:
+        """'<role>/lr' -> the rate of the network's last update."""
+        return {f"{role}/lr": optimizer.param_groups[0]["lr"] for role, optimizer in self.optimizers.items()}
 
     def _counting(self, role: str):
         def count(module: nn.Module, args: tuple, kwargs: dict) -> None:

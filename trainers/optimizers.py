@@ -1,4 +1,4 @@
-"""The optimiser of one role, and the learning rate as a pure function of the step."""
+"""The optimiser of one role, and the learning rate as a pure function of how many updates its network has made."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 from .config import Optimizer as OptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate for the update after `step` completed steps: a pure function, so a resumed run needs no scheduler."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+def learning_rate(config: OptimizerConfig, done: int, total: int) -> float:
+    """The rate of the update after `done` of a network's `total`: a pure function, so a resumed run needs no scheduler."""
+    warm = min(1.0, (done + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     left = {
         "constant": 1.0,
-        "linear": 1 - step / steps,
-        "cosine": 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
+        "linear": 1 - done / total,
+        "cosine": 0.5 * (1 + math.cos(math.pi * min(done / total, 1.0))),
     }[config.schedule]
     return config.lr * warm * (config.final_ratio + (1 - config.final_ratio) * left)
 
