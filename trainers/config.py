@@ -76,9 +76,9 @@ NewNetwork = Annotated[AnyNetwork, Discriminator(kind_of_network)]
 class Optimizer(Strict):
     """Adam (decoupled weight decay). The rate rises linearly over `warmup_steps` and follows `schedule` down to final_ratio * lr.
 
-    Both count the updates of its own network, as a scheduler of PyTorch does. For the student these are the run's steps; a posterior
-    or fake score makes `warmup_updates` before the first step, which are the first of its `warmup_steps`, and its `updates` in each
-    step. A decay ends with the network's last update. `<role>/lr` in metrics.jsonl is the rate of the last update before the line.
+    Both count the updates of its own network, as a scheduler of PyTorch does. For the student these are the run's steps; a
+    posterior or fake score makes `warmup_updates` before the first step, which are the first of its `warmup_steps`, and then all
+    of its updates in each step. A decay ends with its last update. `<role>/lr` in metrics.jsonl is the rate of the latest one.
     """
 
     lr: PositiveFloat

@@ -12,7 +12,7 @@ from .config import Optimizer as OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, done: int, total: int) -> float:
-    """The rate of the update after `done` of a network's `total`: a pure function, so a resumed run needs no scheduler."""
+    """The rate of the update after `done` of a network's `total`: a pure function, which needs no state to resume."""
     warm = min(1.0, (done + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     left = {
         "constant": 1.0,
