@@ -29,7 +29,7 @@ class Draw(Protocol):
     first_row: int  # where this process's rows begin in the whole batch
 
     def normal(self, name: str, *shape: int) -> Tensor:
-        """More standard normal numbers, (b, *shape), independent for each name."""
+        """More standard normal numbers, (b, *shape), independent for each name. Ask once: a second time they are drawn anew."""
 
 
 class LossTerms(NamedTuple):
