@@ -190,6 +190,10 @@ FAULTS = [
         ["objective={name: varflow, levels: {name: uniform, low: 1, high: 2}}"],
         ["data: objective 'varflow' matches samples of data; add a data section, e.g. data.name=digits"],
     ),
+    (
+        ["objective={name: varflow, levels: {name: uniform, low: 1, high: 2}}", "data={name: digits}", "batch_size=1"],
+        ["batch_size: 1, expected at least 2; the energy distance needs pairs of samples"],
+    ),
     # an option of another estimator, or of another covariance, would be ignored without a word
     *(
         (

@@ -621,6 +621,23 @@ def test_settings_that_do_not_fit_are_refused(override, message, lab, tmp_path, 
     lab.distil("vardiu", tmp_path / "run", steps=1)
 
 
+def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_loaded(lab, tmp_path, capsys):
+    """The teacher's weights and the data, which here are not there, have not been looked for."""
+    teacher = shutil.copytree(lab.teacher / "teacher", tmp_path / "teacher")
+    no_weights(teacher)
+    configs = ROOT / "configs"
+    for command, config, missing in (
+        (distill, configs / "digits_vardiu.yaml", f"teacher.path={teacher}"),
+        (train_teacher, configs / "digits_teacher.yaml", "data={name: folder, path: gone, image_size: 8, channels: 1}"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(
+                ["--config", str(config), missing, f"output_dir={tmp_path / 'run'}", "batch_size=12", "micro_batch_size=8"]
+            )
+        assert "micro_batch_size=8 does not divide each process's share of the batch, 12" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_fp16_is_refused(lab, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert "fp16" in refusal(["--config", lab.config("varflow", tmp_path / "run")], capsys)

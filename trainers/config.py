@@ -375,4 +375,6 @@ class DistillConfig(Run):
             raise ValueError("data: objective 'varflow' matches samples of data; add a data section, e.g. data.name=digits")
         if self.objective.name == "varflow" and isinstance(self.data, Prompts):
             raise ValueError("data: objective 'varflow' needs images; 'prompts' has none: use captions or teacher_samples")
+        if self.objective.name == "varflow" and self.batch_size < 2:
+            raise ValueError(f"batch_size: {self.batch_size}, expected at least 2; the energy distance needs pairs of samples")
         return self

@@ -25,6 +25,19 @@ def derive_seed(*key: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def split(batch_size: int, world_size: int, micro_batch_size: int | None) -> tuple[int, int]:
+    """(each process's share of the batch, the micro-batches it falls into); UserError where they are not of one size."""
+    if batch_size % world_size:
+        raise UserError(f"batch_size={batch_size} is not a multiple of the number of processes, {world_size}")
+    share = batch_size // world_size
+    if share % (micro_batch_size or share):
+        raise UserError(
+            f"micro_batch_size={micro_batch_size} does not divide each process's share of the batch, {share} "
+            f"(batch_size={batch_size} over {world_size} processes)"
+        )
+    return share, micro_batch_size or share
+
+
 class DrawSource:
     """Makes the draws of each update.
 
@@ -46,15 +59,7 @@ class DrawSource:
         micro_batch_size: int | None = None,
         augmentation: float = 0.0,
     ) -> None:
-        if batch_size % world_size:
-            raise UserError(f"batch_size={batch_size} is not a multiple of the number of processes, {world_size}")
-        share = batch_size // world_size
-        self.micro_batch_size = micro_batch_size or share
-        if share % self.micro_batch_size:
-            raise UserError(
-                f"micro_batch_size={self.micro_batch_size} does not divide each process's share of the batch, {share} "
-                f"(batch_size={batch_size} over {world_size} processes)"
-            )
+        share, self.micro_batch_size = split(batch_size, world_size, micro_batch_size)
         self.seed, self.batch_size, self.shape, self.device = seed, batch_size, shape, device
         self.examples, self.null_condition, self.dropout = examples, null_condition, dropout
         self.augmentation = augmentation

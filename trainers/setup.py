@@ -26,7 +26,7 @@ from . import checkpoint
 from .config import Data, EDMNetwork, Network, PointNetwork, Run
 from .config_file import load_config
 from .data import Images, Points
-from .draws import derive_seed
+from .draws import derive_seed, split
 from .loop import find_checkpoint
 
 PACKAGES = ("one-step-distill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
@@ -70,7 +70,10 @@ def sharded() -> bool:
 
 
 def check_output(run: Run, accelerator: Accelerator) -> None:
-    """Refuse an output_dir that cannot be written or that holds another run. Writes nothing."""
+    """Refuse an output_dir that cannot be written or that holds another run, and a batch that these processes cannot share.
+    Writes nothing.
+    """
+    split(run.batch_size, accelerator.num_processes, run.micro_batch_size)
     folder = Path(run.output_dir)
     find_checkpoint(run)  # a resume path that is not there is an error now, not after the data are loaded
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
