@@ -89,9 +89,9 @@ class Trainer:
         decay = halflife_decay(run.ema_halflife, run.batch_size) if run.ema_halflife else constant_decay(run.ema_decay)
         self.ema = Ema(self.networks[primary], decay)
         self.step = self.warmup_done = 0
-        self.warmup = [(phase, i) for phase in objective.warmup for i in range(phase.repeats)]  # its updates
-        self.updates = self._updates_made(0, 0)
-        self.total_updates = self._updates_made(len(self.warmup), run.steps)
+        self.warmup_updates = [(phase, i) for phase in objective.warmup for i in range(phase.repeats)]
+        self.updates_done = self._updates_after(0, 0)
+        self.updates_planned = self._updates_after(len(self.warmup_updates), run.steps)
         self.seconds = 0.0
         self.calls: Counter[str] = Counter()
         for role, network in (self.networks | objective.frozen).items():
@@ -125,7 +125,7 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Before the first step: levels that are annealed, and the EMA, stay where they are until then."""
-        for phase, i in self.warmup[self.warmup_done :]:
+        for phase, i in self.warmup_updates[self.warmup_done :]:
             if self._stop_agreed:
                 return
             self.log.bar.set_description(f"warm-up {phase.name} {i + 1}/{phase.repeats}", refresh=False)
@@ -136,7 +136,7 @@ class Trainer:
                 rates = {name: rate for name, rate in self._rates().items() if name.removesuffix("/lr") in phase.updates}
                 shown = ", ".join(f"{n} {v:.3g}" for n, v in (values | rates).items())
                 self.log.say(f"warm-up of {phase.name} done: {shown}")
-        if self.warmup and self.step == 0 and self.run.checkpoint_every:
+        if self.warmup_updates and self.step == 0 and self.run.checkpoint_every:
             self._save()
         self.log.bar.set_description("")
 
@@ -197,10 +197,10 @@ class Trainer:
             if config.clip is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters[role], config.clip, norms[role])
             for group in self.optimizers[role].param_groups:
-                group["lr"] = learning_rate(config, self.updates[role], self.total_updates[role])
+                group["lr"] = learning_rate(config, self.updates_done[role], self.updates_planned[role])
             self.optimizers[role].step()
             self.optimizers[role].zero_grad()
-            self.updates[role] += 1
+            self.updates_done[role] += 1
             if role == self.primary:
                 self.ema.update()
         return {f"{phase.name}/{name}": value for name, value in values.items()}
@@ -283,7 +283,7 @@ class Trainer:
         checkpoint.restore_tensors(mine["ema"], tensors["ema"], str(path))
         checkpoint.restore_optimizers(self.optimizers, self.networks, tensors["optimizers"], str(path))
         self.step, self.warmup_done, self.seconds = state["step"], state["warmup_done"], state["seconds"]
-        self.updates = self._updates_made(self.warmup_done, self.step)
+        self.updates_done = self._updates_after(self.warmup_done, self.step)
         self.ema.updates, self.calls = state["ema_updates"], Counter(state["calls"])
         self.log.resume(state["log"], self.step)
         self.log.say(f"Resumed from {path} at step {self.step}.")
@@ -304,9 +304,9 @@ class Trainer:
 
     # Small things ----------------------------------------------------------------------------------------------------
 
-    def _updates_made(self, warmup_done: int, steps: int) -> Counter[str]:
+    def _updates_after(self, warmup_done: int, steps: int) -> Counter[str]:
         """By role, how often a network has been updated after so many updates of the warm-up and so many steps."""
-        made = Counter(role for phase, _ in self.warmup[:warmup_done] for role in phase.updates)
+        made = Counter(role for phase, _ in self.warmup_updates[:warmup_done] for role in phase.updates)
         for phase in self.objective.phases:
             made.update(dict.fromkeys(phase.updates, steps * phase.repeats))
         return made
