@@ -243,7 +243,8 @@ def main() -> None:
     for name in args.objectives:
         file = write(name, student_config(folder, name, captions, prompts, args.steps))
         jobs.append(Job(name, file, folder / name, []))
-    run_all(jobs, len(jobs), threads=max(1, cores() // len(jobs)))
+    # no more at once than there are cores: the seconds of a run are a column of the table
+    run_all(jobs, min(len(jobs), cores()), threads=max(1, cores() // len(jobs)))
 
     base = load_pipeline(str(folder / "teacher" / "teacher"))
     real, examples = as_the_vae_draws(base.vae, data)
