@@ -113,6 +113,13 @@ def test_the_numbers_are_those_of_torch_from_a_seed_of_their_own():
             assert draws[0].normal("more").shape == (len(draws[0].z),)  # another shape is another tensor
 
 
+def test_dropout_has_a_seed_for_each_micro_batch_and_the_same_whoever_runs_it():
+    seeds = {w: [d.seed for rank in range(w) for d in source(M, rank, w).batch(KEY, 0.0)] for w in (1, 2, 4)}
+    assert seeds[1] == seeds[2] == seeds[4]
+    assert len(set(seeds[1])) == B // M
+    assert source(None).batch(KEY, 0.0)[0].seed == seeds[1][0]
+
+
 class Counted(Images):
     """Notes which rows are read."""
 
@@ -145,11 +152,13 @@ def test_a_common_pool_compares_prompts_without_holding_them_b_times():
     the same target for a sample as in a pool of its own prompt's samples alone.
     """
     generator = torch.Generator().manual_seed(0)
-    x0, prompts = torch.randn(B, *SHAPE, generator=generator), torch.randn(3, 77, 768, generator=generator)
+    x0, prompts = torch.randn(B, *SHAPE, generator=generator), torch.randn(1, 77, 768, generator=generator).repeat(3, 1, 1)
+    prompts[1, 5, 7] += 1  # three prompts that differ in one number
+    prompts[2, 76, 767] += 1
     which = torch.arange(B) % 3
     level = EDMSchedule().level(torch.full((B,), 2.0))
     x_t = x0 + 2.0 * torch.randn(x0.shape, generator=generator)
-    pool = Pool(x0, {"encoder_hidden_states": prompts[which], "time_ids": which[:, None].repeat(1, 6)})
+    pool = Pool(x0, {"encoder_hidden_states": prompts[which], "time_ids": torch.ones(B, 6, dtype=torch.long)})
     with Watch() as watch:
         target, _ = batch_mean(x_t, level, pool.condition, pool)
     answers, own = B * B * 77 * 768, B * 77 * 768 * 4  # the pool's own prompts are seen too

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.images import ImageSet
-from trainers import setup
-from trainers.config import DistillConfig, Network
+from trainers import setup, train_teacher
+from trainers.config import DistillConfig, Network, TeacherConfig
 from trainers.data import Images
 from trainers.distill import make_trainer
 
@@ -109,3 +110,34 @@ def test_the_gradient_is_that_of_the_whole_batch(case, teacher, images, tmp_path
             for name, value in mine.items():
                 if not name.endswith(PER_MICRO_BATCH):
                     assert value == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+
+
+def test_a_teacher_too_but_for_its_dropout(images, tmp_path, fresh_accelerator):
+    """Augmented data, dropped labels and all; each micro-batch has dropout masks of its own."""
+
+    def weights(name: str, micro: int | None, dropout: float) -> torch.Tensor:
+        network = {"architecture": "ddpmpp", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "dropout": dropout}
+        config = {
+            "output_dir": str(tmp_path / name),
+            "data": {"name": "digits"},
+            "network": network | {"attention_resolutions": []},
+            "levels": {"name": "log_normal"},
+            "augment": 0.5,
+            "label_dropout": 0.5,
+            "optimizer": ADAM,
+            "steps": 3,
+            "batch_size": B,
+            "micro_batch_size": micro,
+            "ema_decay": 0.0,
+            "num_samples": 2,
+        }
+        train_teacher.run(TeacherConfig(**config))
+        saved = load_file(tmp_path / name / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
+        return torch.cat([value.flatten() for value in saved.values()])
+
+    whole = weights("whole", None, 0.0)
+    for micro in (3, 1):
+        assert float((weights(f"micro_{micro}", micro, 0.0) - whole).abs().max()) < 1e-5
+    masked = weights("masked", None, 0.3)
+    assert float((weights("masked_3", 3, 0.3) - masked).abs().max()) > 1e-4
+    assert torch.equal(weights("again", None, 0.3), masked)
