@@ -45,9 +45,79 @@ def test_flips_and_quarter_turns(randn):
 def test_shifts_by_whole_pixels(randn, columns, rows):
     """What comes in at an edge is the image mirrored there, its outermost pixels once."""
     x = randn(B, C, H, W)
-    out = apply(x, changes(shift=[columns / W / 1.0, rows / H]))
+    out = apply(x, changes(shift=[8 * columns / W, 8 * rows / H]))  # in eighths of the width and of the height
     mirrored = torch.nn.functional.pad(x, [5, 5, 5, 5], mode="reflect")
     assert_close(out, mirrored[:, :, 5 - rows : 5 - rows + H, 5 - columns : 5 - columns + W], rtol=0, atol=1e-9)
+
+
+A_SCALE, A_ANISO, A_TRANS = 2**0.2, 2**0.2, 1 / 8  # Karras et al. 2022, Appendix F.2
+
+
+def paper_transform(label: list[float], stretch: float, direction: float, width: int, height: int) -> torch.Tensor:
+    """Where a point (x, y, 1), seen from the image's centre, goes: scaled, rotated, stretched, shifted, in this order."""
+
+    def matrix(*rows):
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def rotate(angle):
+        c, s = math.cos(angle), math.sin(angle)
+        return matrix([c, -s, 0], [s, c, 0], [0, 0, 1])
+
+    _, _, scale, cos_minus_one, sin, _, _, right, down = label
+    s, k = A_SCALE**scale, A_ANISO**stretch
+    scaling = matrix([s, 0, 0], [0, s, 0], [0, 0, 1])
+    rotation = matrix([cos_minus_one + 1, sin, 0], [-sin, cos_minus_one + 1, 0], [0, 0, 1])  # by -a_3
+    stretching = rotate(-direction) @ matrix([k, 0, 0], [0, 1 / k, 0], [0, 0, 1]) @ rotate(direction)
+    shifting = matrix([1, 0, A_TRANS * right * width], [0, 1, A_TRANS * down * height], [0, 0, 1])
+    return shifting @ stretching @ rotation @ scaling
+
+
+def test_all_at_once_moves_every_point_where_the_paper_says(generator):
+    """Images whose pixels say where they lie, drawn with every change at once: each pixel of the result names its source."""
+    width, height, n = 44, 36, 64
+    x = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
+    y = torch.arange(height, dtype=torch.float64) - (height - 1) / 2
+    places, compared = torch.stack([x.expand(height, width), y[:, None].expand(height, width)]), 0
+    numbers = torch.randn(n, NUMBERS, generator=generator, dtype=torch.float64)
+    drawn, (out, labels) = choose(numbers, 1.0), augment(places.expand(n, 2, height, width), numbers, 1.0)
+    points = torch.cat([places, torch.ones(1, height, width, dtype=torch.float64)])
+    half = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
+    for i in range(n):
+        label = labels[i].tolist()
+        moved = paper_transform(label, float(drawn.stretch[i]), float(drawn.direction[i]), width, height)
+        source = torch.einsum("ij,jhw->hwi", torch.linalg.inv(moved), points)[..., :2]
+        flips = torch.tensor([1 - 2 * label[0], 1 - 2 * label[1]], dtype=torch.float64)  # done first
+        image, grid = flips[:, None, None] * places, source / half
+        how = {"mode": "bicubic", "padding_mode": "reflection", "align_corners": True}
+        assert_close(out[i], torch.nn.functional.grid_sample(image[None], grid[None], **how)[0], rtol=0, atol=1e-9)
+        inside = (grid.abs() < 0.8).all(2)
+        if bool(inside.any()):  # and so it is the source that a pixel names, but for what torch's bicubic does to a straight line
+            assert_close((flips * out[i].movedim(0, 2))[inside], source[inside], rtol=0, atol=0.06)
+            compared += int(inside.sum())
+    assert compared > n * width * height / 4
+
+
+def test_shifts_have_a_standard_deviation_of_an_eighth_of_the_image(generator):
+    """Measured on the pixels of images that are only shifted; the label is the shift in that unit, as NVlabs' networks know it."""
+    n, p, width, height = 40_000, 0.12, 9, 13
+    numbers = torch.randn(n, NUMBERS, generator=generator, dtype=torch.float64)
+    labels = choose(numbers, p).labels()
+    only = (labels[:, :7] == 0).all(1) & (labels[:, 7:] != 0).all(1)
+    ramp = torch.stack(
+        [
+            (torch.arange(width, dtype=torch.float64) - (width - 1) / 2).expand(height, width),
+            (torch.arange(height, dtype=torch.float64) - (height - 1) / 2)[:, None].expand(height, width),
+        ]
+    )
+    out, told = augment(ramp.expand(int(only.sum()), 2, height, width), numbers[only], p)
+    shift = -out[:, :, height // 2, width // 2]  # the pixel in the middle shows what lay that far on the other side
+    inner = (told[:, 7:].abs() < 2).all(1)  # not mirrored at the edge
+    expected = told[inner, 7:] * torch.tensor([width, height]) / 8
+    assert_close(shift[inner], expected, rtol=0, atol=0.06)  # torch's bicubic of a straight line is off by as much
+    assert float(inner.double().mean()) == pytest.approx(0.9545**2, abs=0.02)
+    assert float(told[:, 7:].std()) == pytest.approx(1, abs=0.04)
+    shares = shift[inner] / torch.tensor([width, height])
+    assert_close(shares.square().mean(0), torch.full((2,), 0.7737 / 64, dtype=torch.float64), rtol=0.06, atol=0)  # cut off at 2
 
 
 def test_scale_and_stretch_of_a_wave():

@@ -1,8 +1,8 @@
 """Non-leaky augmentation (Karras et al. 2020; 2022, Appendix F.2): random flips, scaling, rotation, stretching and shifts.
 
 The network is told what was done to an image, so that it can be asked for images to which nothing was. Each is used with
-probability p on its own (mirroring always), in the order and with the strengths of EDM's CIFAR-10 training. Images are resampled
-once, bicubically, mirrored at their edges; EDM resamples at twice the resolution through wavelets.
+probability p on its own (mirroring always), in the order and with the strengths of EDM's CIFAR-10 training, which changes no
+colours. Images are resampled once, bicubically, mirrored at their edges; EDM resamples at twice the resolution through wavelets.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from torch import Tensor
 DIM = 9  # of the labels
 NUMBERS = 14  # standard normal numbers that an image takes
 
-SCALE_STD = STRETCH_STD = 0.2  # of log2
-SHIFT_STD = 0.125  # in images
+SCALE_STD = STRETCH_STD = 0.2  # of log2: A_scale = A_aniso = 2^0.2
+SHIFT_STD = 0.125  # in widths and heights of the image: A_trans
 DIRECTION_PROBABILITY = 0.5  # of stretching along another axis than x
 
 
 class Changes(NamedTuple):
-    """What is done to each image, all (b,), zero where it is not done; shift (b, 2) in images, angles in radians."""
+    """What is done to each image, all (b,), zero where it is not done; shift (b, 2), along x and y; angles in radians.
+
+    scale, stretch and shift are in units of their standard deviations, as the labels are.
+    """
 
     mirror: Tensor
     upside_down: Tensor
@@ -46,7 +49,7 @@ class Changes(NamedTuple):
         return torch.cat([torch.stack(columns, 1), self.shift], 1)
 
     def matrices(self) -> Tensor:
-        """(b, 2, 2): where, seen from the centre of the source, a point of the result comes from, but for the shift."""
+        """(b, 2, 2): where, seen from the centre of the source, a point of the result comes from once the shift is undone."""
         s, k = (SCALE_STD * self.scale).exp2(), (STRETCH_STD * self.stretch).exp2()
         stretched = rotation(-self.direction) @ torch.diag_embed(torch.stack([1 / k, k], 1)) @ rotation(self.direction)
         return rotation(self.angle) @ stretched / s[:, None, None]
@@ -85,7 +88,7 @@ def apply(images: Tensor, changes: Changes) -> Tensor:
     y, x = torch.meshgrid(
         *(torch.arange(n, device=images.device, dtype=images.dtype) - (n - 1) / 2 for n in (height, width)), indexing="ij"
     )
-    shift = changes.shift * torch.tensor([width, height], device=images.device, dtype=images.dtype)
+    shift = SHIFT_STD * changes.shift * torch.tensor([width, height], device=images.device, dtype=images.dtype)
     points = torch.stack([x, y], -1) - shift[:, None, None].to(images.dtype)
     source = torch.einsum("bij,bhwj->bhwi", changes.matrices().to(images.dtype), points) / half
     warped = torch.nn.functional.grid_sample(images, source, mode="bicubic", padding_mode="reflection", align_corners=True)
