@@ -118,19 +118,33 @@ def edm_coefficients(level: Level, sigma_data: float) -> tuple[Tensor, Tensor, T
 
 
 class Schedule(Protocol):
-    """t_range is inclusive; `level` takes t (b,); `initial_noise` is what the network sees at pure noise z ~ N(0, I)."""
+    """t_range is inclusive; `initial_noise` is what the network sees at pure noise z ~ N(0, I)."""
 
     t_range: tuple[float, float]
 
-    def level(self, t: Tensor) -> Level: ...
+    def nearest(self, t: Tensor) -> Tensor:
+        """The times, of any shape, that the network knows and that are nearest to these: what training draws is moved there."""
+
+    def level(self, t: Tensor) -> Level:
+        """t (b,) -> the level there."""
+
     def initial_noise(self, z: Tensor, level: Level) -> Tensor: ...
 
 
 class EDMSchedule:
-    """alpha = 1, sigma = t (Karras et al. 2022); the network's input at noise level sigma is sigma z."""
+    """alpha = 1, sigma = t (Karras et al. 2022); the network's input at noise level sigma is sigma z.
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+    nearest: where the network knows some sigmas only (preconditioning.IDDPM), what moves others to them; `level` takes any.
+    """
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, nearest: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.t_range = (sigma_min, sigma_max)
+        self._nearest = nearest
+
+    def nearest(self, t: Tensor) -> Tensor:
+        return t if self._nearest is None else self._nearest(t)
 
     def level(self, t: Tensor) -> Level:
         sigma = widen(t)
@@ -145,6 +159,9 @@ class RectifiedFlowSchedule:
 
     t_range = (0.0, 1.0)
 
+    def nearest(self, t: Tensor) -> Tensor:
+        return t
+
     def level(self, t: Tensor) -> Level:
         sigma = widen(t)
         return Level(1 - sigma, sigma, t)
@@ -156,6 +173,8 @@ class RectifiedFlowSchedule:
 class VPSchedule:
     """alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), integer t, from any diffusers scheduler's `alphas_cumprod` (T,).
 
+    These networks were trained at t = 0, 1, ..., T-1 alone, and DDPM, DDIM and LCM sample them there: a level between two of them is
+    the nearest one, for alpha and sigma and for the time that the network is told.
     The one-step student reads out unit noise z at t = T-1, which is what a stock pipeline feeds its network.
     """
 
@@ -172,8 +191,18 @@ class VPSchedule:
             raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod: it is not variance preserving")
         return cls(scheduler.alphas_cumprod)
 
+    def nearest(self, t: Tensor) -> Tensor:
+        return t.round()
+
     def level(self, t: Tensor) -> Level:
-        abar = self.alphas_cumprod.to(t.device)[t.round().long()]
+        """ValueError outside [0, T-1]."""
+        t = self.nearest(t)
+        low, high = self.t_range
+        if not bool(((t >= low) & (t <= high)).all()):  # also NaN; an index of -1 would be the last level
+            raise ValueError(
+                f"t must be in [{low:g}, {high:g}], the timesteps of this schedule; got {float(t.min()):g} to {float(t.max()):g}"
+            )
+        abar = self.alphas_cumprod.to(t.device)[t.long()]
         return Level(widen(abar.sqrt()), widen((1 - abar).sqrt()), t)
 
     def initial_noise(self, z: Tensor, level: Level) -> Tensor:
@@ -228,9 +257,9 @@ WEIGHTINGS: dict[str, Weighting] = {
     "sigma4": lambda level, x0, x0_hat, sigma_data: level.sigma.square().square(),
     "inv_sigma": lambda level, x0, x0_hat, sigma_data: 1 / level.sigma,
     "snr": lambda level, x0, x0_hat, sigma_data: (level.alpha / level.sigma).square(),
-    # Karras et al. 2022, Table 1: lambda(sigma), written for the noise-to-signal ratio so that VP and flow share it.
+    # Karras et al. 2022, Table 1: lambda(sigma / alpha), written so that it is 1 / sigma_data^2 at alpha = 0.
     "edm": lambda level, x0, x0_hat, sigma_data: (
-        ((level.sigma / level.alpha).square() + sigma_data**2) / (level.sigma / level.alpha * sigma_data) ** 2
+        (level.sigma.square() + level.alpha.square() * sigma_data**2) / (level.sigma * sigma_data) ** 2
     ),
     # DMD, Eq. 8: the gradient in x0 becomes (x0_fake - x0_hat) / mean|x0 - x0_hat|; alpha^2/sigma^2 undoes the scores' scale.
     "dmd": lambda level, x0, x0_hat, sigma_data: (

@@ -33,8 +33,9 @@ from pipelines.noise import (
     to_x0,
     widen,
 )
+from pipelines.preconditioning import IDDPM
 from trainers.config_levels import Levels
-from trainers.objectives.base import dot, score_difference_loss
+from trainers.objectives.base import dot, sample_level, score_difference_loss
 
 TYPES = ("sample", "epsilon", "v_prediction", "flow")
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -202,10 +203,34 @@ def test_vp_takes_any_scheduler_with_alphas_cumprod(name):
     assert (float(level.alpha[0]) == 0) == (name == "zero_snr")
 
 
-def test_vp_rounds_to_its_integer_times():
-    schedule = vp("linear")
-    rounded = schedule.level(torch.tensor([3.0, 4.0, 998.0]))
-    assert_close(schedule.level(torch.tensor([3.4, 3.6, 998.4])).alpha, rounded.alpha, rtol=0, atol=0)
+@pytest.mark.parametrize("name", VP_SCHEDULERS)
+def test_vp_tells_the_network_the_time_whose_alpha_it_takes(name):
+    """A t between two timesteps is the nearest of them, in all that a level says."""
+    scheduler = VP_SCHEDULERS[name]
+    last = scheduler.config.num_train_timesteps - 1
+    level = vp(name).level(torch.tensor([3.4, 3.6, 17.0, last - 0.6, last + 0.4], dtype=torch.float64))
+    assert level.t.tolist() == [3, 4, 17, last - 1, last]
+    assert_close(level.alpha.flatten() ** 2, scheduler.alphas_cumprod[[3, 4, 17, last - 1, last]].double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("t", [1500.0, -1.0, float("nan"), float("inf")])
+def test_vp_refuses_times_it_does_not_have(t):
+    """-1 would be the last level, 1500 an IndexError in the middle of a run."""
+    with pytest.raises(ValueError, match=r"t must be in \[0, 999\], the timesteps of this schedule; got"):
+        vp("linear").level(torch.tensor([3.0, t]))
+
+
+def test_levels_are_drawn_where_the_network_knows_them():
+    """alpha, sigma and what the network is told are those of one level, for every family."""
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    on_vp = sample_level(u, lambda u, progress: noise.uniform_t(u, 20, 980), 0.0, vp("linear"))
+    assert set(on_vp.t.tolist()) == set(range(20, 981))
+    known = IDDPM()
+    on_iddpm = sample_level(u, lambda u, progress: noise.log_normal_t(u, -1.2, 1.2), 0.0, EDMSchedule(0, 100, known.nearest))
+    told = known.inputs(torch.zeros(1000, 1, 1, 1), on_iddpm)[1]
+    assert_close(on_iddpm.sigma.flatten(), known.levels.double()[(999 - told).long()], rtol=1e-7, atol=0)
+    free = noise.log_normal_t(u, -1.2, 1.2)
+    assert torch.equal(sample_level(u, lambda u, progress: free, 0.0, EDMSchedule()).t, free)
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(), EDMEulerScheduler()])
@@ -456,6 +481,15 @@ def test_dmd_weighting_normalises_the_gradient(schedule, x0, randn, shape):
     (gradient,) = torch.autograd.grad(loss.sum(), x0)
     gap = (x0 - real).detach().abs().flatten(1).mean(1)
     assert_close(gradient, (fake - real) / widen(gap), rtol=1e-8, atol=1e-8)
+
+
+def test_edm_weighting_where_no_signal_is_left(x0, eps):
+    """At alpha = 0, the last level of a schedule rescaled to zero SNR: the limit of (sigma^2 + sd^2) / (sigma sd)^2."""
+    level = vp("zero_snr").level(torch.tensor([999.0, 999.0, 999.0], dtype=torch.float64))
+    assert not level.alpha.any()
+    assert_close(
+        noise.weight("edm", level, x0, eps, 0.5).flatten(), torch.full((3,), 4.0, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 def test_unknown_weighting():

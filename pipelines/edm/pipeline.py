@@ -113,10 +113,10 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         """D(x_t, level, condition): the network behind its preconditioning; guidance uses the null class label."""
         num_classes = self.unet.config.num_classes
         null = {"class_labels": torch.tensor(num_classes)} if num_classes else None
-        # The network is defined at every sigma > 0; the scheduler's range is only where it is sampled.
-        schedule = EDMSchedule(sigma_min=0.0, sigma_max=float("inf"))
-        scheduler = self.scheduler
-        return Denoiser(self.unet, schedule, scheduler.preconditioner(), scheduler.config.sigma_data, guidance_scale, null)
+        known, sigma_data = self.scheduler.preconditioner(), self.scheduler.config.sigma_data
+        # What the network was made for: EDM's at every sigma > 0. The scheduler's range is only where it is sampled.
+        schedule = EDMSchedule(*known.sigma_range, known.nearest)
+        return Denoiser(self.unet, schedule, known, sigma_data, guidance_scale, null)
 
     @torch.no_grad()
     def __call__(

@@ -78,8 +78,8 @@ class HealthCheck:
 
 
 def sample_level(u: Tensor, sampler: LevelSampler, progress: float, schedule: Schedule) -> Level:
-    """Levels for uniform numbers u (b,)."""
-    return schedule.level(sampler(u, progress))
+    """Levels for uniform numbers u (b,), each moved to the nearest that the network knows."""
+    return schedule.level(schedule.nearest(sampler(u, progress)))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
