@@ -6,6 +6,7 @@ A condition is a dict of tensors whose first axis is the batch, passed to the ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -117,6 +118,16 @@ class FeatureMaps(nn.Module):
         return [seen[layer].to(x_t.dtype) for layer in self._layers]
 
 
+def check_readout(schedule: Schedule, t: float) -> None:
+    """UserError where the schedule has no level t."""
+    low, high = schedule.t_range
+    if not low <= t <= high:
+        raise UserError(f"the readout level t={t} is outside the schedule's range [{low}, {high}]")
+    nearest = float(schedule.nearest(torch.tensor(t, dtype=torch.float64)))
+    if not math.isclose(nearest, t, rel_tol=1e-6):
+        raise UserError(f"the readout level t={t} is none that the network knows; the nearest is {nearest:g}")
+
+
 class OneStepGenerator(nn.Module):
     """g(z, condition) = D(noise(z); t): a denoiser read out once, at one fixed high noise level t.
 
@@ -126,9 +137,7 @@ class OneStepGenerator(nn.Module):
 
     def __init__(self, denoiser: Denoiser, readout_t: float, image_range: bool = False) -> None:
         super().__init__()
-        low, high = denoiser.schedule.t_range
-        if not low <= readout_t <= high:
-            raise UserError(f"the readout level t={readout_t} is outside the schedule's range [{low}, {high}]")
+        check_readout(denoiser.schedule, readout_t)
         self.denoiser = denoiser
         self.readout_t = readout_t
         self.image_range = image_range

@@ -173,8 +173,8 @@ class RectifiedFlowSchedule:
 class VPSchedule:
     """alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), integer t, from any diffusers scheduler's `alphas_cumprod` (T,).
 
-    These networks were trained at t = 0, 1, ..., T-1 alone, and DDPM, DDIM and LCM sample them there: a level between two of them is
-    the nearest one, for alpha and sigma and for the time that the network is told.
+    These networks were trained at t = 0, 1, ..., T-1 alone, and DDPM, DDIM and LCM sample them there: a level between two of them
+    is the nearest one, for alpha and sigma and for the time that the network is told.
     The one-step student reads out unit noise z at t = T-1, which is what a stock pipeline feeds its network.
     """
 

@@ -153,8 +153,18 @@ def check_scheduler_config(scheduler: Any, source: str) -> None:
 
 def denoiser(pipe: DiffusionPipeline, network: nn.Module, guidance_scale: float = 1.0, null: Condition = None) -> Denoiser:
     """`network` (the pipeline's, or a role of it) read out by the pipeline's schedule. Latents are scaled to variance 1."""
-    schedule = VPSchedule(one_step_scheduler(pipe.scheduler).alphas_cumprod)  # that of the sampler
-    return Denoiser(network, schedule, prediction_type_of(pipe.scheduler), 1.0, guidance_scale, null)
+    return Denoiser(network, schedule_of(pipe.scheduler), prediction_type_of(pipe.scheduler), 1.0, guidance_scale, null)
+
+
+def schedule_of(scheduler: Any) -> VPSchedule:
+    """The noise levels of its training, which are those of the one-step sampler."""
+    return VPSchedule(one_step_scheduler(scheduler).alphas_cumprod)
+
+
+def load_schedule(source: str) -> VPSchedule:
+    """Of a pipeline of which nothing else is loaded."""
+    parts = [k for k, v in read_index(source).items() if isinstance(v, list) and k != "scheduler"]
+    return schedule_of(load_pipeline(source, without=parts).scheduler)
 
 
 def prediction_type_of(scheduler: Any) -> str:

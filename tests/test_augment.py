@@ -98,7 +98,7 @@ def test_all_at_once_moves_every_point_where_the_paper_says(generator):
 
 
 def test_shifts_have_a_standard_deviation_of_an_eighth_of_the_image(generator):
-    """Measured on the pixels of images that are only shifted; the label is the shift in that unit, as NVlabs' networks know it."""
+    """Measured on the pixels of images that are only shifted; labels are shifts in that unit, as NVlabs' networks know them."""
     n, p, width, height = 40_000, 0.12, 9, 13
     numbers = torch.randn(n, NUMBERS, generator=generator, dtype=torch.float64)
     labels = choose(numbers, p).labels()

@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.launch import user_errors
 from pipelines.provenance import versions
 
-from . import setup
+from . import levels, setup
 from .config import DistillConfig, VarDiUConfig
 from .config import Optimizer as OptimizerConfig
 from .draws import DrawSource
@@ -121,21 +121,22 @@ def build_evaluation(
 def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, dict[str, OptimizerConfig]]:
     """The objective and the optimisers of its networks other than the student. The only place that lists objectives."""
     o, student, teacher = config.objective, models.student, models.teacher
-    levels, sigma_data = o.levels.sampler(config.steps), teacher.sigma_data
+    t_range, sigma_data = teacher.schedule.t_range, teacher.sigma_data
+    drawn = levels.sampler(o.levels, config.steps, t_range)
     if o.name == "varflow":
         more = {"condition_scale": o.condition_scale, "num_classes": models.num_classes, "grids": o.grids}
         more["features"] = models.features() if o.features else None
         if any(side % n for n in o.grids for side in models.latent_shape[1:]):
             raise UserError(f"objective.grids: {o.grids} must all divide the sides of the latents, {models.latent_shape[1:]}")
-        return VarFlow(student, teacher.schedule, levels, o.weighting, o.beta, o.cross, sigma_data, **more), {}
+        return VarFlow(student, teacher.schedule, drawn, o.weighting, o.beta, o.cross, sigma_data, **more), {}
     if o.name == "diff_instruct":
         f = o.fake_score
         objective = DiffInstruct(
             student,
             teacher,
             models.fake_score(),
-            levels,
-            f.levels.sampler(config.steps),
+            drawn,
+            levels.sampler(f.levels, config.steps, t_range),
             o.weighting,
             f.weighting,
             f.updates,
@@ -144,13 +145,13 @@ def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, d
             f.augment,
         )
         return objective, {"fake_score": f.optimizer}
-    return build_vardiu(o, models, levels), {"posterior": o.posterior.optimizer}
+    return build_vardiu(o, models, drawn), {"posterior": o.posterior.optimizer}
 
 
-def build_vardiu(o: VarDiUConfig, models: Models, levels: LevelSampler) -> VarDiU:
+def build_vardiu(o: VarDiUConfig, models: Models, drawn: LevelSampler) -> VarDiU:
     p = o.posterior
     common = {
-        "levels": levels,
+        "levels": drawn,
         "weighting": o.weighting,
         "num_samples": o.samples,
         "posterior_updates": p.updates,

@@ -19,6 +19,7 @@ from . import augment, setup
 from .config import DistillConfig, Lora
 from .config_data import TEXT_DATA
 from .data import Images, Labels, Points
+from .levels import check_levels
 from .models import add_role, build_covariance, refuse, unit_noise
 from .posteriors import UNetPosterior
 from .teachers import load_edm_teacher
@@ -33,6 +34,9 @@ class EDMModels:
         self.config = config
         check(config)
         pipeline = load_edm_teacher(config.teacher.path)
+        self._behind = pipeline.denoiser(config.teacher.guidance_scale)
+        grid = pipeline.scheduler.config
+        check_levels(config, self._behind.schedule, (grid.sigma_min, grid.sigma_max))
         shape, lora = pipeline.unet.config, config.student.lora
         self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
         self.num_classes = shape.num_classes or 0
@@ -45,7 +49,6 @@ class EDMModels:
         else:
             self.examples = Labels(self.num_classes) if self.num_classes else None
         self.base = SharedNetwork(pipeline.unet)
-        self._behind = pipeline.denoiser(config.teacher.guidance_scale)
         self.teacher = self._denoiser(self.base.teacher(), guided=True)
         sigma_init = self._readout_level(2.5 if config.student.sigma_init is None else config.student.sigma_init)
         scheduler = EDMScheduler.from_config(

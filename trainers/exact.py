@@ -20,6 +20,7 @@ from pipelines.students import save_edm_student
 from . import setup
 from .config import DistillConfig
 from .config_data import TEXT_DATA
+from .levels import check_levels
 from .models import build_covariance, refuse, unit_noise
 from .posteriors import UNetPosterior
 
@@ -36,6 +37,7 @@ class ExactModels:
     def __init__(self, config: DistillConfig) -> None:
         self.config = config
         check(config)
+        check_levels(config, EDMSchedule(0.0, math.inf))
         data = setup.load_data(config.data)
         self.latent_shape, points = data.shape, config.data.name == "mixture"
         if config.teacher.exact == "density":

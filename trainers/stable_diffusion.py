@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer, whole_copy
-from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator, check_readout
 from pipelines.errors import UserError
 from pipelines.students import save_stable_diffusion
 
@@ -20,6 +20,7 @@ from .cache import open_cache
 from .config import DistillConfig, Lora, Network
 from .config_data import TEXT_DATA
 from .draws import derive_seed
+from .levels import check_levels
 from .models import add_role, build_covariance, refuse, unit_noise
 from .posteriors import UNetPosterior
 from .setup import sharded
@@ -43,6 +44,11 @@ class StableDiffusionModels:
         t = config.teacher
         path = teacher_folder(t.path)
         index = sd.read_index(path)
+        schedule = sd.load_schedule(path)
+        check_levels(config, schedule)
+        last = int(schedule.t_range[1])
+        self.readout_t = last if config.student.readout_t is None else config.student.readout_t
+        check_readout(schedule, self.readout_t)
         encoded = open_cache(config, accelerator)
         self.examples, self.latent_shape, null = encoded.examples, encoded.shape, encoded.null
         kept = {"unet", "scheduler"} | ({"vae"} if config.sample_every or config.evaluation else set())
@@ -50,8 +56,6 @@ class StableDiffusionModels:
         self.pipe = sd.load_pipeline(path, sd.DTYPES[t.dtype], left_out, t.variant)
         self.base = SharedNetwork(self.pipe.unet)
         self.teacher = sd.denoiser(self.pipe, self.base.teacher(), t.guidance_scale, null)
-        last = int(self.teacher.schedule.t_range[1])
-        self.readout_t = last if config.student.readout_t is None else config.student.readout_t
         self.student = OneStepGenerator(sd.denoiser(self.pipe, self._role("student", config.student.lora)), self.readout_t)
         if getattr(self.pipe, "vae", None) is not None:
             self.pipe.vae.to(self.device)

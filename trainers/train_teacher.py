@@ -7,6 +7,8 @@ Writes <output_dir>/teacher, a pipeline folder that `trainers.distill` and `from
 
 from __future__ import annotations
 
+import math
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -16,9 +18,10 @@ from pipelines.adapters import Whole
 from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
+from pipelines.noise import EDMSchedule
 from pipelines.students import save_model
 
-from . import augment, setup
+from . import augment, levels, setup
 from .cache import open_cache
 from .config import TeacherConfig
 from .draws import DrawSource
@@ -37,7 +40,8 @@ def run(config: TeacherConfig) -> None:
         raise UserError("FSDP shards frozen weights, and a teacher in training has none; use configs/accelerate/gpu_8.yaml")
     setup.check_output(config, accelerator)
     teacher = NewEDM(config) if config.pipeline is None else FurtherStableDiffusion(config, accelerator)
-    objective = Denoising(teacher.denoiser, config.levels.sampler(config.steps), config.weighting)
+    drawn = levels.sampler(config.levels, config.steps, teacher.denoiser.schedule.t_range)
+    objective = Denoising(teacher.denoiser, drawn, config.weighting)
     draws = DrawSource(
         config.seed,
         config.batch_size,
@@ -73,6 +77,7 @@ class NewEDM:
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
+        levels.check_levels(config, EDMSchedule(0.0, math.inf), (config.sigma_min, config.sigma_max))
         self.examples = data = setup.load_data(config.data)
         self.latent_shape = data.shape
         channels, size = self.latent_shape[:2]
@@ -105,6 +110,7 @@ class FurtherStableDiffusion:
 
     def __init__(self, config: TeacherConfig, accelerator: Accelerator) -> None:
         self.config, self.device = config, accelerator.device
+        levels.check_levels(config, stable_diffusion.load_schedule(config.pipeline))
         encoded = open_cache(config, accelerator)
         self.examples, self.latent_shape, self.null_condition = encoded.examples, encoded.shape, encoded.null
         self.pipeline = stable_diffusion.load_pipeline(config.pipeline)
