@@ -1,7 +1,7 @@
 """Every network wrapped once: x0 = D(x_t, level, condition). The teacher, the student and a fake score are all one.
 
-A condition is a dict of tensors whose first axis is the batch, passed to the network by keyword (`class_labels` (b,),
-`encoder_hidden_states` (b, l, d), ...), or None for an unconditional call.
+A condition is a dict of tensors whose first axis is the batch, passed to the network by keyword (`class_labels` (b,) integers or
+(b, num_classes) floats, `encoder_hidden_states` (b, l, d), ...), or None for an unconditional call.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class Denoiser(nn.Module):
         self.guidance_scale = guidance_scale
         self.null_condition = null_condition
 
+    @property
+    def calls_per_sample(self) -> int:
+        """How often the network is evaluated for each x_t."""
+        return 1 if self.guidance_scale == 1.0 else 2
+
     def forward(self, x_t: Tensor, level: Level, condition: Condition = None, return_features: bool = False) -> Any:
         """x_t (b, c, h, w) -> x0 (b, c, h, w) in float32 or x_t's dtype if wider.
 
@@ -63,7 +68,7 @@ class Denoiser(nn.Module):
             return (x0, features) if return_features else x0
         if condition is None:
             raise ValueError("guidance needs a condition; got None")
-        null = {k: self.null_condition[k].to(v).expand_as(v) if k in self.null_condition else v for k, v in condition.items()}
+        null = {k: null_rows(self.null_condition[k], v) if k in self.null_condition else v for k, v in condition.items()}
         both = {k: torch.cat([null[k], v]) for k, v in condition.items()}
         x0, features = self._denoise(torch.cat([x_t, x_t]), level.repeat(2), both, return_features)
         x0_null, x0_cond = x0.chunk(2)
@@ -80,6 +85,20 @@ class Denoiser(nn.Module):
         features = getattr(out, "features", None)
         out = getattr(out, "sample", out)
         return out.to(torch.promote_types(out.dtype, torch.float32)), features  # autocast may hand back half precision
+
+
+def null_rows(null: Tensor, value: Tensor) -> Tensor:
+    """An unbatched null condition in the place of each row of value (b, ...), in its dtype: of the same shape as value.
+
+    A null class that is an index, num_classes for "none", in the place of rows of floats (b, num_classes): no class, all zeros.
+    ValueError where a row of the condition has another shape.
+    """
+    if null.shape == value.shape[1:]:
+        return null.to(value).expand_as(value)
+    if null.ndim == 0 and not null.is_floating_point() and value.ndim == 2 and value.is_floating_point():
+        classes = value.shape[1]
+        return torch.nn.functional.one_hot(null, classes + 1)[:classes].to(value).expand_as(value)
+    raise ValueError(f"the null condition has shape {tuple(null.shape)}, a row of the condition {tuple(value.shape[1:])}")
 
 
 class ClampToImageRange(torch.autograd.Function):
@@ -105,6 +124,8 @@ class FeatureMaps(nn.Module):
 
     def __init__(self, denoiser: Denoiser, layers: Sequence[nn.Module]) -> None:
         super().__init__()
+        if denoiser.guidance_scale != 1.0:
+            raise ValueError("feature maps are those of one call; with guidance there are two: give a denoiser without")
         self.denoiser, self._layers = denoiser, tuple(layers)
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> list[Tensor]:
@@ -141,6 +162,10 @@ class OneStepGenerator(nn.Module):
         self.denoiser = denoiser
         self.readout_t = readout_t
         self.image_range = image_range
+
+    @property
+    def calls_per_sample(self) -> int:
+        return self.denoiser.calls_per_sample
 
     def forward(self, z: Tensor, condition: Condition = None) -> Tensor:
         """z ~ N(0, I) (b, c, h, w) -> x0 (b, c, h, w)."""

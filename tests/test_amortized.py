@@ -113,6 +113,20 @@ def test_batch_mean_at_low_noise_in_float32(sigma, randn):
     assert float((mean.double() - expected).flatten(1).norm(dim=1).max() / gap) < 0.01
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1e-30, 1e-3])
+def test_batch_mean_where_little_or_no_signal_is_left(alpha, randn):
+    """At alpha = 0, the last level of a schedule of zero SNR, x_t says nothing: the mean of all that share the condition."""
+    x0, x_t, labels = randn(5, 2, 3, 7).float(), randn(5, 2, 3, 7).float(), torch.tensor([0, 1, 0, 0, 1])
+    level = Level(torch.full((5, 1, 1, 1), alpha), torch.full((5, 1, 1, 1), (1 - alpha**2) ** 0.5), torch.full((5,), 999.0))
+    mean, ess = batch_mean(x_t, level, {"class_labels": labels}, Pool(x0, {"class_labels": labels}))
+    expected = mean_by_hand(x_t.double(), level, labels, x0.double(), labels)
+    assert_close(mean.double(), expected, rtol=0, atol=1e-5)
+    if alpha < 1e-3:
+        alike = torch.tensor([3.0, 2, 3, 3, 2])
+        assert_close(ess, alike, rtol=1e-6, atol=0)
+        assert_close(mean[0], x0[labels == 0].mean(0), rtol=0, atol=1e-6)
+
+
 def test_batch_mean_is_not_rounded_by_autocast(randn):
     x0, level = randn(7, 2, 3, 5).float(), RectifiedFlowSchedule().level(torch.full((7,), 0.6))
     plain = batch_mean(x0, level, None, Pool(x0, None))

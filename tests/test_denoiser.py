@@ -14,9 +14,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
+from pipelines.errors import UserError
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, score
+from trainers.data import without
 
 ROOT = Path(__file__).resolve().parents[1]
 MEAN, STD, SIGMA_DATA = 0.3, 0.8, 0.7
@@ -151,6 +153,33 @@ def test_guidance_needs_its_conditions(null, randn, shape):
     guided = Denoiser(Recorder(), EDMSchedule(), guidance_scale=2.0, null_condition=null)
     with pytest.raises(ValueError, match="guidance needs a condition; got None"):
         guided(randn(*shape), levels_of(EDMSchedule()), None)
+
+
+def test_null_of_labels_that_are_floats(randn, shape):
+    """One-hot labels and mixtures of classes: the null label is no class, a row of zeros, as in EDM's networks."""
+    x, level, network = randn(*shape), levels_of(EDMSchedule()), Recorder()
+    labels = torch.tensor([[0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    null = {"class_labels": torch.tensor(4)}
+    Denoiser(network, EDMSchedule(), "edm", SIGMA_DATA, 2.0, null)(x, level, {"class_labels": labels})
+    ((_, _, given),) = network.calls
+    assert torch.equal(given["class_labels"], torch.cat([torch.zeros(3, 4, dtype=torch.float64), labels]))
+    dropped = without({"class_labels": labels}, null, torch.tensor([True, False, True]))  # in training, for guidance
+    assert torch.equal(dropped["class_labels"], labels * torch.tensor([[0.0], [1], [0]], dtype=torch.float64))
+    for wrong in (torch.zeros(4), torch.tensor(4.0), torch.tensor(5)):
+        with pytest.raises((ValueError, RuntimeError)):
+            Denoiser(network, EDMSchedule(), "edm", SIGMA_DATA, 2.0, {"class_labels": wrong})(
+                x, level, {"class_labels": labels[:, :3]}
+            )
+
+
+def test_calls_per_sample(null):
+    """Guidance evaluates the network twice for each x_t."""
+    schedule = EDMSchedule()
+    plain, guided = Denoiser(Recorder(), schedule), Denoiser(Recorder(), schedule, "edm", SIGMA_DATA, 1.5, null)
+    assert (plain.calls_per_sample, guided.calls_per_sample) == (1, 2)
+    assert (OneStepGenerator(plain, 2.5).calls_per_sample, OneStepGenerator(guided, 2.5).calls_per_sample) == (1, 2)
+    with pytest.raises(ValueError, match="feature maps are those of one call"):
+        FeatureMaps(guided, ())
 
 
 # The one-step readout ----------------------------------------------------------------------------------------------------
@@ -387,6 +416,16 @@ def test_scheduler_grid():
     assert scheduler.sigmas(1).tolist() == pytest.approx([3.0], rel=1e-12)
     with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
         scheduler.sigmas(0)
+    for wrong in (
+        {"rho": 0.0},
+        {"rho": -7.0},
+        {"sigma_min": 0.0},
+        {"sigma_min": -0.1},
+        {"sigma_max": math.inf},
+        {"sigma_min": 4.0},
+    ):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}"):
+            scheduler.sigmas(7, **wrong)
     with pytest.raises(ValueError, match=r"scheduler\.sampler is 'euler'; expected 'heun' or 'renoise'"):
         EDMScheduler(sampler="euler")
 
@@ -459,3 +498,58 @@ def test_noise_and_denoise_are_consistent(randn, shape):
 
     denoiser = Denoiser(network, VP, "epsilon", guidance_scale=3.0, null_condition=null)
     assert_close(denoiser(add_noise(x0, eps, level), level, {"class_labels": torch.zeros(3)}), x0, rtol=1e-10, atol=1e-10)
+
+
+# What a caller gives as sigmas, by preconditioning: the message of what is wrong with it
+GRIDS = {
+    "trailing zero": (
+        "edm",
+        [80.0, 2.0, 0.0],
+        r"sigmas end with 0, which the last step reaches by itself; leave it out: \[80.0, 2.0\]",
+    ),
+    "only zero": ("edm", [0.0], "sigmas end with 0"),
+    "negative": ("edm", [2.0, -1.0], "sigmas must be positive and finite"),
+    "nan": ("edm", [math.nan, 1.0], "sigmas must be positive and finite"),
+    "infinite": ("edm", [math.inf, 1.0], "sigmas must be positive and finite"),
+    "ascending": ("edm", [0.1, 2.0], "sigmas must descend"),
+    "twice": ("edm", [2.0, 2.0], "sigmas must descend"),
+    "none": ("edm", [], "at least one noise level"),
+    "nested": ("edm", [[2.0, 1.0]], "at least one noise level"),
+    "above vp": ("vp", [160.0, 1.0], "sigmas must be within what vp knows, 0.00097"),
+    "below ve": ("ve", [90.0, 0.01], "sigmas must be within what ve knows, 0.02 to 100"),
+    "above iddpm": ("iddpm", [30000.0, 1.0], "sigmas must be within what iddpm knows"),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_sigmas_that_cannot_be_sampled(name):
+    preconditioning, sigmas, message = GRIDS[name]
+    pipeline = gaussian_pipeline(preconditioning=preconditioning, sigma_min=0.05)
+    with pytest.raises(UserError, match=message):
+        pipeline(2, sigmas=sigmas)
+    assert pipeline.unet.calls == 0
+
+
+def test_given_sigmas_are_those_of_the_grid():
+    """As lists, arrays and tensors; of iDDPM's networks the nearest that they know, which `sigmas(steps)` takes too."""
+    for sampler in ("heun", "renoise"):
+        scheduler = EDMScheduler(sampler=sampler)
+        for given in ([5.0, 0.3], np.array([5.0, 0.3]), torch.tensor([5.0, 0.3], dtype=torch.float64), (5, 0.3)):
+            assert scheduler.given(given).tolist() == [5.0, 0.3]
+    iddpm = EDMScheduler(preconditioning="iddpm", sigma_min=0.0064)
+    ramp = [(80 ** (1 / 7) + i / 5 * (0.0064 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(6)]
+    assert_close(iddpm.given(ramp), iddpm.sigmas(6), rtol=0, atol=0)
+    assert iddpm.given(ramp).tolist() != ramp
+
+
+@pytest.mark.parametrize("wrong", [{"S_churn": -1.0}, {"S_noise": -1.0}, {"S_churn": math.nan}, {"S_min": 2.0, "S_max": 1.0}])
+def test_churn_that_makes_no_sense(wrong):
+    with pytest.raises(UserError, match="S_churn and S_noise must be 0 or more, and S_min at most S_max"):
+        gaussian_pipeline()(1, **wrong)
+
+
+def test_float_labels_are_for_networks_that_take_them(randomise):
+    unet = randomise(PatchUNet(**SMALL, num_classes=3)).float().eval()
+    pipeline = quiet(EDMPipeline(unet, EDMScheduler(sampler="renoise", sigma_max=3.0)))
+    with pytest.raises(UserError, match=r"class_labels of a PatchUNet are \(2,\) integers; got torch.float32"):
+        pipeline(2, class_labels=torch.eye(3)[:2])

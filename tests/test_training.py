@@ -339,6 +339,19 @@ def test_recipes_run_when_shrunk(recipe, tmp_path):
     assert load_student(tmp_path / "run")(2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
+@pytest.mark.parametrize("objective", ["diff_instruct", "amortized_score"])
+def test_calls_of_a_guided_teacher(objective, lab, watched, tmp_path):
+    """Guidance evaluates the teacher twice for each sample: what student.json reports is what its network was given."""
+    output = tmp_path / "run"
+    trainer = distill.make_trainer(load_config(DistillConfig, lab.config(objective, output), ["teacher.guidance_scale=1.5"]))
+    rows = [0]
+    trainer.objective.teacher.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    trainer.fit()
+    calls = read_info(output / "student", "student")["calls"]
+    assert calls == CALLS[objective] | {"teacher": 2 * CALLS[objective]["teacher"]}
+    assert calls["teacher"] == sum(rows)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("network", ["shared", "copy", TINY], ids=str)
 def test_where_a_posterior_starts(network, guidance_scale, lab, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipelines.analytic import GaussianMixture
-from pipelines.denoiser import Condition
+from pipelines.denoiser import Condition, null_rows
 from pipelines.images import ImageSet, to_unit
 
 
@@ -90,5 +90,6 @@ class Tensors:
 def without(condition: Condition, null: Condition, rows: Tensor) -> Condition:
     """The condition with `rows` (b,) bool replaced by the null condition; keys that it does not have stay."""
     return {
-        k: torch.where(rows.view(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) if k in null else v for k, v in condition.items()
+        k: torch.where(rows.view(-1, *[1] * (v.ndim - 1)), null_rows(null[k], v), v) if k in null else v
+        for k, v in condition.items()
     }

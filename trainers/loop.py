@@ -317,7 +317,7 @@ class Trainer:
 
     def _counting(self, role: str):
         def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.calls[role] += len(args[0])
+            self.calls[role] += len(args[0]) * getattr(module, "calls_per_sample", 1)  # two with guidance
 
         return count
 

@@ -34,6 +34,10 @@ class Churn:
     S_max: float = math.inf
     S_noise: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.S_churn < math.inf and 0 <= self.S_noise < math.inf and self.S_min <= self.S_max):
+            raise UserError(f"S_churn and S_noise must be 0 or more, and S_min at most S_max; got {self}")
+
     def gamma(self, sigma: Tensor, steps: int) -> float:
         return min(self.S_churn / steps, math.sqrt(2) - 1) if self.S_min <= sigma <= self.S_max else 0.0
 
@@ -142,8 +146,9 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
 
         batch_size: None for as many as there are class_labels, latents or generators, else 1.
         class_labels: (b,) integers, num_classes of them being the null label, or (b, num_classes) floats; None: the null label.
-        sigmas: the noise levels, descending, instead of the grid of num_inference_steps from sigma_max to sigma_min with rho
-        (None: the scheduler's own). S_churn, S_min, S_max, S_noise: stochasticity of the Heun sampler.
+        sigmas: the noise levels, descending, without the 0 that follows the last; each is moved to the nearest that the network
+        knows. Instead of the grid of num_inference_steps from sigma_max to sigma_min with rho (None: the scheduler's own).
+        S_churn, S_min, S_max, S_noise: stochasticity of the Heun sampler.
         latents: unit noise z (b, c, h, w) instead of a draw; generator: one, or one for each image, which then does not depend
         on the batch it is made in. output_type: "pil", "np" (b, h, w, c) in [0, 1] or "pt" (b, c, h, w) in [0, 1].
         """
@@ -160,6 +165,8 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             raise UserError("sigmas and num_inference_steps, sigma_min, sigma_max, rho exclude each other; give one grid")
         heun = self.scheduler.config.sampler == "heun"
         churn = Churn(S_churn, S_min, S_max, S_noise)
+        if guidance_scale != 1.0 and class_labels is None and config.num_classes:
+            raise UserError(f"guidance_scale={guidance_scale} needs class_labels: guidance needs a condition")
         if not heun and churn != Churn():
             raise UserError("S_churn, S_min, S_max and S_noise are for the 'heun' sampler; this scheduler's is 'renoise'")
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
@@ -175,7 +182,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             steps = self.scheduler.config.num_inference_steps if num_inference_steps is None else num_inference_steps
             grid = self.scheduler.sigmas(steps, sigma_min, sigma_max, rho)
         else:
-            grid = torch.tensor(sigmas, dtype=torch.float64)
+            grid = self.scheduler.given(sigmas)
         with self.progress_bar(total=len(grid)) as bar:
             if heun:
                 x0 = _heun(denoiser, z, grid.to(device), condition, churn, generator, bar)
@@ -190,14 +197,20 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _labels(self, class_labels: Tensor | list[int], b: int, device: torch.device) -> Tensor:
-        """ValueError for labels that are not one for each image and known to the network."""
+        """UserError for labels that are not one for each image and known to the network."""
         labels, n = torch.as_tensor(class_labels, device=device), self.unet.config.num_classes or 0
-        if labels.is_floating_point():
-            return labels  # whose shape the network checks
-        if labels.shape != (b,):
-            raise UserError(f"class_labels have shape {tuple(labels.shape)}; expected ({b},), one for each image")
         if not n:
             raise UserError("class_labels were given to an unconditional network (num_classes=0)")
+        if labels.is_floating_point():
+            if isinstance(self.unet, PatchUNet):
+                raise UserError(f"class_labels of a PatchUNet are ({b},) integers; got {labels.dtype}")
+            if labels.shape != (b, n) or not bool(labels.isfinite().all()):
+                raise UserError(
+                    f"class_labels have shape {tuple(labels.shape)}; expected ({b}, {n}) finite floats, or ({b},) integers"
+                )
+            return labels
+        if labels.shape != (b,):
+            raise UserError(f"class_labels have shape {tuple(labels.shape)}; expected ({b},), one for each image")
         if not bool(((labels >= 0) & (labels <= n)).all()):
             raise UserError(f"class_labels must be in [0, {n}], where {n} is the null label; got {labels.tolist()}")
         return labels.long()

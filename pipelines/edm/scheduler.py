@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -64,13 +67,42 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         c, known = self.config, self.preconditioner()
         given = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
         low, high, rho = (c[key] if value is None else value for key, value in given.items())
-        slack = 1 + 1e-6  # a bound that was read from a file may be rounded
-        if not known.sigma_range[0] / slack <= low <= high <= known.sigma_range[1] * slack:
+        if not (math.isfinite(rho) and rho > 0):
+            raise UserError(f"rho must be positive and finite, got {rho:g}")
+        if not (low <= high < math.inf and self._knows(low) and self._knows(high)):
             raise UserError(
-                f"sigma_min={low:g}, sigma_max={high:g} must be in order and within what {c.preconditioning} knows, "
+                f"sigma_min={low:g}, sigma_max={high:g} must be finite, in order and within what {c.preconditioning} knows, "
                 f"{known.sigma_range[0]:g} to {known.sigma_range[1]:g}"
             )
         points = num_inference_steps + (c.sampler == "renoise")
         ramp = torch.linspace(0, 1, points, dtype=torch.float64)[:num_inference_steps]
-        high, low = high ** (1 / rho), low ** (1 / rho)
-        return known.nearest((high + ramp * (low - high)) ** rho)
+        first, last = high ** (1 / rho), low ** (1 / rho)
+        grid = known.nearest((first + ramp * (last - first)) ** rho)
+        if not bool((grid > 0).all()):
+            raise UserError(f"sigma_min={low:g}: no step starts from sigma 0, which the last one reaches by itself; give more")
+        return grid
+
+    def given(self, sigmas: Sequence[float] | Tensor) -> Tensor:
+        """(n,) float64: the noise levels that a caller lists, each moved to the nearest that the network knows.
+
+        UserError unless they are finite, positive, descending and within the network's range.
+        """
+        grid = torch.as_tensor(sigmas, dtype=torch.float64)
+        low, high = self.preconditioner().sigma_range
+        shown = grid.tolist()
+        if grid.ndim != 1 or not len(grid):
+            raise UserError(f"sigmas must be a list of at least one noise level, got {shown}")
+        if shown[-1] == 0:
+            raise UserError(f"sigmas end with 0, which the last step reaches by itself; leave it out: {shown[:-1]}")
+        if not bool((grid.isfinite() & (grid > 0)).all()):
+            raise UserError(f"sigmas must be positive and finite, got {shown}")
+        if not bool((grid.diff() < 0).all()):
+            raise UserError(f"sigmas must descend, from the most noise to the least; got {shown}")
+        if not (self._knows(shown[0]) and self._knows(shown[-1])):
+            raise UserError(f"sigmas must be within what {self.config.preconditioning} knows, {low:g} to {high:g}; got {shown}")
+        return self.preconditioner().nearest(grid)
+
+    def _knows(self, sigma: float) -> bool:
+        low, high = self.preconditioner().sigma_range
+        slack = 1 + 1e-6  # a bound that was read from a file may be rounded
+        return low / slack <= sigma <= high * slack

@@ -34,6 +34,9 @@ from .vardiu import Noised, VarDiU
 COMPARED_AT_ONCE = 2**22  # numbers, of conditions
 
 
+NO_SIGNAL = 1e-10  # an alpha at which the weights of a pool differ by less than rounding
+
+
 class Pool(NamedTuple):
     """All student samples of the whole batch (B, c, h, w) and their conditions."""
 
@@ -163,8 +166,10 @@ def flat(value: Tensor) -> Tensor:
 
 def batch_mean(x_t: Tensor, level: Level, condition: Condition, pool: Pool) -> tuple[Tensor, Tensor]:
     """E[g(z) | x_t] over the pool's samples of x_t's condition: x_t (b, c, h, w) -> the same, effective sample size (b,)."""
-    # differences are squared one by one: the expanded square would lose, at low noise, the digits that weights are made of
-    distance = torch.cdist(flat(x_t / level.alpha), flat(pool.x0), compute_mode="donot_use_mm_for_euclid_dist")  # (b, B)
+    # differences are squared one by one: the expanded square would lose, at low noise, the digits that weights are made of.
+    # At alpha = 0, and where x_t / alpha could overflow, x_t says nothing of x0 and all weights are equal.
+    scale = torch.where(level.alpha > NO_SIGNAL, level.alpha, 1.0)
+    distance = torch.cdist(flat(x_t / scale), flat(pool.x0), compute_mode="donot_use_mm_for_euclid_dist")  # (b, B)
     log_v = -0.5 * (distance * (level.alpha / level.sigma).flatten(1)).square()
     for key, value in (condition or {}).items():
         log_v = log_v.masked_fill(~same_rows(flat(value), flat(pool.condition[key])), -torch.inf)

@@ -52,7 +52,8 @@ def energy_loss(
 def condition_vector(condition: Condition, num_classes: int) -> Tensor:
     """What a condition says, (b, n) of length 1 a row: SDXL's pooled text, else the mean over tokens; a class as one-hot."""
     if "class_labels" in condition:
-        return torch.nn.functional.one_hot(condition["class_labels"], num_classes).float()
+        labels = condition["class_labels"]
+        return labels.float() if labels.is_floating_point() else torch.nn.functional.one_hot(labels, num_classes).float()
     text = condition["text_embeds"] if "text_embeds" in condition else condition["encoder_hidden_states"].mean(1)
     return torch.nn.functional.normalize(text.float(), dim=1)
 
