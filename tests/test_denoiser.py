@@ -536,8 +536,8 @@ def test_given_sigmas_are_those_of_the_grid():
         scheduler = EDMScheduler(sampler=sampler)
         for given in ([5.0, 0.3], np.array([5.0, 0.3]), torch.tensor([5.0, 0.3], dtype=torch.float64), (5, 0.3)):
             assert scheduler.given(given).tolist() == [5.0, 0.3]
-    iddpm = EDMScheduler(preconditioning="iddpm", sigma_min=0.0064)
-    ramp = [(80 ** (1 / 7) + i / 5 * (0.0064 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(6)]
+    iddpm = EDMScheduler(preconditioning="iddpm", sigma_min=0.0065)
+    ramp = [(80 ** (1 / 7) + i / 5 * (0.0065 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(6)]
     assert_close(iddpm.given(ramp), iddpm.sigmas(6), rtol=0, atol=0)
     assert iddpm.given(ramp).tolist() != ramp
 

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from torchvision.utils import save_image
 
 from pipelines.edm import EDMPipeline
+from pipelines.errors import UserError
 from pipelines.noise import EDMSchedule, add_noise
 from pipelines.students import load_student
 from trainers import checkpoint, distill
@@ -24,6 +25,8 @@ from trainers.config_file import load_config, validate
 from trainers.draws import DrawSource
 from trainers.edm import EDMModels
 from trainers.ema import Ema, constant_decay
+from trainers.levels import sampler
+from trainers.objectives.base import sample_level
 from trainers.objectives.diff_instruct import DiffInstruct
 from trainers.setup import preview
 
@@ -305,3 +308,33 @@ def test_only_the_fake_score_sees_augmented_samples(configure):
         plain = copy.copy(objective)
         plain.fake_augment = 0.0
         assert_close(plain.student_loss(draw).loss, objective.student_loss(draw).loss, rtol=0, atol=0)
+
+
+# teacher, levels: what is said of them before anything is trained
+LEVELS_REFUSED = {
+    "ve above": ("ve_ncsnpp", {"name": "log_uniform", "low": 0.1, "high": 200.0}, "levels.high: 200 is outside the teacher's"),
+    "vp below": ("vp_ddpmpp", {"name": "log_uniform", "low": 1e-4, "high": 10.0}, "levels.low: 0.0001 is outside the teacher's"),
+    "timesteps": ("edm_ncsnpp", {"name": "uniform", "low": 20.0, "high": 980.0}, "levels: 94% of what uniform draws is outside"),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS_REFUSED)
+def test_levels_that_the_teacher_does_not_know(name, configure):
+    case, levels, message = LEVELS_REFUSED[name]
+    for section in ("levels", "fake_score"):
+        raw = yaml.safe_load(configure("diff_instruct", case).read_text())
+        (raw["objective"] if section == "levels" else raw["objective"]["fake_score"])["levels"] = levels
+        with pytest.raises(UserError) as caught:
+            EDMModels(DistillConfig.model_validate(raw))
+        assert str(caught.value).startswith(f"objective.{'' if section == 'levels' else 'fake_score.'}{message}")
+
+
+def test_an_iddpm_student_trains_at_levels_that_its_network_knows(configure):
+    """Levels between two of iDDPM's are moved for x_t as they are for what the network is told."""
+    config = load_config(DistillConfig, str(configure("vardiu_bound", "iddpm_adm")), [])
+    teacher, u = EDMModels(config).teacher, (torch.arange(200) + 0.5) / 200
+    level = sample_level(u, sampler(config.objective.levels, 20, teacher.schedule.t_range), 0.0, teacher.schedule)
+    known = teacher.preconditioner.levels
+    assert set(level.sigma.flatten().tolist()) <= set(known.tolist())
+    told = teacher.preconditioner.inputs(torch.zeros(200, 1, 1, 1), level)[1]
+    assert torch.equal(known[(999 - told).long()], level.sigma.flatten())

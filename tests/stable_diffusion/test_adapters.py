@@ -429,3 +429,53 @@ def test_sharded_weights_do_not_show(kind, base, inputs, fill, process_group):
     assert min(float(g.abs().max()) for g in results[0]) > 0
     for mine, theirs in zip(*results, strict=True):
         assert_close(theirs, mine, rtol=1e-9, atol=1e-12)
+
+
+# Read out in float32 ---------------------------------------------------------------------------------------------------------
+
+
+def read_by_hand(network: UNet2DConditionModel, features: Tensor) -> Tensor:
+    """The last convolution in float32, of what it was given."""
+    conv = last_layer(network)
+    return nn.functional.conv2d(features.float(), conv.weight.float(), conv.bias.float(), padding=1)
+
+
+@pytest.mark.parametrize("how", ["bfloat16 weights", "autocast"])
+@pytest.mark.parametrize("targets", [TARGETS, [*TARGETS, "conv_out"]], ids=["blocks", "conv_out too"])
+def test_a_read_out_is_not_rounded_to_bfloat16(how, targets, tiny, generator):
+    """x0 = (z - sigma out) / alpha at t = 999, where alpha is .068: rounding `out` to bfloat16 would show."""
+    network = UNet2DConditionModel.from_pretrained(tiny["sd15"], subfolder="unet")
+    shared = SharedNetwork(network.bfloat16() if how == "bfloat16 weights" else network)
+    role = shared.add_adapter("student", LoraConfig(r=RANK, lora_alpha=1.0, target_modules=targets))
+    schedule = VPSchedule(torch.linspace(0.99, 0.0047, 1000))  # Stable Diffusion's last: alpha = .068
+    x, t = torch.randn(B, 4, 8, 8, generator=generator), torch.full((B,), 999.0)
+    condition = {"encoder_hidden_states": torch.randn(B, TOKENS, 32, generator=generator)}
+    for name in (None, "student"):
+        denoiser = Denoiser(role if name else shared.teacher(), schedule, "epsilon", 1.0)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            x0 = denoiser(x, schedule.level(t), condition)
+            features = denoiser.network.features(x, t, **condition)
+        assert features.dtype == torch.bfloat16
+        out = read_by_hand(network, features)
+        alpha, sigma = 0.0047**0.5, (1 - 0.0047) ** 0.5
+        assert x0.dtype == torch.float32
+        assert_close(x0, (x - sigma * out) / alpha, rtol=0, atol=1e-3)
+        assert float((sigma * (out.bfloat16().float() - out) / alpha).abs().max()) > 1e-2  # what rounding would do
+
+
+@every_kind
+def test_reading_out_in_float32_changes_no_float32(kind, base, tiny, inputs):
+    """Bit for bit the stock network where nothing is half precision; the weights keep their dtype and their names."""
+    stock, x, t, condition = base(kind).float(), *inputs(kind)
+    shared = SharedNetwork(copy.deepcopy(stock))
+    x, condition = x.float(), {k: v.float() for k, v in condition.items()}
+    assert torch.equal(shared.teacher()(x, t, **condition), call(stock, x, t, condition))
+    assert torch.equal(Whole(copy.deepcopy(stock))(x, t, **condition), call(stock, x, t, condition))
+    half = SharedNetwork(copy.deepcopy(stock).bfloat16()).network
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.state_dict().keys() == stock.state_dict().keys()
+    copied = copy.deepcopy(half)
+    with torch.no_grad():
+        last_layer(copied).weight.zero_()
+    assert last_layer(half).weight.abs().sum() > 0
+    assert not (call(copied, x, t, condition) - last_layer(copied).bias.float().view(1, 4, 1, 1)).any()

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
-from trainers import distill
+from trainers import distill, train_teacher
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread")
 
@@ -62,6 +62,18 @@ SHARED = {"network": "shared", "warmup_updates": 0, "optimizer": {"lr": 1e-3}}
         ),
         ("vardiu", "data=", "data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples"),
         ("diff_instruct", "student.readout_t=1000", "the readout level t=1000 is outside the schedule's range [0.0, 999.0]"),
+        ("diff_instruct", "objective.levels.high=1500", "objective.levels.high: 1500 is outside the teacher's levels, 0 to 999"),
+        (
+            "diff_instruct",
+            "objective.fake_score.levels={name: log_normal}",
+            "objective.fake_score.levels.name: 'log_normal' draws noise levels sigma, for EDM teachers; this teacher's levels",
+        ),
+        ("vardiu", "objective.levels={name: log_uniform, low: 0.2, high: 3}", "objective.levels.low: 0.2 is no timestep"),
+        (
+            "varflow",
+            "objective.levels={name: karras, low: 0.002, high: 80}",
+            "objective.levels.name: 'karras' draws noise levels",
+        ),
         ("diff_instruct", "objective.fake_score.lora.targets=[to_q, nonsense]", "lora.targets: 'nonsense' fits no layer"),
         ("varflow", "objective.grids=[1, 3]", "objective.grids: [1, 3] must all divide the sides of the latents, (8, 8)"),
         ("vardiu", "compile=nonsense", "compile: no backend 'nonsense'; torch has "),
@@ -72,6 +84,32 @@ def test_what_is_not_for_stable_diffusion_is_refused(objective, override, messag
     config = recipe(objective)
     assert message in refusal(config, capsys, override)
     assert not (Path(config["output_dir"]) / "metrics.jsonl").exists()
+    if "levels" in override or "readout_t" in override:  # said before a prompt is encoded
+        assert not Path(config["output_dir"]).exists()
+
+
+def test_levels_of_a_teacher_trained_further(tiny, tmp_path, capsys):
+    """train_teacher on a Stable Diffusion pipeline takes timesteps too; a new EDM network sigmas."""
+    config = {"output_dir": str(tmp_path / "further"), "pipeline": str(tiny["sd15"]), "steps": 1, "batch_size": 2}
+    config |= {"data": {"name": "captions", "source": "parquet", "paths": ["x.parquet"]}, "optimizer": {"lr": 1e-3}}
+    config["levels"] = {"name": "log_normal"}
+    file = tmp_path / "further.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        train_teacher.main(["--config", str(file)])
+    assert "error: levels.name: 'log_normal' draws noise levels sigma, for EDM teachers" in capsys.readouterr().err
+    new = {
+        "output_dir": str(tmp_path / "new"),
+        "network": {"channels": 8},
+        "data": {"name": "digits"},
+        "steps": 1,
+        "batch_size": 2,
+    }
+    new |= {"optimizer": {"lr": 1e-3}, "levels": {"name": "uniform", "low": 20, "high": 980}}
+    file.write_text(yaml.safe_dump(new))
+    with pytest.raises(SystemExit):
+        train_teacher.main(["--config", str(file)])
+    assert "error: levels: 94% of what uniform draws is outside 0.002 to 80" in capsys.readouterr().err
 
 
 @pytest.fixture
