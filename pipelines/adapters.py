@@ -31,8 +31,8 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids")
 class Float32Conv2d(nn.Conv2d):
     """Computes in float32 (or wider) whatever the dtype of its weights and under autocast; for a network's last layer.
 
-    A student of Stable Diffusion reads out noise at t = 999, where alpha is .068: x0 = (x_t - sigma out) / alpha divides by it the
-    rounding of `out` to bfloat16, which is .02 of the latents' standard deviation then.
+    A student of Stable Diffusion reads out noise at t = 999, where alpha is .068: x0 = (x_t - sigma out) / alpha makes of the
+    rounding of `out` to bfloat16 an error of .02 latents' standard deviations.
     """
 
     def forward(self, x: Tensor) -> Tensor:
