@@ -41,6 +41,8 @@ class LogUniformLevels(Range):
 
 
 class LogNormalLevels(Strict):
+    """ln sigma ~ N(mean, std^2), cut off where the network knows no more (levels.py)."""
+
     name: Literal["log_normal"]
     mean: float = -1.2
     std: PositiveFloat = 1.2

@@ -71,8 +71,8 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
             raise UserError(f"rho must be positive and finite, got {rho:g}")
         if not (low <= high < math.inf and self._knows(low) and self._knows(high)):
             raise UserError(
-                f"sigma_min={low:g}, sigma_max={high:g} must be finite, in order and within what {c.preconditioning} knows, "
-                f"{known.sigma_range[0]:g} to {known.sigma_range[1]:g}"
+                f"sigma_min={low:g}, sigma_max={high:g} must be in order and within what {c.preconditioning} knows, "
+                f"{known.sigma_range[0]:g} to {known.sigma_range[1]:g}, and finite"
             )
         points = num_inference_steps + (c.sampler == "renoise")
         ramp = torch.linspace(0, 1, points, dtype=torch.float64)[:num_inference_steps]
