@@ -52,7 +52,7 @@ class EDMModels:
         self.teacher = self._denoiser(self.base.teacher(), guided=True)
         sigma_init = self._readout_level(2.5 if config.student.sigma_init is None else config.student.sigma_init)
         scheduler = EDMScheduler.from_config(
-            pipeline.scheduler.config, sigma_max=sigma_init, sampler="renoise", num_inference_steps=1
+            grid, sigma_min=min(grid.sigma_min, sigma_init), sigma_max=sigma_init, sampler="renoise", num_inference_steps=1
         )
         network = self._role("student", lora)
         self.pipeline = EDMPipeline(self.base.network if lora else network, scheduler)

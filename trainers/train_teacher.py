@@ -77,6 +77,13 @@ class NewEDM:
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
+        scheduler = EDMScheduler(
+            sigma_data=config.sigma_data,
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            num_inference_steps=config.sampling_steps,
+        )
+        scheduler.sigmas(config.sampling_steps)  # a grid that cannot be sampled is an error now
         levels.check_levels(config, EDMSchedule(0.0, math.inf), (config.sigma_min, config.sigma_max))
         self.examples = data = setup.load_data(config.data)
         self.latent_shape = data.shape
@@ -86,12 +93,6 @@ class NewEDM:
         if config.augment:
             shape["augment_dim"] = augment.DIM
         self.unet = setup.build_unet(config.network, config.seed, "teacher", size, **shape)
-        scheduler = EDMScheduler(
-            sigma_data=config.sigma_data,
-            sigma_min=config.sigma_min,
-            sigma_max=config.sigma_max,
-            num_inference_steps=config.sampling_steps,
-        )
         self.pipeline = EDMPipeline(self.unet, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.denoiser = self.pipeline.denoiser().train()

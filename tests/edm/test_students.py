@@ -338,3 +338,11 @@ def test_an_iddpm_student_trains_at_levels_that_its_network_knows(configure):
     assert set(level.sigma.flatten().tolist()) <= set(known.tolist())
     told = teacher.preconditioner.inputs(torch.zeros(200, 1, 1, 1), level)[1]
     assert torch.equal(known[(999 - told).long()], level.sigma.flatten())
+
+
+def test_a_readout_below_the_lowest_level_of_the_teachers_grid(configure):
+    """Within what the network knows: the student's own grid is that one level."""
+    raw = yaml.safe_load(configure("diff_instruct").read_text())
+    raw["student"]["sigma_init"] = 0.001
+    models = EDMModels(DistillConfig.model_validate(raw))
+    assert models.pipeline.scheduler.sigmas(1).tolist() == [pytest.approx(0.001)]

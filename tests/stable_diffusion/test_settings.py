@@ -110,6 +110,10 @@ def test_levels_of_a_teacher_trained_further(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_teacher.main(["--config", str(file)])
     assert "error: levels: 94% of what uniform draws is outside 0.002 to 80" in capsys.readouterr().err
+    file.write_text(yaml.safe_dump(new | {"levels": {"name": "log_normal"}, "sigma_min": 90.0}))  # said when it was sampled, once
+    with pytest.raises(SystemExit):
+        train_teacher.main(["--config", str(file)])
+    assert "error: sigma_min=90, sigma_max=80 must be in order" in capsys.readouterr().err
 
 
 @pytest.fixture
