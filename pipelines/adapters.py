@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,33 +28,35 @@ from .errors import UserError
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 
-class Float32Conv2d(nn.Conv2d):
-    """Computes in float32 (or wider) whatever the dtype of its weights and under autocast; for a network's last layer.
+@contextmanager
+def in_float32(layer: nn.Conv2d) -> Iterator[None]:
+    """Inside, a last convolution computes in float32 (or wider) whatever the dtype of its weights, and under autocast.
 
     A student of Stable Diffusion reads out noise at t = 999, where alpha is .068: x0 = (x_t - sigma out) / alpha makes of the
     rounding of `out` to bfloat16 an error of .02 latents' standard deviations.
     """
+    if type(layer) is not nn.Conv2d:  # a network of points has a matrix product of its own
+        yield
+        return
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias)
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            return layer._conv_forward(x.to(dtype), layer.weight.to(dtype), bias)
 
-
-def read_out_in_float32(network: nn.Module) -> nn.Module:
-    """The network, whose last convolution is a Float32Conv2d from here on: the same layer, weights and names."""
-    last = last_layer(network)
-    if type(last) is nn.Conv2d:  # a network of points has a matrix product of its own
-        last.__class__ = Float32Conv2d
-    return network
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 class SharedNetwork:
     """A frozen diffusers network in eval mode (students and scores are functions of their input: no dropout) and its adapters."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = read_out_in_float32(network).requires_grad_(False).eval()
+        self.network = network.requires_grad_(False).eval()
         self.active: str | None = None
         self.sharded = self.checkpointing = False
         self._layers: list[BaseTunerLayer] = []
@@ -166,10 +168,14 @@ class Whole(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = read_out_in_float32(network)
+        self.network = network
 
     def forward(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
         return call(self.network, sample, timestep, condition)
+
+    def reading_out(self) -> AbstractContextManager[None]:
+        """Inside, what the network puts out is not rounded below float32: for a denoiser, which may divide it by alpha."""
+        return in_float32(last_layer(self.network))
 
 
 class Role(nn.Module):
@@ -196,6 +202,10 @@ class Role(nn.Module):
             if return_features:
                 return output(network, sample, timestep, condition, return_features=True)
             return call(network, sample, timestep, condition)
+
+    def reading_out(self) -> AbstractContextManager[None]:
+        """See Whole.reading_out."""
+        return in_float32(last_layer(self.shared.network))
 
     def features(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
         """What the network's last convolution reads, (b, channels, h, w)."""
@@ -227,12 +237,14 @@ class AdapterHead(nn.Module):
         super().__init__()
         self.role, self.out_channels = role, out_channels
         last = last_layer(role.shared.network)
-        self.conv_out = Float32Conv2d(last.in_channels, out_channels, last.kernel_size, padding=last.padding)
+        self.conv_out = nn.Conv2d(last.in_channels, out_channels, last.kernel_size, padding=last.padding)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
-        return self.conv_out(self.role.features(sample, timestep, **condition).to(self.conv_out.weight.dtype))
+        features = self.role.features(sample, timestep, **condition).to(self.conv_out.weight.dtype)
+        with in_float32(self.conv_out):
+            return self.conv_out(features)
 
 
 def whole_copy(network: nn.Module) -> nn.Module:

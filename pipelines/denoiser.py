@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -81,7 +82,8 @@ class Denoiser(nn.Module):
         return self.preconditioner.x0(out, x_t, level), features
 
     def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> tuple[Tensor, Any]:
-        out = self.network(x, time, **options)
+        with getattr(self.network, "reading_out", nullcontext)():  # those that can put out float32 in half precision
+            out = self.network(x, time, **options)
         features = getattr(out, "features", None)
         out = getattr(out, "sample", out)
         return out.to(torch.promote_types(out.dtype, torch.float32)), features  # autocast may hand back half precision

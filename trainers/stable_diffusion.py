@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipelines import stable_diffusion as sd
-from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer, read_out_in_float32, whole_copy
+from pipelines.adapters import AdapterHead, SharedNetwork, Whole, in_float32, last_layer, whole_copy
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator, check_readout
 from pipelines.errors import UserError
 from pipelines.students import save_stable_diffusion
@@ -156,7 +156,7 @@ class TextUNet(nn.Module):
 
     def __init__(self, network: UNet2DConditionModel) -> None:
         super().__init__()
-        self.network, self.out_channels = read_out_in_float32(network), network.config.out_channels
+        self.network, self.out_channels = network, network.config.out_channels
 
     @property
     def conv_out(self) -> nn.Conv2d:
@@ -166,7 +166,8 @@ class TextUNet(nn.Module):
         self.network.enable_gradient_checkpointing()
 
     def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor, **condition: Tensor) -> Tensor:
-        return self.network(x_t, t, encoder_hidden_states.to(x_t.dtype)).sample
+        with in_float32(self.network.conv_out):
+            return self.network(x_t, t, encoder_hidden_states.to(x_t.dtype)).sample
 
 
 def small_unet(network: Network, base: nn.Module, shape: tuple[int, int, int], out_channels: int, seed: int) -> TextUNet:
