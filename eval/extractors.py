@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
+from pipelines.identity import config_settings, processor_settings, tokenizer_sha256
 
 from .weights import OPEN_CLIP, Found
 
 SIDE = 299  # what Inception sees
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 INPUTS = {
     "clean": "bicubic with antialiasing to 299, not rounded (clean-fid)",
     "legacy_tensorflow": "TensorFlow 1's bilinear resize inside the network (EDM, StyleGAN)",
@@ -40,7 +42,7 @@ class Extractor(Protocol):
         """uint8 (b, 3, h, w), b captions -> float32 (b, columns) for each output."""
 
     def describe(self) -> dict[str, Any]:
-        """What identifies these features: file, sha256, input."""
+        """What identifies these features: file, sha256, input, and settings where the weights do not say all."""
 
 
 @contextmanager
@@ -172,7 +174,8 @@ class DinoV2:
             return {"features": self.net((x - mean) / std).pooler_output}
 
     def describe(self) -> dict[str, Any]:
-        return {"network": "dinov2", "input": "bicubic with antialiasing to 224, rounded", **self.weights.describe()}
+        facts = {"network": "dinov2", "input": "bicubic with antialiasing to 224, rounded", **self.weights.describe()}
+        return facts | {"settings": config_settings(self.net.config)}
 
 
 class Aesthetic(nn.Module):
@@ -238,8 +241,11 @@ class Clip:
 
     def describe(self) -> dict[str, Any]:
         facts = {"network": self.name, "input": f"{self.net.input} of the {self.view}", **self.weights.describe()}
+        if settings := self.net.settings():
+            facts |= {"settings": settings, "published": facts["published"] and self.net.as_published}
         if "cosine" in self.outputs:
             facts |= {"prefix": self.prefix, "scale": 1.0, "longest_text": self.net.longest}
+            facts |= {"tokenizer": found} if (found := self.net.tokenizer_sha256()) else {}
         if self.aesthetic_weights is not None:
             facts["aesthetic"] = self.aesthetic_weights.describe()
         return facts
@@ -258,6 +264,19 @@ class _Transformers:
         self.input = type(self.processor).__name__
         self.device, self.dim = device, self.net.config.projection_dim
         self.longest = self.net.config.text_config.max_position_embeddings
+
+    @property
+    def as_published(self) -> bool:
+        """Whether activation and colours are those of OpenAI's models."""
+        config, mine = self.net.config, self.processor
+        colours = (tuple(mine.image_mean), tuple(mine.image_std)) == (CLIP_MEAN, CLIP_STD)
+        return colours and config.text_config.hidden_act == config.vision_config.hidden_act == "quick_gelu"
+
+    def settings(self) -> dict[str, Any]:
+        return config_settings(self.net.config) | processor_settings(self.processor)
+
+    def tokenizer_sha256(self) -> str:
+        return tokenizer_sha256(self.tokenizer)
 
     def images(self, images: Tensor) -> Tensor:
         x = self.processor(list(images), return_tensors="pt", device=self.device)["pixel_values"]
@@ -288,6 +307,12 @@ class _OpenClip:
         self.tokenizer = open_clip.get_tokenizer(model)
         self.device, self.longest = device, self.tokenizer.context_length
         self.dim = self.texts([""]).shape[1]
+
+    def settings(self) -> dict[str, Any]:
+        return {}  # all by the model's name
+
+    def tokenizer_sha256(self) -> None:
+        return None
 
     def images(self, images: Tensor) -> Tensor:
         from torchvision.transforms.functional import to_pil_image

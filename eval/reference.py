@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
+from pipelines.identity import differences
 
 from .extractors import Extractor
 from .files import write_atomically
@@ -29,7 +30,7 @@ from .protocols import Protocol
 from .weights import sha256
 
 FORMAT = 1
-IDENTITY = ("network", "input", "sha256")  # of an extractor, what features depend on
+IDENTITY = ("network", "input", "sha256", "settings")  # of an extractor, what features depend on
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def of_images(gathered: Gathered, protocol: Protocol, images: dict[str, Any], ex
 
 
 def save(reference: Reference, folder: Path) -> None:
-    """reference.json is written last: where it is, all is."""
+    """reference.json is written last: where it is, all is. That of an earlier reference goes first, since its statistics do."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "reference.json").unlink(missing_ok=True)
     for key, (mean, cov) in reference.moments.items():
         arrays = {"mu": mean.numpy(), "sigma": cov.numpy(), "n": np.int64(reference.facts["images"]["n"])}
         if key in reference.rows:
@@ -144,6 +146,9 @@ def load(
             raise UserError(f"{source} has no statistics of {key}, only of {', '.join(known[1])}; make it with these --metrics")
         for part in IDENTITY:
             if theirs.get(part) != mine.get(part):
+                if isinstance(mine.get(part), dict):
+                    faults = "; ".join(differences(theirs.get(part) or {}, mine[part]))
+                    raise UserError(f"{source}: {part} of {key} are others there: {faults}; make it again")
                 raise UserError(
                     f"{source}: {part} of {key} is {theirs.get(part)!r} there and {mine.get(part)!r} here; make it again"
                 )

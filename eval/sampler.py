@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 
 from pipelines.edm import EDMPipeline, PointNet
 from pipelines.errors import UserError
+from pipelines.identity import pipeline_identity, tokens_identity
 from pipelines.stable_diffusion import read_index
 from pipelines.students import load_student, read_info
 
@@ -25,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Sampler:
-    """pipe with the arguments of its calls; facts: what identifies the model, for reports and for resuming.
+    """pipe with the arguments of its calls; facts: where the model came from, for reports.
 
     takes: "prompt", "class_labels" or "nothing".
     """
@@ -56,6 +57,15 @@ class Sampler:
         if not bool(torch.isfinite(images).all()):
             raise UserError(f"the pipeline made NaN or infinite pixels for images {list(indices)}; try --dtype float32")
         return (images.permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def identity(self, captions: Sequence[str] | None) -> dict[str, Any]:
+        """What images depend on besides their numbers and seeds, part by part (pipelines.identity)."""
+        unused = {"vae": ("encoder.", "quant_conv.")} if isinstance(getattr(self.pipe, "vae", None), AutoencoderKL) else {}
+        found = pipeline_identity(self.pipe, left_out=unused) | {f"call.{key}": value for key, value in self.call.items()}
+        found |= {"dtype": self.facts.get("dtype"), "device": self.pipe.device.type}
+        if getattr(self.pipe, "watermark", None) is not None:
+            found["watermark"] = True
+        return found | (tokens_identity(self.pipe, captions) if captions is not None else {})
 
     def describe(self) -> dict[str, Any]:
         return self.facts | {

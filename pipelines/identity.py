@@ -40,15 +40,37 @@ def weights_sha256(modules: Mapping[str, nn.Module | None], left_out: tuple[str,
 
 def settings_of(component: Any) -> dict[str, Any]:
     """Class and settings of a network or scheduler of diffusers or transformers, without defaults and what has no effect."""
-    config = component.config
-    if hasattr(config, "to_dict"):  # transformers
-        given, defaults = config.to_dict(), type(config)().to_dict()
-    else:
-        given = config
-        defaults = {k: p.default for k, p in inspect.signature(type(component).__init__).parameters.items()}
-    changed = {k: v for k, v in given.items() if k in defaults and _plain(v) != _plain(defaults[k])}
-    kept = {k: _plain(v) for k, v in changed.items() if not k.startswith("_") and k not in NO_EFFECT}
-    return {"class": type(component).__name__} | kept
+    if hasattr(component.config, "to_dict"):
+        return {"class": type(component).__name__} | config_settings(component.config)
+    defaults = {k: p.default for k, p in inspect.signature(type(component).__init__).parameters.items()}
+    return {"class": type(component).__name__} | _changed(component.config, defaults)
+
+
+def config_settings(config: Any) -> dict[str, Any]:
+    """Settings of a configuration of transformers; those of one inside another under its name."""
+    inner = {k: v for k, v in vars(config).items() if hasattr(v, "to_dict")}
+    given = {k: v for k, v in config.to_dict().items() if k not in inner}
+    try:
+        defaults = type(config)().to_dict()
+    except (TypeError, ValueError):  # one that cannot be made of nothing
+        defaults = dict.fromkeys(given)
+    found = _changed(given, defaults)
+    for name, part in inner.items():
+        found |= _under(name, config_settings(part))
+    return found
+
+
+def processor_settings(processor: Any) -> dict[str, Any]:
+    """How an image processor of transformers makes tensors of images."""
+    return {k: _plain(v) for k, v in processor.to_dict().items() if k.startswith(("do_", "size", "crop", "image_", "resa", "resc"))}
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Of its rules and vocabulary, where there are no texts to try it on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    rules = {k: v for k, v in rules.items() if k not in ("truncation", "padding")}  # left over from the last call
+    return sha256_of([rules, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id])
 
 
 def network_identity(name: str, module: nn.Module, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -84,13 +106,20 @@ def tokens_identity(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def pipeline_identity(
-    pipe: Any, networks: Iterable[str] | None = None, scheduler: bool = True, call: bool = True
+    pipe: Any,
+    networks: Iterable[str] | None = None,
+    scheduler: bool = True,
+    call: bool = True,
+    left_out: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, Any]:
-    """Networks (names; None: all that the pipeline has), its scheduler, and, where it is called as a whole, what it itself is told."""
+    """Networks (names; None: all that the pipeline has), its scheduler, and, where it is called as a whole, what it itself is told.
+
+    left_out: see network_identity, by network.
+    """
     found: dict[str, Any] = {"pipeline": type(pipe).__name__}
     for name, component in sorted(pipe.components.items()):
         if isinstance(component, nn.Module) and (networks is None or name in networks):
-            found |= network_identity(name, component)
+            found |= network_identity(name, component, (left_out or {}).get(name, ()))
     if scheduler:
         found |= scheduler_identity(pipe.scheduler)
     if call:
@@ -107,6 +136,11 @@ def differences(found: Mapping[str, Any], needed: Mapping[str, Any], causes: Map
     different = [k for k in sorted(found.keys() | needed.keys()) if found.get(k) != _plain(needed.get(k))]
     caused = {k for k in different for end, cause in (causes or {}).items() if k.endswith(end) and k != cause and cause in different}
     return [_phrase(k, found.get(k), _plain(needed.get(k))) for k in different if k not in caused]
+
+
+def _changed(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {k: v for k, v in given.items() if k in defaults and _plain(v) != _plain(defaults[k])}
+    return {k: _plain(v) for k, v in changed.items() if not k.startswith("_") and k not in NO_EFFECT}
 
 
 def _phrase(key: str, found: Any, needed: Any) -> str:
