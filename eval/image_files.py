@@ -99,7 +99,7 @@ class ImageFiles(Dataset):
         return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
 
     def identity(self) -> dict[str, Any]:
-        """n and a sha256 over contents in their order, so that a copy elsewhere, under other names or in a zip is the same set."""
+        """n and a sha256 over contents in their order: a copy elsewhere, under other names or in a zip is the same set."""
         digest = hashlib.sha256()
         for i in range(len(self)):
             file = self._file(i)

@@ -1,7 +1,7 @@
-"""The one way to the `datasets` library: local files are read anew where their content has changed, and its many errors become one.
+"""The one way to the `datasets` library: files are read anew where their content has changed, and its many errors become one.
 
-That library keeps what it has read under the paths and times of the files; a file that was replaced by one of the same time (a copy
-that keeps times, an archive unpacked, a link turned) would be taken for the old one. Here its cache is kept under the contents.
+That library keeps what it has read under the paths and times of the files; a file that was replaced by one of the same time (a
+copy that keeps times, an archive unpacked) would be taken for the old one. Here its cache is kept under the contents.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import UserError
 
 
 def load_files(kind: str, files: Sequence[str | Path], fault: str) -> Any:
-    """`datasets.Dataset` of local files. kind: "parquet", "webdataset", ... UserError starting with `fault` for what it cannot read."""
+    """`datasets.Dataset` of local files. kind: "parquet", "webdataset", ...; UserError starts with `fault`."""
     named = [str(f) for f in files]
     return _load(kind, fault, data_files=named, split="train", cache_dir=_cache_of(named))
 

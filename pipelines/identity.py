@@ -62,7 +62,9 @@ def config_settings(config: Any) -> dict[str, Any]:
 
 def processor_settings(processor: Any) -> dict[str, Any]:
     """How an image processor of transformers makes tensors of images."""
-    return {k: _plain(v) for k, v in processor.to_dict().items() if k.startswith(("do_", "size", "crop", "image_", "resa", "resc"))}
+    return {
+        k: _plain(v) for k, v in processor.to_dict().items() if k.startswith(("do_", "size", "crop", "image_", "resa", "resc"))
+    }
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
@@ -134,7 +136,9 @@ def differences(found: Mapping[str, Any], needed: Mapping[str, Any], causes: Map
     causes: {end of a key: key}; where the latter differs, the former differs by it and is not said.
     """
     different = [k for k in sorted(found.keys() | needed.keys()) if found.get(k) != _plain(needed.get(k))]
-    caused = {k for k in different for end, cause in (causes or {}).items() if k.endswith(end) and k != cause and cause in different}
+    caused = {
+        k for k in different for end, cause in (causes or {}).items() if k.endswith(end) and k != cause and cause in different
+    }
     return [_phrase(k, found.get(k), _plain(needed.get(k))) for k in different if k not in caused]
 
 

@@ -11,9 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
+
+from trainers.config import DistillConfig
+from trainers.config_file import load_config
 
 # `accelerate launch` with its defaults spelled out, so that it has nothing to warn about
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -45,8 +49,12 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        info = self.folder / "student" / "student.json"
-        return info.is_file() and json.loads(info.read_text())["steps"] == self.steps
+        """Whether this very run has come to its end: all steps, with these settings."""
+        info, made_with = self.folder / "student" / "student.json", self.folder / "config.yaml"
+        if not (info.is_file() and made_with.is_file() and json.loads(info.read_text())["steps"] == self.steps):
+            return False
+        wanted = load_config(DistillConfig, str(self.config), self.command[self.command.index("--config") + 2 :])
+        return _settings(yaml.safe_load(made_with.read_text())) == _settings(wanted.model_dump(mode="json"))
 
     def start(self, threads: int) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +77,23 @@ class Job:
             tail = "".join(self.log.read_text().splitlines(keepends=True)[-15:])
             raise RuntimeError(f"{self.name} failed with exit status {code}; the end of {self.log}:\n{tail}")
         return True
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a run, but for where it lies and how it was started."""
+    return {key: value for key, value in config.items() if key not in ("output_dir", "resume")}
+
+
+def kept(file: Path, identity: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """What `make` returns, a JSON value, kept in a file together with all that it depends on; made again where that differs."""
+    identity = json.loads(json.dumps(identity))
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        if isinstance(stored, dict) and stored.get("identity") == identity:
+            return stored["value"]
+    value = make()
+    file.write_text(json.dumps({"identity": identity, "value": value}))
+    return value
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -363,7 +363,10 @@ def encoded_images(recipe, tmp_path: Path, kind: str = "sdxl") -> dict:
         (other_settings("vae/config.json", scaling_factor=0.13025), ["vae.scaling_factor is not set, needed 0.13025"]),
         (other_settings("vae/config.json", shift_factor=0.1), ["vae.shift_factor is not set, needed 0.1"]),
         (other_settings("vae/config.json", act_fn="relu"), ["vae.act_fn is not set, needed 'relu'"]),
-        (other_settings("text_encoder_2/config.json", hidden_act="gelu"), ["text_encoder_2.hidden_act is not set, needed 'gelu'"]),
+        (
+            other_settings("text_encoder_2/config.json", hidden_act="gelu"),
+            ["text_encoder_2.hidden_act is not set, needed 'gelu'"],
+        ),
         (other_weights("vae:encoder"), ["vae.weights differ"]),
         (other_weights("vae:quant_conv"), ["vae.weights differ"]),
     ],

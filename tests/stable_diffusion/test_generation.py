@@ -96,7 +96,10 @@ def other_lora(model: Path) -> None:
     ("change", "said"),
     [
         (lambda m: changed(m, "vae/config.json", scaling_factor=0.13), "vae.scaling_factor is not set, needed 0.13"),
-        (lambda m: changed(m, "text_encoder/config.json", hidden_act="gelu"), "text_encoder.hidden_act is not set, needed 'gelu'"),
+        (
+            lambda m: changed(m, "text_encoder/config.json", hidden_act="gelu"),
+            "text_encoder.hidden_act is not set, needed 'gelu'",
+        ),
         (
             lambda m: changed(m, "tokenizer/tokenizer_config.json", model_max_length=60),
             "tokenizer.model_max_length is 77, needed 60",
