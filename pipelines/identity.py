@@ -1,7 +1,7 @@
 """What something stored depends on: hashes of weights and texts, settings by name. Equal identities mean equal results.
 
-An identity is a flat dict of JSON values: `{"vae.weights": sha256, "vae.scaling_factor": 0.13, ...}`. It holds what changes a result
-and nothing else: no paths, no times, no names of files, no version that wrote them, no setting that is at its default.
+An identity is a flat dict of JSON values: `{"vae.weights": sha256, "vae.scaling_factor": 0.13, ...}`. It holds what changes a
+result and nothing else: no paths, no times, no names of files, no version that wrote them, no setting that is at its default.
 """
 
 from __future__ import annotations
@@ -62,9 +62,8 @@ def config_settings(config: Any) -> dict[str, Any]:
 
 def processor_settings(processor: Any) -> dict[str, Any]:
     """How an image processor of transformers makes tensors of images."""
-    return {
-        k: _plain(v) for k, v in processor.to_dict().items() if k.startswith(("do_", "size", "crop", "image_", "resa", "resc"))
-    }
+    kept = ("do_", "size", "crop", "image_mean", "image_std", "resample", "rescale")
+    return {k: _plain(v) for k, v in processor.to_dict().items() if k.startswith(kept)}
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
@@ -114,7 +113,7 @@ def pipeline_identity(
     call: bool = True,
     left_out: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, Any]:
-    """Networks (names; None: all that the pipeline has), its scheduler, and, where it is called as a whole, what it itself is told.
+    """Networks (names; None: all), the scheduler, and, where the pipeline is called as a whole, what it itself is told.
 
     left_out: see network_identity, by network.
     """
@@ -136,9 +135,8 @@ def differences(found: Mapping[str, Any], needed: Mapping[str, Any], causes: Map
     causes: {end of a key: key}; where the latter differs, the former differs by it and is not said.
     """
     different = [k for k in sorted(found.keys() | needed.keys()) if found.get(k) != _plain(needed.get(k))]
-    caused = {
-        k for k in different for end, cause in (causes or {}).items() if k.endswith(end) and k != cause and cause in different
-    }
+    active = tuple(end for end, cause in (causes or {}).items() if cause in different)
+    caused = {k for k in different if k.endswith(active)}
     return [_phrase(k, found.get(k), _plain(needed.get(k))) for k in different if k not in caused]
 
 

@@ -123,7 +123,7 @@ def test_what_the_library_says_of_a_folder_is_the_users_to_mend(name, split, rea
 def test_a_hub_that_cannot_be_asked_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="^data.id: cannot read 'nobody/nothing': "):
+    with pytest.raises(UserError, match=r"^data.id: cannot read 'nobody/nothing': "):
         load_hub("nobody/nothing", "train", "image", None, 8, 3)
 
 

@@ -136,7 +136,7 @@ def test_other_images_in_the_folder_are_refused(change, edm, tmp_path):
     call = {"indices": range(3), "seed": 0, "batch_size": 2, "exact": True}
     generate(sampler, tmp_path / "x", **call)
     with pytest.raises(
-        ValueError, match=r"x holds images made otherwise: (seed is 0, needed 1|first is|batch_size is 1, needed 4)"
+        ValueError, match=r"x holds images made otherwise: (seed is 0|first is 0|batch_size is 1), needed"
     ):
         generate(sampler, tmp_path / "x", **{**call, **change})
     with pytest.raises(ValueError, match=r"otherwise: call.num_inference_steps is 1, needed 2; name another --output"):
