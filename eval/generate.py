@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pipelines.errors import UserError
 from pipelines.identity import differences, sha256_of
+from pipelines.reading import read_json
 
 from .files import write_atomically
 from .sampler import Sampler
@@ -85,11 +86,8 @@ def _claim(folder: Path, manifest: dict[str, Any], model: dict[str, Any], first:
     file = folder / "generation.json"
     remedy = "name another --output or remove them"
     if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            found = {key: value for key, value in found.items() if key != "model"}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({error}), so what made the images beside it is unknown; {remedy}") from error
+        found = read_json(file, f"what made the images beside it is unknown: {remedy}")
+        found.pop("model", None)
         if "format" not in found:
             raise UserError(f"{folder} holds images of an earlier version, which did not note all they depend on; {remedy}")
         if faults := differences(found, manifest, CAUSES):

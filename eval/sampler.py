@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 
 from pipelines.edm import EDMPipeline, PointNet
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
 from pipelines.identity import pipeline_identity, tokens_identity
+from pipelines.reading import loading
 from pipelines.stable_diffusion import read_index
 from pipelines.students import load_student, read_info
 
@@ -114,26 +115,29 @@ def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> Diffusio
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"--model: {model!r} has no model_index.json, student.json, student/ or teacher/ in it")
     source = str(folder) if folder.is_dir() else model
-    try:
-        index = read_index(source)
+    with loading(f"--model: {shown(model, 300)} cannot be loaded"):
+        index = _index(source)
         kind = EDMPipeline if index.get("_class_name") == "EDMPipeline" else DiffusionPipeline
         if kind is DiffusionPipeline and "requires_safety_checker" in index:  # it would blacken images
             kwargs = kwargs | {"safety_checker": None, "requires_safety_checker": False}
         return kind.from_pretrained(source, use_safetensors=True, **kwargs)
+
+
+def _index(source: str) -> dict[str, Any]:
+    try:
+        return read_index(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--model: {error}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except UserError as error:
+        raise UserError(f"--model: {error}") from error
 
 
 def _load_lora(pipe: DiffusionPipeline, lora: str) -> None:
     """Any LoRA file that diffusers reads; a scheduler stored beside it comes with it."""
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"--lora: a {type(pipe).__name__} takes no LoRA")
-    try:
+    with loading(f"--lora: {shown(lora, 300)} cannot be loaded"):
         pipe.load_lora_weights(lora)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--lora: {lora!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _takes(pipe: DiffusionPipeline) -> str:

@@ -24,6 +24,12 @@ def printable(text: str, longest: int = LONGEST) -> str:
     return safe if len(text) <= longest else f"{safe[:longest]}... ({len(text) - longest} more characters)"
 
 
+def shown(value: object, longest: int = 80) -> str:
+    """A value in a message: its repr, cut where it is long."""
+    text = repr(value)
+    return printable(text if len(text) <= longest else f"{text[:longest]}...")
+
+
 def message(error: BaseException) -> str:
     """What a command prints of an error. An OSError of the system is its file and reason, without errno."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

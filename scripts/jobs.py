@@ -16,12 +16,18 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from pipelines.errors import USER_ERRORS, UserError
+from pipelines.launch import fail
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
 
 # `accelerate launch` with its defaults spelled out, so that it has nothing to warn about
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+
+
+class PartError(UserError):
+    """A command that this one has started did not end well; its own words are in the message, or were printed."""
 
 
 @dataclass
@@ -63,7 +69,7 @@ class Job:
         self.bar.set_postfix_str("warming up")
 
     def refresh(self) -> bool:
-        """Move the bar; True once the process has ended well. RuntimeError with the log's tail if it failed."""
+        """Move the bar; True once the process has ended well. PartError with the log's tail if it failed."""
         timings = self.folder / "timings.jsonl"
         lines = [line for line in timings.read_text().split("\n")[:-1] if line] if timings.exists() else []
         if lines:
@@ -75,7 +81,7 @@ class Job:
             return False
         if code:
             tail = "".join(self.log.read_text().splitlines(keepends=True)[-15:])
-            raise RuntimeError(f"{self.name} failed with exit status {code}; the end of {self.log}:\n{tail}")
+            raise PartError(f"{self.name} failed with exit status {code}; the end of {self.log}:\n{tail}")
         return True
 
 
@@ -117,14 +123,14 @@ def run(command: list[str], threads: int) -> None:
 def run_all(jobs: list[Job], workers: int, threads: int, keep_going: bool = False) -> dict[str, str]:
     """All jobs, at most `workers` at a time; those that are done already are left alone.
 
-    RuntimeError at the first that fails, or, with keep_going, the name and the error of each that did.
+    PartError at the first that fails, or, with keep_going, the name and the error of each that did.
     """
     waiting, running, failed = [job for job in jobs if not job.is_done], [], {}
 
     def is_over(job: Job) -> bool:
         try:
             return job.refresh()
-        except RuntimeError as error:
+        except PartError as error:
             if not keep_going:
                 raise
             failed[job.name] = str(error)
@@ -152,10 +158,12 @@ def run_all(jobs: list[Job], workers: int, threads: int, keep_going: bool = Fals
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run a script that can be continued: Ctrl-C and a failed part end it with one line instead of a traceback."""
+    """Run a script that can be continued: Ctrl-C, a failed part and what a user can mend end it with one message."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("\nStopped. The same command goes on from the last checkpoints.")
-    except (subprocess.CalledProcessError, RuntimeError) as error:
-        sys.exit(f"\nerror: {error}")
+    except subprocess.CalledProcessError as error:  # it has said why
+        fail(PartError(f"{shlex.join(map(str, error.cmd))} ended with exit status {error.returncode}"), "\nerror")
+    except USER_ERRORS as error:
+        fail(error, "\nerror")

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.errors import UserError
 from pipelines.identity import weights_sha256
 from trainers.data import Tensors, without
 from trainers.draws import DrawSource
@@ -278,7 +279,7 @@ def test_two_processes_both_refuse(tmp_path, whole):
 def test_an_identity_that_is_missing_or_damaged_is_refused(tmp_path, whole):
     folder = tmp_path / "whole"
     (folder / "identity.json").write_text("{")
-    with pytest.raises(CacheError, match=rf"identity.json' is not valid JSON \(.*\); remove the cache '{folder}'"):
+    with pytest.raises(UserError, match=rf"identity.json' is not valid JSON \(.*\); remove the cache '{folder}'"):
         make(folder)
     (folder / "identity.json").unlink()
     with pytest.raises(
@@ -297,7 +298,7 @@ def test_a_cache_of_an_earlier_version_is_told_apart(tmp_path, whole):
     with pytest.raises(CacheError, match=r"was made by an earlier version, .*\. Name another folder in data.cache, or remove"):
         make(folder)
     (folder / "identity.json").write_text("[]")
-    with pytest.raises(CacheError, match=r"identity.json' holds no object"):
+    with pytest.raises(UserError, match=r"identity.json' holds a list, expected an object"):
         make(folder)
 
 

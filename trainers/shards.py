@@ -26,6 +26,7 @@ from tqdm import tqdm
 from pipelines.denoiser import Condition
 from pipelines.errors import UserError
 from pipelines.identity import differences
+from pipelines.reading import read_json
 
 from .setup import write_text
 
@@ -91,12 +92,7 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         if folder.is_dir() and any(folder.glob("shard_*")):
             raise CacheError(f"cache {str(folder)!r} has no identity.json; remove it or name another folder in data.cache")
         return
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise CacheError(f"{str(file)!r} is not valid JSON ({error}); remove the cache {str(folder)!r}") from error
-    if not isinstance(found, dict):
-        raise CacheError(f"{str(file)!r} holds no object {{...}}; remove the cache {str(folder)!r}")
+    found = read_json(file, f"remove the cache {str(folder)!r}")
     remedy = f"Name another folder in data.cache, or remove {str(folder)!r}"
     if "format" in identity and "format" not in found:
         raise CacheError(f"cache {str(folder)!r} was made by an earlier version, which did not note all it depends on. {remedy}")

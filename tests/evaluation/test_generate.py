@@ -135,9 +135,7 @@ def test_other_images_in_the_folder_are_refused(change, edm, tmp_path):
     sampler = load_sampler(str(edm), steps=1)
     call = {"indices": range(3), "seed": 0, "batch_size": 2, "exact": True}
     generate(sampler, tmp_path / "x", **call)
-    with pytest.raises(
-        ValueError, match=r"x holds images made otherwise: (seed is 0|first is 0|batch_size is 1), needed"
-    ):
+    with pytest.raises(ValueError, match=r"x holds images made otherwise: (seed is 0|first is 0|batch_size is 1), needed"):
         generate(sampler, tmp_path / "x", **{**call, **change})
     with pytest.raises(ValueError, match=r"otherwise: call.num_inference_steps is 1, needed 2; name another --output"):
         generate(load_sampler(str(edm), steps=2), tmp_path / "x", **call)
@@ -199,7 +197,7 @@ def test_the_same_model_elsewhere_goes_on(edm, tmp_path):
 def test_a_damaged_list_of_what_made_them_is_named(text, edm, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "generation.json").write_text(text)
-    with pytest.raises(UserError, match=r"generation.json is damaged \(.*\), so what made the images beside it is unknown"):
+    with pytest.raises(UserError, match=r"generation.json' (is not valid JSON|holds a ).*what made the images beside it is un"):
         generate(load_sampler(str(edm), steps=1), tmp_path / "x", range(2))
     (tmp_path / "x" / "generation.json").write_text('{"model": {"model": "a"}, "seed": 0, "first": 0, "n": 2}')
     with pytest.raises(UserError, match="x holds images of an earlier version"):
