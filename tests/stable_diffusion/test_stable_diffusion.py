@@ -139,7 +139,7 @@ WRONG = {
     "beta schedule": (lambda f: set_scheduler(f, DDPMScheduler(beta_schedule="sigmoid")), "'sigmoid', has no one-step scheduler"),
     "betas above 1": (
         lambda f: edit(f / CONFIG, beta_start=2.0, beta_end=3.0),
-        "its noise schedule, .*, has no one-step scheduler: .*in .0, 1.",
+        "its noise schedule, .*, has no one-step",
     ),
     "unet of another width": (lambda f: edit(f / "unet/config.json", block_out_channels=[16, 64]), "cannot be loaded: .*"),
     "unet of no kind": (lambda f: edit(f / "unet/config.json", down_block_types=["None", "None"]), "cannot be loaded: .*None"),
