@@ -7,6 +7,7 @@ copy that keeps times, an archive unpacked) would be taken for the old one. Here
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,13 @@ from .errors import UserError
 
 
 def load_files(kind: str, files: Sequence[str | Path], fault: str) -> Any:
-    """`datasets.Dataset` of local files. kind: "parquet", "webdataset", ...; UserError starts with `fault`."""
-    named = [str(f) for f in files]
-    return _load(kind, fault, data_files=named, split="train", cache_dir=_cache_of(named))
+    """`datasets.Dataset` of local files, all of their rows, whatever splits their names suggest.
+
+    kind: "parquet", "webdataset", ...; UserError starting with `fault` for what it cannot read.
+    """
+    # names are no patterns, whatever brackets they have
+    named = {"train": [glob.escape(str(f)) for f in files]}
+    return _load(kind, fault, data_files=named, split="train", cache_dir=_cache_of(files))
 
 
 def load_named(name: str, split: str, fault: str) -> Any:
