@@ -26,13 +26,19 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def weights_sha256(modules: Mapping[str, nn.Module | None], left_out: tuple[str, ...] = ()) -> str:
-    """Of the weights of several networks, by name, dtype and value, but those whose names begin with one of left_out."""
+def weights_sha256(
+    modules: Mapping[str, nn.Module | None], left_out: tuple[str, ...] = (), dtype: torch.dtype | None = None
+) -> str:
+    """Of the weights of several networks, by name, dtype and value, but those whose names begin with one of left_out.
+
+    dtype: the hash that they would have in it.
+    """
     digest = hashlib.sha256()
     for name, module in sorted(modules.items()):
         for key, value in sorted(module.state_dict().items()) if module is not None else ():
             if key.startswith(left_out):  # false for no beginnings
                 continue
+            value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
             digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, shown
+from .errors import UserError, printable
 from .reading import BY_FILES, read_text, reason_of
 
 
@@ -27,7 +27,9 @@ def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[An
         raise UserError(f"{file_key}: cannot read {file!r}: {reason_of(error)}") from error
     for i, row in enumerate(rows):
         if column not in row:
-            raise UserError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {shown(list(row), 200)}")
+            raise UserError(
+                f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {printable(', '.join(map(str, row)), 200)}"
+            )
     return [row[column] for row in rows]
 
 

@@ -26,12 +26,13 @@ def read_text(file: str | Path, name: str | None = None) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{name} is UTF-16 text (as Windows writes it with `>`); save it as UTF-8")
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{name} is not UTF-8 text: line {line} has the byte 0x{content[error.start]:02x}; save it as UTF-8"
         ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as every way of opening a text file does
 
 
 def read_json(file: str | Path, remedy: str, kind: type = dict) -> Any:

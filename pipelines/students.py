@@ -18,7 +18,8 @@ from torch import nn
 
 from . import stable_diffusion
 from .edm import EDMPipeline, PointNet
-from .errors import UserError
+from .errors import UserError, shown
+from .identity import weights_sha256
 from .reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
@@ -190,7 +191,11 @@ def load_student(
         if scheduler is not None:
             raise UserError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
         with loading(f"{str(folder)!r} is not complete or damaged", RESAVE):
-            return EDMPipeline.from_pretrained(folder, base_model=base_model, use_safetensors=True, dtype=dtype)
+            pipe = EDMPipeline.from_pretrained(folder, base_model=base_model, use_safetensors=True, dtype=dtype)
+        if info.get("weights") == "lora":
+            base = EDMPipeline.from_pretrained(base_model or info["base_model"], use_safetensors=True, dtype=dtype).unet
+            check_base(base, info, folder)
+        return pipe
     whole = info["weights"] == "unet"
     stable_diffusion.check_weights(folder, ["unet" if whole else ""])
     incomplete = f"{str(folder)!r} is not complete or does not fit its base model"
@@ -205,6 +210,7 @@ def load_student(
         raise FileNotFoundError(f"the base model of {str(folder)!r}: {error}; give base_model=<where it lies now>") from error
     prediction = stable_diffusion.denoiser(pipe, pipe.unet)
     if not whole:
+        check_base(pipe.unet, info, folder)
         with loading(incomplete, RESAVE):
             pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
     if scheduler is None:
@@ -221,6 +227,23 @@ def load_student(
             stacklevel=2,
         )
     return pipe
+
+
+def check_base(network: nn.Module, info: dict[str, Any], folder: Path) -> None:
+    """UserWarning where a LoRA is put on other weights than it was trained on.
+
+    Students of earlier versions do not say theirs, and of weights in lower precision than at training it cannot be told.
+    """
+    trained = getattr(torch, str(info.get("base_dtype")), None)
+    mine = next(network.parameters()).dtype
+    if "base_weights" not in info or trained is None or torch.promote_types(mine, trained) != mine:
+        return
+    if weights_sha256({"unet": network}, dtype=trained) != info["base_weights"]:
+        warnings.warn(
+            f"the student in {str(folder)!r} was trained on other weights than those now at its base model "
+            f"({shown(info['base_model'])} then); its images will be others",
+            stacklevel=3,
+        )
 
 
 def find_student(source: str | Path) -> Path:

@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from pipelines.errors import USER_ERRORS, UserError
 from pipelines.launch import fail
+from pipelines.stable_diffusion import DTYPES
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
+from trainers.teachers import base_weights
 
 # `accelerate launch` with its defaults spelled out, so that it has nothing to warn about
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -60,7 +62,14 @@ class Job:
         if not (info.is_file() and made_with.is_file() and json.loads(info.read_text())["steps"] == self.steps):
             return False
         wanted = load_config(DistillConfig, str(self.config), self.command[self.command.index("--config") + 2 :])
-        return _settings(yaml.safe_load(made_with.read_text())) == _settings(wanted.model_dump(mode="json"))
+        if _settings(yaml.safe_load(made_with.read_text())) != _settings(wanted.model_dump(mode="json")):
+            return False
+        teacher = wanted.teacher
+        if teacher.path is None or not Path(teacher.path).exists():  # no teacher, or none left to have changed
+            return True
+        return json.loads(info.read_text()).get("base_weights") == base_weights(
+            teacher.path, DTYPES[teacher.dtype], teacher.variant
+        )
 
     def start(self, threads: int) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ import torch
 import yaml
 
 from eval.figures import benchmark_chart
+from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
+from pipelines.identity import weights_sha256
 from pipelines.images import ImageSet
 from pipelines.noise import EDMSchedule
 from scripts.bench_covariances import log_density_of_data
@@ -81,6 +83,25 @@ def test_a_finished_job_is_not_run_again(tmp_path):
         assert not Job("vardiu 0", Path("configs/digits_vardiu.yaml"), tmp_path / "run", ["steps=7", override]).is_done
     config = Path("configs/digits_vardiu.yaml")
     assert Job("x", config, tmp_path, []).steps == load_config(DistillConfig, str(config), []).steps
+
+
+def test_a_job_is_run_again_when_its_teacher_has_changed(tmp_path):
+    """The same path, other weights: the student is of a teacher that is gone."""
+    shape = {"in_channels": 1, "out_channels": 1, "channels": 8, "channel_mult": (1,), "num_blocks": 1}
+    pipeline = EDMPipeline(PatchUNet(sample_size=8, **shape), EDMScheduler())
+    pipeline.save_pretrained(tmp_path / "teacher")
+    given = ["steps=7", f"teacher.path={tmp_path / 'teacher'}"]
+    job = Job("vardiu 0", Path("configs/digits_vardiu.yaml"), tmp_path / "run", given)
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    settings = load_config(DistillConfig, "configs/digits_vardiu.yaml", [*given, f"output_dir={tmp_path / 'run'}"])
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    facts = {"steps": 7, "base_weights": weights_sha256({"unet": pipeline.unet})}
+    (tmp_path / "run" / "student" / "student.json").write_text(json.dumps(facts))
+    assert job.is_done
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).view(-1)[0] += 1e-3
+    pipeline.save_pretrained(tmp_path / "teacher")
+    assert not job.is_done
 
 
 def test_what_is_kept_is_made_again_where_it_depends_on_something_else(tmp_path):

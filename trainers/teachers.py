@@ -9,8 +9,11 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.errors import UserError
+from pipelines.identity import weights_sha256
 from pipelines.reading import loading, read_json, refuse_single_file
-from pipelines.stable_diffusion import FAMILIES, read_index
+from pipelines.stable_diffusion import FAMILIES, load_pipeline, read_index
+
+TEXT_AND_IMAGES = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def teacher_folder(path: str) -> str:
@@ -35,6 +38,13 @@ def family_of(path: str) -> str:
     if name not in families:
         raise UserError(f"teacher.path: {path!r} holds a {name}; expected one of {', '.join(families)}")
     return families[name]
+
+
+def base_weights(path: str, dtype: torch.dtype, variant: str | None) -> str:
+    """The hash of a teacher's network that its students note as base_weights."""
+    if family_of(path) == "edm":
+        return weights_sha256({"unet": load_edm_teacher(path).unet})
+    return weights_sha256({"unet": load_pipeline(teacher_folder(path), dtype, TEXT_AND_IMAGES, variant).unet})
 
 
 def load_edm_teacher(path: str) -> EDMPipeline:

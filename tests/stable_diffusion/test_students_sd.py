@@ -335,6 +335,23 @@ def test_load_student_in_half_precision(trained):
         assert relative(one_step(pipe, run), run.x0) < 0.03
 
 
+def test_a_lora_on_another_base_model_is_said(trained, tiny, tmp_path):
+    """One number of the base has changed since; the same weights in another place are not complained of."""
+    run = trained("diff_instruct")
+    base = Path(shutil.copytree(tiny["sd15"], tmp_path / "base"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_student(run.folder, base_model=str(base))
+    file = base / "unet" / WEIGHTS
+    weights = load_file(file)
+    weights[sorted(weights)[0]].view(-1)[0] += 1e-3
+    save_file(weights, file, {"format": "pt"})
+    with pytest.warns(
+        UserWarning, match=r"student' was trained on other weights than those now at its base model \('.*sd15' then\)"
+    ):
+        load_student(run.folder, base_model=str(base))
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
