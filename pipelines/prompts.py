@@ -27,9 +27,8 @@ def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[An
         raise UserError(f"{file_key}: cannot read {file!r}: {reason_of(error)}") from error
     for i, row in enumerate(rows):
         if column not in row:
-            raise UserError(
-                f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {printable(', '.join(map(str, row)), 200)}"
-            )
+            names = printable(", ".join(map(str, row)), 200)
+            raise UserError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {names}")
     return [row[column] for row in rows]
 
 
