@@ -57,8 +57,8 @@ def coco_captions(file: str) -> list[Sequence[str]]:
     """The captions of each image of a COCO annotation file, by image id."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"--captions: no such file {file!r}")
-    content = read_json(file, "--captions: expected COCO's images and annotations")
     try:
+        content = read_json(file, "copy it again")
         captions: dict[int, list[str]] = {image["id"]: [] for image in sorted(content["images"], key=lambda image: image["id"])}
         for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
             captions[annotation["image_id"]].append(annotation["caption"])
