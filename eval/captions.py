@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.prompts import read_rows
-from pipelines.reading import read_json
+from pipelines.reading import read_json, reason_of
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,7 @@ def coco_captions(file: str) -> list[Sequence[str]]:
         for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
             captions[annotation["image_id"]].append(annotation["caption"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--captions: {file} is no COCO captions file ({error!r}): expected images and annotations") from error
+        raise UserError(
+            f"--captions: {file} is no COCO captions file ({reason_of(error)}): expected images and annotations"
+        ) from error
     return list(captions.values())

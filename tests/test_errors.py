@@ -288,8 +288,3 @@ def test_one_image_has_a_score_and_no_spread():
     found = compute(("clip_score",), gathered, None)
     assert found == {"clip_score": {"value": 0.25, "std_over_images": None}}
     json.dumps(found, allow_nan=False)
-
-
-def test_samples_in_pairs_need_two():
-    with pytest.raises(ConfigError, match=r"batch_size: 1, expected at least 2: objective 'varflow' compares samples in pairs"):
-        load_config(DistillConfig, "configs/digits_varflow.yaml", ["batch_size=1"])

@@ -373,8 +373,6 @@ class DistillConfig(Run):
     def _data_given(self):
         if self.objective.name == "varflow" and self.data is None:
             raise ValueError("data: objective 'varflow' matches samples of data; add a data section, e.g. data.name=digits")
-        if self.objective.name == "varflow" and self.batch_size < 2:
-            raise ValueError(f"batch_size: {self.batch_size}, expected at least 2: objective 'varflow' compares samples in pairs")
         if self.objective.name == "varflow" and isinstance(self.data, Prompts):
             raise ValueError("data: objective 'varflow' needs images; 'prompts' has none: use captions or teacher_samples")
         if self.objective.name == "varflow" and self.batch_size < 2:
