@@ -123,6 +123,13 @@ def test_messages_are_bounded_and_printable():
     assert printable("Tür, 図, \t") == "Tür, 図, \\t"
     assert shown("a" * 1000, 20) == "'" + "a" * 19 + "..."
     assert len(shown({"key": [1] * 10**5})) < 90
+    laughs: list = ["ha"]
+    for _ in range(60):  # 2^60 of them, were all written
+        laughs = [laughs, laughs]
+    assert len(shown(laughs)) < 90
+    assert shown(16**9000) == "<int>"
+    assert shown("a cat") == "'a cat'"
+    assert shown(["id", 2.5, None]) == "['id', 2.5, None]"
 
 
 def test_a_long_value_does_not_hide_the_other_faults(tmp_path):
@@ -133,6 +140,20 @@ def test_a_long_value_does_not_hide_the_other_faults(tmp_path):
         load_config(TeacherConfig, str(file), [])
     assert len(str(raised.value)) < 1000
     assert "batch_size" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: &a [x, x]\nb: &b [*a, *a]\nsteps: [*b, *b]", "steps: &a [*a]"],
+    ids=["anchors", "loop"],
+)
+def test_values_without_end_are_refused_like_others(text, tmp_path):
+    file = tmp_path / "c.yaml"
+    base = yaml.safe_load(Path("configs/digits_teacher.yaml").read_text())
+    del base["steps"]
+    file.write_text(yaml.safe_dump(base) + text + "\n")
+    with pytest.raises(ConfigError, match="steps"):
+        load_config(TeacherConfig, str(file), [])
 
 
 def test_only_the_reason_is_taken_of_a_librarys_error():
