@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from pipelines import data_sets
 from pipelines.errors import UserError
 from pipelines.images import IMAGE_SUFFIXES
 
@@ -98,12 +99,12 @@ class ImageFiles(Dataset):
         return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
 
     def identity(self) -> dict[str, Any]:
-        """n and a sha256 over names and contents, so that a copy elsewhere is the same set."""
+        """n and a sha256 over contents in their order: a copy elsewhere, under other names or in a zip is the same set."""
         digest = hashlib.sha256()
-        for i, name in enumerate(self.names):
+        for i in range(len(self)):
             file = self._file(i)
             content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-            digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
+            digest.update(hashlib.sha256(content).digest())
         return {"source": Path(self.source).name, "n": len(self), "sha256": digest.hexdigest()}
 
 
@@ -167,17 +168,11 @@ def _is_image(name: str) -> bool:
 
 
 def _rows(kind: str, what: Any, source: str) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid
-
-    try:
-        if kind == "hub":
-            name, _, split = what
-            return load_dataset(name, split=split or "train")
-        return load_dataset("parquet", data_files=what, split="train")
-    except (DatasetGenerationError, ArrowInvalid, OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be read: {error.__cause__ or error}") from error
+    fault = f"{source} cannot be read"
+    if kind == "hub":
+        name, _, split = what
+        return data_sets.load_named(name, split or "train", fault)
+    return data_sets.load_files("parquet", what, fault)
 
 
 def _image_column(rows: Any, column: str | None, source: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import data_sets
 from .errors import UserError
 
 # Decoded images are held in memory; this bounds a set to what a workstation can hold beside a model.
@@ -110,18 +111,10 @@ def _labels(dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
 
 def load_parquet(files: list[str], image_column: str, label_column: str | None, image_size: int, channels: int):
     """Local parquet files with the `datasets` image feature. FileNotFoundError names the file that is missing."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid
-
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"data.files: no such file {file!r}; give the path of a parquet file")
-    try:
-        rows = load_dataset("parquet", data_files=files, split="train")  # the builder calls every local set "train"
-    except (DatasetGenerationError, ArrowInvalid) as error:
-        reason = error.__cause__ or error
-        raise UserError(f"data.files: cannot read {', '.join(files)}: {reason}") from error
+    rows = data_sets.load_files("parquet", files, f"data.files: cannot read {', '.join(files)}")
     return load_rows(rows, image_column, label_column, image_size, channels)
 
 
@@ -147,9 +140,8 @@ def load_folder(path: str, image_size: int, channels: int) -> ImageSet:
 
 def load_hub(name: str, split: str, image_column: str, label_column: str | None, image_size: int, channels: int):
     """A data set by its hub id (or the path of a data set folder)."""
-    from datasets import load_dataset
-
-    return load_rows(load_dataset(name, split=split), image_column, label_column, image_size, channels)
+    rows = data_sets.load_named(name, split, f"data.id: cannot read {name!r}")
+    return load_rows(rows, image_column, label_column, image_size, channels)
 
 
 def _read_image(file, image_size: int, channels: int, fault: str) -> Tensor:

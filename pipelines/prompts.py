@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, printable
+from .reading import BY_FILES, read_text, reason_of
 
 
 def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[Any]:
@@ -20,11 +21,14 @@ def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[An
         raise UserError(f"{file_key}: {file!r} is none of .txt, .csv, .jsonl, .parquet")
     try:
         rows = _read_rows(path, column)
-    except (ValueError, csv.Error) as error:  # not UTF-8, not JSON, not parquet
+    except UserError as error:
         raise UserError(f"{file_key}: cannot read {file!r}: {error}") from error
+    except (csv.Error, RecursionError, *BY_FILES) as error:  # not CSV, not parquet
+        raise UserError(f"{file_key}: cannot read {file!r}: {reason_of(error)}") from error
     for i, row in enumerate(rows):
         if column not in row:
-            raise UserError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {', '.join(map(str, row))}")
+            names = printable(", ".join(map(str, row)), 200)
+            raise UserError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {names}")
     return [row[column] for row in rows]
 
 
@@ -36,7 +40,7 @@ def _read_rows(path: Path, column: str) -> list[dict[str, Any]]:
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
         return table.read([column]).to_pylist() if column in names else [dict.fromkeys(names)]
-    text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark first
+    text = read_text(path, "it")  # spreadsheets put a byte order mark first
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text, newline="")))
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would also cut at rarer characters within a prompt

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines import data_sets
 from pipelines.errors import UserError
+from pipelines.identity import sha256_of
 from pipelines.images import to_unit
 from pipelines.prompts import read_rows
 
@@ -37,7 +36,7 @@ class PromptRows:
         if not prompts:
             raise UserError(f"{source}: no prompts in it; put one on each line or row")
         self.prompts = prompts
-        self.identity = {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(), "rows": len(prompts)}
+        self.identity = {"prompts": sha256_of(prompts), "rows": len(prompts)}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -66,8 +65,8 @@ class CaptionRows(PromptRows):
             self.index += [i] * len(each)
         super().__init__(captions, source)
         self.images, self.column = rows, data.image_column
-        files = rows._fingerprint if data.source == "hub" else files_identity(data.paths)
-        self.identity["images"] = f"{data.image_column} of {files}"
+        images = data_sets.contents_sha256(rows, data.image_column)
+        self.identity["images"] = sha256_of([images, self.index])  # and which of them a prompt belongs to
 
     def image(self, row: int, size: int) -> ImageRow:
         """Resized so that the shorter side is `size` (Lanczos), then cut from the middle."""
@@ -88,17 +87,6 @@ class CaptionRows(PromptRows):
         return ImageRow(to_unit(pil_to_tensor(cut)), (image.height, image.width, top, left))
 
 
-def files_identity(paths: Sequence[str]) -> str:
-    """Of names and contents below the paths, but not of where or when they were written: copied files are the same."""
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
-            name = file.relative_to(path) if path.is_dir() else file.name
-            with file.open("rb") as stream:
-                digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
-    return digest.hexdigest()
-
-
 def load_rows(data: Prompts | Captions | TeacherSamples) -> PromptRows:
     """The rows that a data section names. FileNotFoundError or ValueError name the file, row or column at fault."""
     if isinstance(data, Captions):
@@ -111,25 +99,17 @@ def load_rows(data: Prompts | Captions | TeacherSamples) -> PromptRows:
 
 
 def _captions(data: Captions) -> CaptionRows:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    source = ", ".join(data.paths)
+    source, fault = ", ".join(data.paths), f"data.paths: cannot read {', '.join(data.paths)}"
     if data.source in ("hub", "imagefolder") and len(data.paths) != 1:
         raise UserError(f"data.paths: one {'hub id' if data.source == 'hub' else 'folder'}, got {len(data.paths)}")
     if data.source == "hub":
-        return CaptionRows(load_dataset(data.paths[0], split=data.split), data, source)
+        return CaptionRows(data_sets.load_named(data.paths[0], data.split, fault), data, source)
     for path in data.paths:
         if not Path(path).exists():
             raise FileNotFoundError(f"data.paths: no such file or folder {path!r}")
-    try:
-        if data.source == "imagefolder":
-            rows = load_dataset("imagefolder", data_dir=data.paths[0], split="train")
-        else:
-            rows = load_dataset(data.source, data_files=list(data.paths), split="train")
-    except (DatasetGenerationError, ValueError, OSError, tarfile.TarError) as error:
-        raise UserError(f"data.paths: cannot read {source}: {error.__cause__ or error}") from error
-    return CaptionRows(rows, data, source)
+    if data.source == "imagefolder":
+        return CaptionRows(data_sets.load_image_folder(data.paths[0], fault), data, source)
+    return CaptionRows(data_sets.load_files(data.source, data.paths, fault), data, source)
 
 
 def image_batch(rows: CaptionRows, index: range, size: int) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
