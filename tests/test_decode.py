@@ -298,6 +298,7 @@ def test_what_is_no_picture_is_named_for_what_it_is(content, said, tmp_path):
         read(tmp_path, content)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm", "tga", "jpeg2000", "ico", "pcx"])
 def test_damaged_files_are_read_or_refused(kind, tmp_path):
     """Bytes changed and cut off at random: a picture or one clear error, whatever Pillow meets."""
