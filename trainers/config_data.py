@@ -30,7 +30,7 @@ def _colour(name: str) -> str:
     except ValueError:
         channels = 0
     if channels != 3:
-        raise ValueError(f"{name!r} is no colour; expected a name or #rrggbb")
+        raise ValueError("Input should be a colour, by name or as #rrggbb")
     return name
 
 
