@@ -167,7 +167,7 @@ def load_folder(
     pictures = Pictures(path, "data.path")
     classes = None if labels is False else folder_labels(pictures, required=bool(labels))
     found = "labels not asked for" if labels is False else classes.said if classes else "no classes"
-    left_out = pictures.left_out(used=(LABELS_FILE,))
+    left_out = pictures.left_out(used=(pictures.top + LABELS_FILE,))
     say(f"data.path: {len(pictures.names):,} pictures, {found}" + (f"; {left_out}" if left_out else ""))
     files = ((pictures.file(name), f"data.path: {name!r} of {path}") for name in pictures.names)
     pixels = _decoded(len(pictures.names), files, image_size, channels, Rules(background=background), "data.path")

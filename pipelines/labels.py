@@ -33,17 +33,18 @@ def folder_labels(pictures: Pictures, required: bool) -> Classes | None:
 
     None where there are no classes; UserError says why where they are required, or names what is wrong in dataset.json.
     """
-    given = _read(pictures) if LABELS_FILE in pictures.others else {}
+    given = _read(pictures) if pictures.top + LABELS_FILE in pictures.others else {}
+    images = [name.removeprefix(pictures.top) for name in pictures.names]
     if "labels" in given and given["labels"] is not None:
-        return _of_file(pictures, given["labels"])
+        return _of_file(pictures, images, given["labels"])
     why = ""
-    folders = [name.partition("/")[0] for name in pictures.names if "/" in name]
+    folders = [name.partition("/")[0] for name in images if "/" in name]
     if "labels" in given:
         why = f"its {LABELS_FILE} says that there are none (labels: null)"
-    elif len(folders) < len(pictures.names):
-        outside = [name for name in pictures.names if "/" not in name]
+    elif len(folders) < len(images):
+        outside = [name for name in images if "/" not in name]
         why = f"{len(outside):,} images lie outside sub-folders ({examples(outside)})"
-    elif _number_pictures(pictures.names):
+    elif _number_pictures(images):
         why = (
             f"its sub-folders ({examples(sorted(set(folders)))}) only number the images, and there is no {LABELS_FILE}; put the "
             "one that NVlabs' dataset_tool.py makes beside them, or give the folders the names of classes"
@@ -61,7 +62,7 @@ def folder_labels(pictures: Pictures, required: bool) -> Classes | None:
 def _read(pictures: Pictures) -> dict[str, Any]:
     """The content of dataset.json; {} for a file of that name that is not EDM's."""
     try:
-        content = json.loads(pictures.read(LABELS_FILE))
+        content = json.loads(pictures.read(pictures.top + LABELS_FILE))
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"data.labels: {LABELS_FILE} of {pictures.source} is not valid JSON ({error}); mend or remove it"
@@ -69,7 +70,7 @@ def _read(pictures: Pictures) -> dict[str, Any]:
     return content if isinstance(content, dict) and "labels" in content else {}
 
 
-def _of_file(pictures: Pictures, rows: Any) -> Classes:
+def _of_file(pictures: Pictures, images: list[str], rows: Any) -> Classes:
     where = f"data.labels: {LABELS_FILE} of {pictures.source}"
     try:
         pairs = [(str(name).replace("\\", "/"), label) for name, label in (rows.items() if isinstance(rows, dict) else rows)]
@@ -84,12 +85,12 @@ def _of_file(pictures: Pictures, rows: Any) -> Classes:
     by_name = dict(pairs)
     if len(by_name) < len(pairs):
         raise UserError(f"{where} has {len(pairs) - len(by_name):,} names twice; make it again")
-    missing = [name for name in pictures.names if name not in by_name]
+    missing = [name for name in images if name not in by_name]
     if missing:
-        raise UserError(f"{where} has no label for {len(missing):,} of {len(pictures.names):,} images ({examples(missing)})")
-    labels = torch.tensor([by_name[name] for name in pictures.names])
+        raise UserError(f"{where} has no label for {len(missing):,} of {len(images):,} images ({examples(missing)})")
+    labels = torch.tensor([by_name[name] for name in images])
     names = tuple(map(str, range(max(by_name.values()) + 1)))
-    gone = sorted(by_name.keys() - set(pictures.names))
+    gone = sorted(by_name.keys() - set(images))
     said = f"{len(names):,} classes by {LABELS_FILE}"
     if gone:
         said += f", which also labels {len(gone):,} images that are not there ({examples(gone)})"

@@ -131,11 +131,17 @@ class Pictures:
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, zipfile.zlib.error) as error:
             raise UserError(f"{self.option}: {name!r} of {self.source} cannot be read: {message(error)}; mend it") from error
 
+    @property
+    def top(self) -> str:
+        """Of a zip that was made of one folder, its name and "/": classes lie in it, not beside it. "" of others."""
+        top = self.names[0].partition("/")[0] + "/"
+        return top if self.zipped and all(n.startswith(top) for n in self.names) else ""
+
     def left_out(self, used: Sequence[str] = ()) -> str:
         """One sentence of what is not read, with examples; "" for nothing. used: others that are read for something else."""
-        others = [n for n in self.others if n not in set(used)]
+        read = set(used)
         kinds = {
-            "of another kind than the pictures that are read here": others,
+            "of another kind than the pictures that are read here": [n for n in self.others if n not in read],
             "hidden or a tool's": self.hidden,
             "folders met before under another name": self.again,
         }

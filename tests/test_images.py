@@ -129,7 +129,7 @@ def test_parquet_faults_in_the_columns(parquet):
             load_parquet([file], image_column, label_column, 5, 3)
 
 
-@pytest.mark.parametrize("labels", [{"word": ["a", "b"]}, {"label": [0, None]}, {"number": [0, -1]}])
+@pytest.mark.parametrize("labels", [{"word": ["a", "b"]}, {"label": [0, None]}, {"number": [0, -1]}, {"number": [0, 100_000]}])
 def test_parquet_labels_must_be_class_numbers(parquet, labels):
     (column,) = labels
     file = parquet("labels", img=[picture(5, 5, 0), picture(5, 5, 1)], **labels)
@@ -250,6 +250,17 @@ def test_edms_labels_are_the_classes(packed, tmp_path, capsys):
         assert found.class_names == tuple("0123456")
     assert load_folder(source, 5, 1, False).labels is None
     assert "data.path: 4 pictures, 7 classes by dataset.json\n" in capsys.readouterr().err
+
+
+def test_a_zip_of_one_folder_is_that_folder(tmp_path):
+    """As file managers pack it: the classes are those within."""
+    names = numbered(tmp_path / "a/my set")
+    (tmp_path / "a/my set/dataset.json").write_text(json.dumps({"labels": [[n, i] for i, n in enumerate(names)]}))
+    assert load_folder(zipped(tmp_path / "a", tmp_path / "a.zip"), 5, 1).labels.tolist() == [0, 1, 2, 3]
+    for name in ("b/set/ant/0.png", "b/set/bee/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("L", (5, 5)).save(tmp_path / name)
+    assert load_folder(zipped(tmp_path / "b", tmp_path / "b.zip"), 5, 1).class_names == ("ant", "bee")
 
 
 @pytest.mark.parametrize(

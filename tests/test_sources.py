@@ -402,6 +402,14 @@ def test_an_undecodable_or_missing_image_is_named(tmp_path):
     assert refusal(source="parquet", paths=[str(file)]) == f"data: image 1 of {file} has no image; remove the row"
 
 
+def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path):
+    """Resized by its shorter side it would have 2 million pixels along the other."""
+    file = parquet_of(tmp_path / "a.parquet", [Image.new("RGB", (1, 4000))], ["a"])
+    rows = load_rows(Captions(name="captions", source="parquet", paths=[str(file)]))
+    with pytest.raises(ValueError, match=r"data: image 0 is 1x4000, and 512x2048000 with the shorter side at 512: .*; crop it"):
+        rows.image(0, 512)
+
+
 def test_a_column_that_holds_no_images_is_refused(tmp_path):
     pq.write_table(pa.table({"image": [encoded(picture(0))], "caption": ["a"]}), tmp_path / "a.parquet")
     assert "holds Value('binary'), not images" in refusal(source="parquet", paths=[str(tmp_path / "a.parquet")])

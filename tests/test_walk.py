@@ -154,6 +154,15 @@ def test_a_damaged_or_encrypted_member_is_named(tmp_path):
         Pictures(str(tmp_path / "x.zip"), "data.path").read("a.png")
 
 
+def test_a_member_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", b"1234")
+    found = Pictures(str(tmp_path / "x.zip"), "data.path")
+    monkeypatch.setattr("pipelines.walk.LARGEST", 3)
+    with pytest.raises(UserError, match=r"data.path: 'a.png' of .*x.zip has more than .* GiB; take it out"):
+        found.read("a.png")
+
+
 def test_a_zip_can_be_given_to_another_process(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.ZIP", "w") as archive:
         archive.writestr("a.png", b"content")

@@ -22,6 +22,8 @@ from pipelines.walk import examples
 from .caption_folder import captioned_folder
 from .config_data import Captions, Prompts, TeacherSamples
 
+MOST_PIXELS = 2**27  # of a resized image before it is cut, 400 MB
+
 
 @dataclass(frozen=True)
 class ImageRow:
@@ -88,6 +90,11 @@ class CaptionRows(PromptRows):
         image = decoded.image
         scale = size / min(image.size)
         width, height = round(image.width * scale), round(image.height * scale)
+        if width * height > MOST_PIXELS:
+            raise UserError(
+                f"data: {self.name(i)} is {image.width}x{image.height}, and {width}x{height} with the shorter side at {size}: "
+                "too long a strip; crop it"
+            )
         left, top = (width - size) // 2, (height - size) // 2
         cut = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
         return ImageRow(to_unit(pil_to_tensor(cut)), (image.height, image.width, top, left))
