@@ -18,7 +18,7 @@ from . import data_sets
 from .decode import Rules, decode
 from .errors import UserError
 from .labels import LABELS_FILE, MAX_CLASSES, folder_labels
-from .walk import Pictures, examples, say
+from .walk import Pictures, examples, refuse_pictures, say
 
 # Decoded images are held in memory; this bounds a set to what a workstation can hold beside a model.
 MAX_BYTES = 8 * 2**30
@@ -184,6 +184,7 @@ def load_hub(
     background: str | None = "white",
 ) -> ImageSet:
     """A data set by its hub id (or the path of a data set folder)."""
+    refuse_pictures(name, "data.id", f"data={{name: folder, path: {name}, ...}}")
     rows = data_sets.load_named(name, split, f"data.id: cannot read {name!r}")
     return load_rows(rows, image_column, label_column, image_size, channels, background)
 

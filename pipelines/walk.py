@@ -184,6 +184,15 @@ class Pictures:
         self.names = regular
 
 
+def refuse_pictures(path: str, option: str, instead: str) -> None:
+    """UserError for a folder of pictures where a data set by name is expected: `datasets` would take words like "train" and
+    "val" in their names for splits, and leave out the rest. Folders that hold tables or archives are data sets.
+    """
+    files = walk(path).files if os.path.isdir(path) else []
+    if any(map(is_picture, files)) and not any(f.endswith((".parquet", ".arrow", ".tar", ".zip")) for f in files):
+        raise UserError(f"{option}: {path!r} is a folder of pictures, no data set; use {instead}")
+
+
 def examples(names: Iterable[str]) -> str:
     """The first names and three dots, printable on one line, for a message."""
     names = list(names)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import UserError
+from pipelines.images import load_hub
 from trainers.config_data import Captions
 from trainers.sources import CaptionRows, load_rows
 
@@ -135,6 +136,15 @@ def test_faults_of_metadata_are_named(fault, tmp_path):
     table, said = METADATA_FAULTS[fault]
     with pytest.raises(UserError, match=said):
         load_rows(captioned(tmp_path, table, "0.png"))
+
+
+def test_a_folder_of_pictures_is_no_data_set_by_name(tmp_path):
+    """`datasets` would read a part of it: the "train" split, by the words in names."""
+    data = captioned(tmp_path, "file_name,caption\n0.png,a\nval.png,b\n", "0.png", "val.png")
+    with pytest.raises(UserError, match=r"data.paths: '.*' is a folder of pictures, no data set; use data.source=imagefolder"):
+        load_rows(data.model_copy(update={"source": "hub"}))
+    with pytest.raises(UserError, match=r"data.id: '.*' is a folder of pictures, no data set; use data=\{name: folder, path: "):
+        load_hub(str(tmp_path), "train", "image", None, 8, 3)
 
 
 def test_two_files_of_metadata_in_a_folder_are_refused(tmp_path):

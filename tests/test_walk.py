@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.walk import Pictures, natural, walk
+from pipelines.walk import Pictures, natural, say, walk
 
 
 def put(root: Path, *names: str) -> Path:
@@ -161,6 +161,15 @@ def test_a_member_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.walk.LARGEST", 3)
     with pytest.raises(UserError, match=r"data.path: 'a.png' of .*x.zip has more than .* GiB; take it out"):
         found.read("a.png")
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
+def test_of_several_processes_one_speaks(rank, lines, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    say("", "line of \udcff\x1b[31m")
+    assert capsys.readouterr().err == "line of \\udcff\\x1b[31m\n" * lines
 
 
 def test_a_zip_can_be_given_to_another_process(tmp_path):

@@ -17,7 +17,7 @@ from pipelines.decode import Rules, decode
 from pipelines.errors import UserError
 from pipelines.images import content_of, to_unit, undecoded
 from pipelines.prompts import as_text, read_rows
-from pipelines.walk import examples
+from pipelines.walk import examples, refuse_pictures
 
 from .caption_folder import captioned_folder
 from .config_data import Captions, Prompts, TeacherSamples
@@ -131,6 +131,7 @@ def _captions(data: Captions) -> CaptionRows:
     if data.source in ("hub", "imagefolder") and len(data.paths) != 1:
         raise UserError(f"data.paths: one {'hub id' if data.source == 'hub' else 'folder'}, got {len(data.paths)}")
     if data.source == "hub":
+        refuse_pictures(data.paths[0], "data.paths", "data.source=imagefolder")
         return _caption_table(data_sets.load_named(data.paths[0], data.split, fault), data, source)
     for path in data.paths:
         if not Path(path).exists():
