@@ -269,10 +269,12 @@ def test_content_counts_not_the_suffix(tmp_path):
 
 
 def test_16_bits_a_pixel_are_no_16_bits_a_channel(tmp_path):
-    """A bitmap of 5 bits a colour, as old Windows programs write."""
-    rows = struct.pack("<8H", *[0x7C00] * 8) * SIDE  # red; rows are padded to 4 bytes
-    header = struct.pack("<IiiHHIIiiII", 40, SIDE, SIDE, 1, 16, 0, len(rows), 0, 0, 0, 0)
-    content = b"BM" + struct.pack("<IHHI", 54 + len(rows), 0, 0, 54) + header + rows
+    """A bitmap of 5, 6 and 5 bits a colour, as old Windows programs write."""
+    rows = struct.pack("<8H", *[0xF800] * 8) * SIDE  # red; rows are padded to 4 bytes
+    header = struct.pack("<IiiHHIIiiII", 40, SIDE, SIDE, 1, 16, 3, len(rows), 0, 0, 0, 0) + struct.pack(
+        "<3I", 0xF800, 0x07E0, 0x1F
+    )
+    content = b"BM" + struct.pack("<IHHI", 66 + len(rows), 0, 0, 66) + header + rows
     assert (read(tmp_path, content, "a.bmp") == (255, 0, 0)).all()
 
 

@@ -300,6 +300,7 @@ def test_classes_that_cannot_be_known_are_refused_before_decoding(content, said,
         (("0/0.png", "0/1.png", "1/2.png"), ("0", "1")),  # classes of digits
         (("00/0000.png", "00/0001.png", "01/0002.png"), ("00", "01")),
         (("00000/photo 1.png", "00000/photo 2.png", "00001/photo 1.png"), ("00000", "00001")),
+        (("100001/000001.png", "100001/000002.png", "100002/000001.png"), ("100001", "100002")),
         (("n00000/n00000_1.png", "n00000/n00000_2.png", "n00001/n00001_1.png"), ("n00000", "n00001")),  # ImageNet
     ],
 )

@@ -26,6 +26,7 @@ IN_ORDER = [
     ["1.png", "2.png", "10.png", "100.png"],
     ["a.png", "a1.png", "a2.png", "a10.png"],
     ["photo.png", "photo (2).png", "photo (10).png"],
+    ["1.png", "02.png", "3.png"],
     ["01.png", "1.png", "2.png"],  # equal numbers by their text
     ["v1.9.png", "v1.10.png"],
     ["run 2/1.png", "run 10/1.png"],
@@ -88,6 +89,14 @@ def test_a_folder_counts_under_its_own_name_before_links_to_it(tmp_path):
     root = put(tmp_path / "root", "b/1.png")
     (root / "a").symlink_to(root / "b")
     assert names(root) == ["b/1.png"]
+
+
+def test_of_several_links_to_a_folder_the_first_counts(tmp_path):
+    put(tmp_path / "store", "0.png")
+    (tmp_path / "root").mkdir()
+    for i in (10, 7, 2, 9, 8, 3, 5):
+        (tmp_path / "root" / f"{i}").symlink_to(tmp_path / "store")
+    assert names(tmp_path / "root") == ["2/0.png"]
 
 
 def test_the_source_may_be_a_link(tmp_path):
