@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.errors import USER_ERRORS, UserError, message
-from pipelines.launch import end_processes
+from pipelines.errors import USER_ERRORS, UserError
+from pipelines.launch import end_processes, say
+from pipelines.reading import read_yaml
 
 from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
 
@@ -35,15 +36,10 @@ def with_config(argv: list[str]) -> list[str]:
     i = files[0]
     if len(files) > 1 or i + 1 == len(argv):
         raise UserError("--config takes one file, once")
-    import yaml
-
     file = Path(argv[i + 1])
     if not file.is_file():
         raise FileNotFoundError(f"--config: no such file {str(file)!r}")
-    try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"--config: {file} is not valid YAML: {error}") from error
+    options = read_yaml(file, f"--config: {file}")
     if not isinstance(options, dict):
         raise UserError(f"--config: {file} must hold `option: value` lines")
     known = {name.removeprefix("--").replace("-", "_") for name in OPTIONS}
@@ -152,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         return args.function(args)
     except USER_ERRORS as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"eval: error{'' if rank == '0' else f' (process {rank})'}: {message(error)}", file=sys.stderr)
+        say(error, "eval: error")
         return 2
     finally:
         end_processes()

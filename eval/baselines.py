@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipelines.errors import UserError
+from pipelines.reading import read_yaml
 
 BASELINES = Path(__file__).resolve().parents[1] / "docs" / "baselines.yaml"
 
@@ -19,10 +18,10 @@ def read_baselines(file: str | None, protocol: str) -> list[Row]:
     path = Path(file) if file else BASELINES
     if not path.is_file():
         raise FileNotFoundError(f"--baselines: no such file {str(path)!r}")
+    rows = read_yaml(path, f"--baselines: {path}")
     try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
         for row in rows:
-            row["name"], row["source"], [float(v) for v in row["metrics"].values()]
-    except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
+            row["name"], row["source"], row["protocol"], [float(v) for v in row["metrics"].values()]
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"--baselines: {path} must be a list of protocol, name, metrics, source ({error!r})") from error
     return [row for row in rows if row["protocol"] == protocol]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.prompts import as_text, read_rows
+from pipelines.reading import read_json, reason_of
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ def coco_captions(file: str) -> list[Sequence[str]]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"--captions: no such file {file!r}")
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file, "copy it again")
         captions: dict[int, list[str]] = {image["id"]: [] for image in sorted(content["images"], key=lambda image: image["id"])}
         for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
             captions[annotation["image_id"]].append(annotation["caption"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--captions: {file} is no COCO captions file ({error!r}): expected images and annotations") from error
+        raise UserError(
+            f"--captions: {file} is no COCO captions file ({reason_of(error)}): expected images and annotations"
+        ) from error
     return list(captions.values())

@@ -53,7 +53,7 @@ def cmmd(x: Tensor, y: Tensor, bandwidth: float = 10.0) -> float:
     for rows in (x, y):
         norms = rows.double().norm(dim=1)
         if bool(((norms - 1).abs() > 1e-3).any()):
-            raise UserError(f"CMMD takes unit rows; norms range over {norms.min():.3g}..{norms.max():.3g}")
+            raise ValueError(f"CMMD takes unit rows; norms range over {norms.min():.3g}..{norms.max():.3g}")
 
     def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
         total = sum(
@@ -136,7 +136,7 @@ class InceptionScore:
     def value(self) -> tuple[float, float]:
         """Mean and standard deviation over the parts. ValueError before all n images have been seen."""
         if self.seen != len(self.part):
-            raise UserError(f"the inception score has seen {self.seen:,} of {len(self.part):,} images")
+            raise ValueError(f"the inception score has seen {self.seen:,} of {len(self.part):,} images")
         q = self.p / self.counts[:, None]
         scores = (self.p_log_p / self.counts - torch.special.xlogy(q, q).sum(1)).exp()
         std, mean = torch.std_mean(scores, correction=0)

@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
+from pipelines.identity import config_settings, processor_settings, tokenizer_sha256
+from pipelines.reading import BY_FILES, loading
 
 from .weights import OPEN_CLIP, Found
 
 SIDE = 299  # what Inception sees
+COPY = "copy or download it again"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 INPUTS = {
     "clean": "bicubic with antialiasing to 299, not rounded (clean-fid)",
     "legacy_tensorflow": "TensorFlow 1's bilinear resize inside the network (EDM, StyleGAN)",
@@ -40,7 +44,7 @@ class Extractor(Protocol):
         """uint8 (b, 3, h, w), b captions -> float32 (b, columns) for each output."""
 
     def describe(self) -> dict[str, Any]:
-        """What identifies these features: file, sha256, input."""
+        """What identifies these features: file, sha256, input, and settings where the weights do not say all."""
 
 
 @contextmanager
@@ -74,19 +78,21 @@ class Inception:
         self.weights, self.mode, self.device, self.view = weights, mode, torch.device(device), view
         if mode == "legacy_pytorch":
             net, self.layers = inception_blocks()  # filled with tensors alone: nothing is unpickled
-            net.load_state_dict(_tensors(weights))
+            with loading(f"{weights.path} does not fit pytorch-fid's Inception", COPY):
+                net.load_state_dict(_tensors(weights))
             self.layers = self.layers.to(self.device).eval().requires_grad_(False)
         else:
             try:
                 self.base = torch.jit.load(str(weights.path), map_location=self.device).eval()
                 self.layers = self.base.layers
-            except (RuntimeError, ValueError, AttributeError) as error:
+            except BY_FILES as error:
                 raise UserError(
                     f"{weights.path} is no TorchScript Inception in the format of inception-2015-12-05.pt: "
                     f"{str(error).strip().splitlines()[-1]}; copy or download it again"
                 ) from error
             self.output = self._output_weight() if logits else None
-        dim = self._features(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device)).shape[1]
+        with loading(f"{weights.path} is no Inception in the format of inception-2015-12-05.pt", COPY):
+            dim = self._features(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device)).shape[1]
         self.outputs = {"features": dim} | ({"logits": len(self.output)} if logits else {})
 
     def __call__(self, images: Tensor, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -161,7 +167,9 @@ class DinoV2:
         from transformers import Dinov2Model
 
         self.weights, self.device = weights, torch.device(device)
-        self.net = Dinov2Model.from_pretrained(weights.path, use_safetensors=True).to(device).eval().requires_grad_(False)
+        with loading(f"{weights.path} is no whole DINOv2 model", COPY):
+            net = Dinov2Model.from_pretrained(weights.path, use_safetensors=True)
+        self.net = net.to(device).eval().requires_grad_(False)
         self.outputs = {"features": self.net.config.hidden_size}
 
     @torch.inference_mode()
@@ -172,7 +180,8 @@ class DinoV2:
             return {"features": self.net((x - mean) / std).pooler_output}
 
     def describe(self) -> dict[str, Any]:
-        return {"network": "dinov2", "input": "bicubic with antialiasing to 224, rounded", **self.weights.describe()}
+        facts = {"network": "dinov2", "input": "bicubic with antialiasing to 224, rounded", **self.weights.describe()}
+        return facts | {"settings": config_settings(self.net.config)}
 
 
 class Aesthetic(nn.Module):
@@ -192,10 +201,8 @@ class Aesthetic(nn.Module):
     @classmethod
     def load(cls, weights: Found) -> Aesthetic:
         net = cls()
-        try:
+        with loading(f"{weights.path} is no aesthetic predictor of this kind", COPY):
             net.load_state_dict(_tensors(weights))
-        except RuntimeError as error:
-            raise UserError(f"{weights.path} is no aesthetic predictor of this kind: {error}") from error
         return net.eval().requires_grad_(False)
 
 
@@ -238,8 +245,11 @@ class Clip:
 
     def describe(self) -> dict[str, Any]:
         facts = {"network": self.name, "input": f"{self.net.input} of the {self.view}", **self.weights.describe()}
+        if settings := self.net.settings():
+            facts |= {"settings": settings, "published": facts["published"] and self.net.as_published}
         if "cosine" in self.outputs:
             facts |= {"prefix": self.prefix, "scale": 1.0, "longest_text": self.net.longest}
+            facts |= {"tokenizer": found} if (found := self.net.tokenizer_sha256()) else {}
         if self.aesthetic_weights is not None:
             facts["aesthetic"] = self.aesthetic_weights.describe()
         return facts
@@ -249,15 +259,27 @@ class _Transformers:
     def __init__(self, name: str, weights: Found, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        try:
-            self.net = CLIPModel.from_pretrained(weights.path).to(device).eval().requires_grad_(False)
+        with loading(f"{weights.path} is no whole CLIP model", COPY):
+            net = CLIPModel.from_pretrained(weights.path)
             self.tokenizer = AutoTokenizer.from_pretrained(weights.path)
             self.processor = AutoImageProcessor.from_pretrained(weights.path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{weights.path} is no whole CLIP model: {str(error).splitlines()[0]}") from error
+        self.net = net.to(device).eval().requires_grad_(False)
         self.input = type(self.processor).__name__
         self.device, self.dim = device, self.net.config.projection_dim
         self.longest = self.net.config.text_config.max_position_embeddings
+
+    @property
+    def as_published(self) -> bool:
+        """Whether activation and colours are those of OpenAI's models."""
+        config, mine = self.net.config, self.processor
+        colours = (tuple(mine.image_mean), tuple(mine.image_std)) == (CLIP_MEAN, CLIP_STD)
+        return colours and config.text_config.hidden_act == config.vision_config.hidden_act == "quick_gelu"
+
+    def settings(self) -> dict[str, Any]:
+        return config_settings(self.net.config) | processor_settings(self.processor)
+
+    def tokenizer_sha256(self) -> str:
+        return tokenizer_sha256(self.tokenizer)
 
     def images(self, images: Tensor) -> Tensor:
         x = self.processor(list(images), return_tensors="pt", device=self.device)["pixel_values"]
@@ -278,16 +300,25 @@ class _OpenClip:
             import open_clip
         except ImportError as error:
             raise UserError(f"{name} needs open_clip: pip install 'open_clip_torch>=3.3,<4'") from error
-        _, model, tag = name.split(":")
+        _, model, tag = (*name.split(":"), "", "")[:3]
+        if not model or not tag or name.count(":") != 2:
+            raise UserError(f"--clip-model: {name!r}, expected open_clip:model:tag, e.g. open_clip:ViT-B-32:openai")
         # OpenAI's own weights use another GELU, which a local file does not tell
         quick = {"force_quick_gelu": True} if tag == "openai" else {}
-        self.net, _, self.transform = open_clip.create_model_and_transforms(
-            model, pretrained=str(weights.path), device=device, weights_only=True, **quick
-        )
+        with loading(f"{weights.path} does not fit {name}", COPY):
+            self.net, _, self.transform = open_clip.create_model_and_transforms(
+                model, pretrained=str(weights.path), device=device, weights_only=True, **quick
+            )
         self.net = self.net.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
         self.device, self.longest = device, self.tokenizer.context_length
         self.dim = self.texts([""]).shape[1]
+
+    def settings(self) -> dict[str, Any]:
+        return {}  # all by the model's name
+
+    def tokenizer_sha256(self) -> None:
+        return None
 
     def images(self, images: Tensor) -> Tensor:
         from torchvision.transforms.functional import to_pil_image

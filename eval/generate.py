@@ -1,6 +1,6 @@
 """Images on disk, resumable and by any number of processes: image i depends on the seed and i alone.
 
-<folder>/generation.json        what made them; another model or seed is refused
+<folder>/generation.json        what they depend on, part by part; where any of it differs the folder is refused
 <folder>/000000/000123.png      each put in place whole, so that a killed run loses the batch in flight and no more
 """
 
@@ -16,11 +16,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines.errors import UserError
+from pipelines.identity import differences, sha256_of
+from pipelines.reading import read_json
 
 from .files import write_atomically
 from .sampler import Sampler
 
 PER_FOLDER = 1000
+FORMAT = 2  # of how images are made from seeds, labels and prompts: a change of these rules needs another number
+CAUSES = {".weights": "dtype", ".tokens": "captions"}  # what differs because something else does, and is not said then
 
 
 def image_file(folder: Path, i: int) -> Path:
@@ -48,15 +52,15 @@ def generate(
         raise UserError(f"{len(indices):,} images need as many captions, got {len(captions or ()):,}; give --captions")
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     texts = captions if sampler.takes == "prompt" else None
-    manifest = {"model": sampler.describe(), "seed": seed, "first": indices.start, "n": len(indices), "captions": _hash(texts)}
-    manifest["batch_size"] = 1 if exact else batch_size
-    _claim(folder, manifest, rank == 0)
+    size = 1 if exact else batch_size
+    manifest = {"format": FORMAT, "seed": seed, "first": indices.start, "n": len(indices), "batch_size": size}
+    manifest |= {"captions": None if texts is None else sha256_of(list(texts))} | sampler.identity(texts)
+    _claim(folder, manifest, sampler.describe(), rank == 0)
     if accelerator:
         accelerator.wait_for_everyone()
     missing = [i for i in indices[rank::world] if not image_file(folder, i).is_file()]
     bar = tqdm(total=len(indices[rank::world]), desc=progress, unit="image", disable=progress is None or rank != 0)
     bar.update(bar.total - len(missing))
-    size = manifest["batch_size"]
     for start in range(0, len(missing), size):
         batch = missing[start : start + size]
         filled = batch + batch[-1:] * (size - len(batch))
@@ -77,27 +81,19 @@ def _write(file: Path, pixels) -> None:
     write_atomically(file, buffer.getvalue())
 
 
-def _claim(folder: Path, manifest: dict[str, Any], first: bool) -> None:
-    """Write generation.json, or refuse a folder whose images were made by something else."""
+def _claim(folder: Path, manifest: dict[str, Any], model: dict[str, Any], first: bool) -> None:
+    """Write generation.json, or refuse a folder whose images were made by something else. model: for readers; not compared."""
     file = folder / "generation.json"
-    stored = json.loads(json.dumps(manifest))  # tuples become lists, as in the file
+    remedy = "name another --output or remove them"
     if file.is_file():
-        other = json.loads(file.read_text())
-        differing = [key for key in stored if other.get(key) != stored[key]]
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"{folder} holds images made with another {key} ({other.get(key)!r}, now {stored[key]!r}); name another --output "
-                "or remove them"
-            )
+        found = read_json(file, f"what made the images beside it is unknown: {remedy}")
+        found.pop("model", None)
+        if "format" not in found:
+            raise UserError(f"{folder} holds images of an earlier version, which did not note all they depend on; {remedy}")
+        if faults := differences(found, manifest, CAUSES):
+            raise UserError(f"{folder} holds images made otherwise: {'; '.join(faults)}; {remedy}")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and has no generation.json; name another --output")
     elif first:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def _hash(texts: Sequence[str] | None) -> str | None:
-    import hashlib
-
-    return None if texts is None else hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+        write_atomically(file, (json.dumps(manifest | {"model": model}, indent=1) + "\n").encode())

@@ -43,6 +43,7 @@ def make_plan(options: Mapping[str, Any]) -> Plan:
         raise UserError(f"evaluation.reference is needed for {', '.join(protocol.metrics)}: images, or statistics of them")
     if "inception_score" in protocol.metrics and protocol.num_images < 10:
         raise UserError("evaluation.num_images: the inception score takes 10 parts, and more images")
+    protocol.require_images(protocol.num_images, "evaluation.num_images")
     return plan(protocol, {key: options[key] for key in NETWORKS}, weights_dir(options["weights_dir"]))
 
 

@@ -111,7 +111,7 @@ def without_logits(extractor: Any) -> Any:
     return view
 
 
-def compute(metrics: Sequence[str], gathered: Any, reference: Any) -> dict[str, dict[str, float]]:
+def compute(metrics: Sequence[str], gathered: Any, reference: Any) -> dict[str, dict[str, Any]]:
     """{number: {"value": v, ...}} of one set: gathered (one_pass.Gathered) against reference (reference.Reference, or None where
     no metric needs it). precision_recall gives "precision" and "recall".
     """
@@ -140,7 +140,7 @@ def compute(metrics: Sequence[str], gathered: Any, reference: Any) -> dict[str, 
             numbers[metric] = {"value": mean, "std_over_splits": std}
         else:
             values = gathered.single["cosine" if metric == "clip_score" else "aesthetic"].double()
-            numbers[metric] = {"value": values.mean().item(), "std_over_images": values.std().item()}
+            numbers[metric] = {"value": values.mean().item(), "std_over_images": values.std().item() if len(values) > 1 else None}
     return numbers
 
 

@@ -51,7 +51,7 @@ def energy_distance(x: Tensor, y: Tensor, block: int = BLOCK) -> float:
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have shapes (n, d) and (m, d), got {tuple(x.shape)} and {tuple(y.shape)}")
     if min(len(x), len(y)) < 2:
-        raise UserError(f"energy distance needs at least 2 rows a side, got {len(x)} and {len(y)}")
+        raise ValueError(f"energy distance needs at least 2 rows a side, got {len(x)} and {len(y)}")
     if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
         raise UserError("energy distance got NaN or infinite values; the images or features are broken")
     # |a - b|^2 is taken as |a|^2 + |b|^2 - 2ab: a common offset would cost digits, so remove it first.
@@ -160,7 +160,7 @@ def halves_floor(features: Tensor, generator: torch.Generator, splits: int = 10)
     this is what "no difference" reads as at half the size of the reference.
     """
     if len(features) < 4 or splits < 2:
-        raise UserError(f"need at least 4 images and 2 splits, got {len(features)} and {splits}")
+        raise ValueError(f"need at least 4 images and 2 splits, got {len(features)} and {splits}")
     values = [
         frechet_distance(GaussianStats.of(features[a]), GaussianStats.of(features[b]))
         for a, b in random_halves(len(features), splits, generator)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from pipelines.analytic import GaussianMixture, make_mixture
 from pipelines.edm import PointNet
 from pipelines.errors import UserError
 from pipelines.provenance import git_commit, versions
+from pipelines.reading import loading, read_yaml
 
 from .files import write_atomically
 from .point_figures import scatter_chart
@@ -57,12 +57,14 @@ def read_law(law: str | None, model: Path) -> GaussianMixture:
         return make_mixture()
     if not file.is_file():
         raise FileNotFoundError(f"--law: no such file {law!r}")
-    data = (yaml.safe_load(file.read_text()) or {}).get("data") or {}
-    if data.get("name") != "mixture":
+    content = read_yaml(file) or {}
+    data = (content.get("data") if isinstance(content, dict) else None) or {}
+    if not isinstance(data, dict) or data.get("name") != "mixture":
         if law:
             raise UserError(f"--law: {law!r} has no `data: {{name: mixture}}`")
         return make_mixture()  # distilled from a learned teacher, a run needs no data
-    return make_mixture(*(data.get(key) for key in ("means", "std", "weights")))
+    with loading(f"--law: {str(file)!r} holds no mixture"):
+        return make_mixture(*(data.get(key) for key in ("means", "std", "weights")))
 
 
 def table(found: dict[str, Any]) -> str:

@@ -24,6 +24,8 @@ METRICS = {
 }
 AGAINST_REFERENCE = ("fid", "kid", "precision_recall", "patch_fid", "fd_dinov2", "cmmd")
 RAW_FEATURES = ("kid", "precision_recall", "cmmd")  # these compare images one by one, so a mean and a covariance are not enough
+# images a side without which a metric says nothing: a covariance, pairs, a third neighbour, ten parts
+LEAST_IMAGES = {"fid": 2, "kid": 2, "patch_fid": 2, "fd_dinov2": 2, "precision_recall": 4, "inception_score": 10}
 LOWER_IS_BETTER = {"fid": True, "kid": True, "patch_fid": True, "fd_dinov2": True, "cmmd": True} | dict.fromkeys(
     ("inception_score", "precision", "recall", "clip_score", "aesthetic"), False
 )
@@ -65,6 +67,14 @@ class Protocol:
     def processing(self) -> dict[str, object]:
         """What statistics of a reference depend on besides its images and the extractor."""
         return {"size": self.size, "crop_to": self.crop_to, "grayscale": self.grayscale}
+
+    def require_images(self, n: int, what: str, metrics: tuple[str, ...] | None = None) -> None:
+        """UserError if a metric (of `metrics`, default: all) needs more images than n. what: whose number that is."""
+        for metric in self.metrics if metrics is None else metrics:
+            if n < (least := LEAST_IMAGES.get(metric, 1)):
+                raise UserError(
+                    f"{what}: {n:,} image{'s' * (n != 1)}, {metric} needs at least {least}; add images or leave it out"
+                )
 
     def departures(self, reference_images: int | None = None) -> list[str]:
         """How an evaluation differs from the protocol of its name; [] if it does not. reference_images: None where unknown."""

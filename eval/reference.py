@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,19 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
+from pipelines.identity import differences
+from pipelines.reading import BY_FILES, loading, read_json, reason_of
 
 from .extractors import Extractor
 from .files import write_atomically
 from .image_files import ImageFiles
 from .measure import Plan, without_logits
 from .one_pass import Gathered, one_pass
-from .protocols import Protocol
+from .protocols import AGAINST_REFERENCE, Protocol
 from .weights import sha256
 
 FORMAT = 1
-IDENTITY = ("network", "input", "sha256")  # of an extractor, what features depend on
+IDENTITY = ("network", "input", "sha256", "settings")  # of an extractor, what features depend on
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def load_or_measure(
 
 
 def require_size(protocol: Protocol, n: int | None, option: str, force: bool) -> None:
-    """ValueError for another number of images than the protocol's; n: None where a published file does not say."""
+    """UserError for another number of images than the protocol's; n: None where a published file does not say."""
+    if n is not None:
+        protocol.require_images(n, option, tuple(m for m in protocol.metrics if m in AGAINST_REFERENCE))
     if n not in (None, protocol.reference_images) and protocol.name != "custom" and not force:
         raise UserError(
             f"{option} has {n:,} images, protocol {protocol.name} compares with {protocol.reference_images:,}; "
@@ -96,8 +101,9 @@ def of_images(gathered: Gathered, protocol: Protocol, images: dict[str, Any], ex
 
 
 def save(reference: Reference, folder: Path) -> None:
-    """reference.json is written last: where it is, all is."""
+    """reference.json is written last: where it is, all is. That of an earlier reference goes first, since its statistics do."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "reference.json").unlink(missing_ok=True)
     for key, (mean, cov) in reference.moments.items():
         arrays = {"mu": mean.numpy(), "sigma": cov.numpy(), "n": np.int64(reference.facts["images"]["n"])}
         if key in reference.rows:
@@ -124,15 +130,13 @@ def load(
     if path.suffix == ".npz":
         return _published(path, extractors, dims, raw)
     file = path / "reference.json"
-    try:
-        facts = json.loads(file.read_text())
+    again = "make it again with python -m eval reference"
+    facts = read_json(file, again)
+    with loading(f"{file} cannot be read as a reference", again):
         if facts["format"] != FORMAT:
-            raise UserError(f"format {facts['format']}, this version reads {FORMAT}")
-        known = facts["processing"], facts["extractors"], facts["images"]["n"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} cannot be read as a reference ({error!r}); make it again with python -m eval reference"
-        ) from error
+            raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+        known = facts["processing"], dict(facts["extractors"]), int(facts["images"]["n"])
+        facts["protocol"]
     if known[0] != protocol.processing:
         raise UserError(
             f"{source} was made for protocol {facts['protocol']} with {known[0]}, protocol {protocol.name} has "
@@ -145,6 +149,9 @@ def load(
             raise UserError(f"{source} has no statistics of {key}, only of {', '.join(known[1])}; make it with these --metrics")
         for part in IDENTITY:
             if theirs.get(part) != mine.get(part):
+                if isinstance(mine.get(part), dict):
+                    faults = "; ".join(differences(theirs.get(part) or {}, mine[part]))
+                    raise UserError(f"{source}: {part} of {key} are others there: {faults}; make it again")
                 raise UserError(
                     f"{source}: {part} of {key} is {theirs.get(part)!r} there and {mine.get(part)!r} here; make it again"
                 )
@@ -181,9 +188,9 @@ def _read(file: Path, keys: tuple[str, ...], dim: int) -> dict[str, Tensor]:
             arrays = {key: torch.from_numpy(np.asarray(stored[key])) for key in keys}
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file {str(file)!r}; make the reference again with python -m eval reference") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (*BY_FILES, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{file} cannot be read ({error}): expected the arrays {', '.join(keys)}; get or make it again"
+            f"{file} cannot be read ({reason_of(error)}): expected the arrays {', '.join(keys)}; get or make it again"
         ) from error
     shapes = {"mu": (dim,), "sigma": (dim, dim)}
     for key, value in arrays.items():

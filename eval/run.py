@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.reading import loading, read_json
 
 from .baselines import read_baselines
 from .captions import Captions, read_captions
@@ -47,6 +47,8 @@ def check(args: Namespace) -> Job:
         captions = captions.first(protocol.num_images)
     if captions is None and ("clip_score" in protocol.metrics or (protocol.captions and not args.images)):
         raise UserError(f"--captions is needed: {protocol.captions or 'one an image, for the CLIP score'}")
+    if protocol.num_images:
+        protocol.require_images(protocol.num_images, "--num-images")
     read_baselines(args.baselines, protocol.name)
     made = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
     return Job(args, protocol, made, captions)
@@ -83,6 +85,7 @@ def run(job: Job) -> dict[str, Any]:
     if args.images:
         images = ImageFiles(args.images, protocol, job.plan.views, args.image_column, args.num_images)
         protocol = _sized(protocol, len(images), args)
+        protocol.require_images(len(images), f"--images {args.images}")
         if job.captions is not None and len(job.captions) != len(images):
             raise UserError(f"{len(images):,} images and {len(job.captions):,} captions: one an image is needed, in their order")
     sampler = load_model(args, accelerator.device) if args.model else None
@@ -224,9 +227,11 @@ def load_results(path: str) -> dict[str, Any]:
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no such file {str(file)!r}; give the --output folder of an evaluation")
-    try:
-        content = json.loads(file.read_text())
-        content["metrics"], content["protocol"]["name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no metrics.json of an evaluation ({error!r})") from error
+    remedy = "give the --output folder of an evaluation of this version"
+    content = read_json(file, remedy)
+    with loading(f"{file} is no metrics.json of an evaluation", remedy):
+        for key in ("metrics", "extractors", "reference", "captions", "model", "latency", "beside_published"):
+            content[key]
+        content["protocol"]["name"], content["protocol"]["n"], content["protocol"]["processing"], content["protocol"]["computed"]
+        [(n["value"], n["std"]) for n in content["metrics"].values()]
     return content

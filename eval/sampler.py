@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 
 from pipelines.edm import EDMPipeline, PointNet
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
+from pipelines.identity import pipeline_identity, tokens_identity
+from pipelines.reading import loading
 from pipelines.stable_diffusion import read_index
 from pipelines.students import load_student, read_info
 
@@ -25,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Sampler:
-    """pipe with the arguments of its calls; facts: what identifies the model, for reports and for resuming.
+    """pipe with the arguments of its calls; facts: where the model came from, for reports.
 
     takes: "prompt", "class_labels" or "nothing".
     """
@@ -56,6 +58,15 @@ class Sampler:
         if not bool(torch.isfinite(images).all()):
             raise UserError(f"the pipeline made NaN or infinite pixels for images {list(indices)}; try --dtype float32")
         return (images.permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def identity(self, captions: Sequence[str] | None) -> dict[str, Any]:
+        """What images depend on besides their numbers and seeds, part by part (pipelines.identity)."""
+        unused = {"vae": ("encoder.", "quant_conv.")} if isinstance(getattr(self.pipe, "vae", None), AutoencoderKL) else {}
+        found = pipeline_identity(self.pipe, left_out=unused) | {f"call.{key}": value for key, value in self.call.items()}
+        found |= {"dtype": self.facts.get("dtype"), "device": self.pipe.device.type}
+        if getattr(self.pipe, "watermark", None) is not None:
+            found["watermark"] = True
+        return found | (tokens_identity(self.pipe, captions) if captions is not None else {})
 
     def describe(self) -> dict[str, Any]:
         return self.facts | {
@@ -104,26 +115,29 @@ def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> Diffusio
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"--model: {model!r} has no model_index.json, student.json, student/ or teacher/ in it")
     source = str(folder) if folder.is_dir() else model
-    try:
-        index = read_index(source)
+    with loading(f"--model: {shown(model, 300)} cannot be loaded"):
+        index = _index(source)
         kind = EDMPipeline if index.get("_class_name") == "EDMPipeline" else DiffusionPipeline
         if kind is DiffusionPipeline and "requires_safety_checker" in index:  # it would blacken images
             kwargs = kwargs | {"safety_checker": None, "requires_safety_checker": False}
         return kind.from_pretrained(source, use_safetensors=True, **kwargs)
+
+
+def _index(source: str) -> dict[str, Any]:
+    try:
+        return read_index(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--model: {error}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except UserError as error:
+        raise UserError(f"--model: {error}") from error
 
 
 def _load_lora(pipe: DiffusionPipeline, lora: str) -> None:
     """Any LoRA file that diffusers reads; a scheduler stored beside it comes with it."""
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"--lora: a {type(pipe).__name__} takes no LoRA")
-    try:
+    with loading(f"--lora: {shown(lora, 300)} cannot be loaded"):
         pipe.load_lora_weights(lora)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--lora: {lora!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _takes(pipe: DiffusionPipeline) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.reading import read_text
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl. ValueError names the line that cannot be read; an unfinished last line is left out."""
-    rows, lines = [], file.read_text().splitlines()
+    rows, lines = [], read_text(file).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -97,9 +97,9 @@ class EmpiricalPosterior(nn.Module):
     def __init__(self, data: Tensor, schedule: Schedule) -> None:
         super().__init__()
         if data.ndim != 4 or not len(data) or not data.is_floating_point():
-            raise UserError(f"data must be float (n, c, h, w) with n > 0, got {data.dtype} {tuple(data.shape)}")
+            raise ValueError(f"data must be float (n, c, h, w) with n > 0, got {data.dtype} {tuple(data.shape)}")
         if not bool(torch.isfinite(data).all()):
-            raise UserError("data hold NaN or infinite values")
+            raise ValueError("data hold NaN or infinite values")
         self.schedule, self.shape, self.size = schedule, tuple(data.shape[1:]), len(data)
         cells, counted = neighbours(data.flatten(1), CELL)
         points = data.flatten(1)[cells]  # (cells, m, d)
@@ -123,7 +123,7 @@ class EmpiricalPosterior(nn.Module):
         """Mean (b, d) and log sum_i exp(-|x_t - alpha x_i|^2 / 2 sigma^2) (b,), float64."""
         sigma = level.sigma.flatten().double()
         if not bool((sigma > 0).all()):
-            raise UserError("the posterior of a data set needs sigma > 0")
+            raise ValueError("the posterior of a data set needs sigma > 0")
         given = (x_t.flatten(1).double().T, level.alpha.flatten().double(), sigma)
         parts = zip(*(v.split(COLUMNS, -1) for v in given), strict=True)
         found = torch.cat([self._columns(*part, single=x_t.dtype != torch.float64) for part in parts], 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 from safetensors import SafetensorError
 
 LONGEST = 4_000  # characters of a message: several faults of a configuration fit, a hostile name does not
@@ -22,6 +24,18 @@ def printable(text: str, longest: int = LONGEST) -> str:
     """`text` with control characters escaped (names of files may hold any), line breaks kept, cut to `longest` characters."""
     safe = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text[: longest + 1])
     return safe if len(text) <= longest else f"{safe[:longest]}... ({len(text) - longest} more characters)"
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A value in a message: its repr, cut where it is long, deep or wide (what YAML's anchors make of it may have no end)."""
+    limits = reprlib.Repr()
+    limits.maxstring = limits.maxother = limits.maxlong = 10 * longest
+    limits.maxlevel, limits.maxlist, limits.maxdict = 4, 20, 20
+    try:
+        text = limits.repr(value)
+    except ValueError:  # python writes no integers of thousands of digits
+        text = f"<{type(value).__name__}>"
+    return printable(text if len(text) <= longest else f"{text[:longest]}...")
 
 
 def message(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -33,9 +34,31 @@ def end_processes() -> None:
         distributed.destroy_process_group()
 
 
+def say(error: BaseException, prefix: str = "error") -> None:
+    """One clear message on stderr, no traceback: once for all processes that meet the same error.
+
+    Before processes know of each other the first of each machine speaks; then the first to come, whichever it is.
+    """
+    text, rank = message(error), os.environ.get("RANK", "0")
+    if _is_first_to_say(text):
+        who = "" if rank == "0" else f" (process {rank})"
+        print(f"{prefix}{who}: {text}", file=sys.stderr, flush=True)
+
+
+def _is_first_to_say(text: str) -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        return store.add(f"said/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}", 1) == 1
+    except (RuntimeError, AttributeError):  # whoever kept it has ended: better twice than never
+        return True
+
+
 def fail(error: BaseException, prefix: str = "error") -> NoReturn:
-    """One clear message on stderr, no traceback, exit status 2."""
-    print(f"{prefix}: {message(error)}", file=sys.stderr, flush=True)
+    """Say it and leave with exit status 2."""
+    say(error, prefix)
     end_processes()
     raise SystemExit(2)
 

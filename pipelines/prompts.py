@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, printable
+from .reading import BY_FILES, read_text, reason_of
 
 
 def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[Any]:
@@ -20,11 +21,14 @@ def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[An
         raise UserError(f"{file_key}: {file!r} is none of .txt, .csv, .jsonl, .parquet")
     try:
         rows = _read_rows(path, column)
-    except (ValueError, csv.Error) as error:  # not UTF-8, not JSON, not parquet
+    except UserError as error:
         raise UserError(f"{file_key}: cannot read {file!r}: {error}") from error
+    except (csv.Error, RecursionError, *BY_FILES) as error:  # not CSV, not parquet
+        raise UserError(f"{file_key}: cannot read {file!r}: {reason_of(error)}") from error
     for i, row in enumerate(rows):
         if column not in row:
-            raise UserError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {', '.join(map(str, row))}")
+            names = printable(", ".join(map(str, row)), 200)
+            raise UserError(f"{column_key}: no column {column!r} in row {i + 1} of {file!r}; it has {names}")
     return [row[column] for row in rows]
 
 
@@ -43,15 +47,14 @@ def _read_rows(path: Path, column: str) -> list[dict[str, Any]]:
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
         return table.read([column]).to_pylist() if column in names else [dict.fromkeys(names)]
-    return parse_table(path.read_text(encoding="utf-8-sig"), path.suffix, column)  # spreadsheets put a byte order mark first
+    return parse_table(read_text(path, "it"), path.suffix, column)  # spreadsheets put a byte order mark first
 
 
 def parse_table(text: str, suffix: str, column: str = "") -> list[dict[str, Any]]:
     """The rows of the text of a .csv, .jsonl or .txt (column: its lines' name). UserError names the line at fault."""
     if suffix == ".csv":
-        reader = csv.DictReader(
-            io.StringIO(text, newline=""), strict=True
-        )  # a quote that is not closed would take all that follows
+        # strict: a quote that is not closed would take all that follows
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         names, rows = reader.fieldnames or [], []
         if len(set(names)) < len(names):
             raise UserError(f"its header has a column twice ({', '.join(names)}); rename one")

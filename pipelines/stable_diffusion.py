@@ -7,7 +7,6 @@ Conditions are dicts of tensors with the batch first, as everywhere: `encoder_hi
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from .denoiser import Condition, Denoiser
 from .errors import UserError
 from .noise import VPSchedule, from_x0, widen
+from .reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 
 FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,21 +35,15 @@ def read_index(source: str) -> dict[str, Any]:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"{source!r} is not a diffusers pipeline folder: it has no model_index.json")
-        file = folder / "model_index.json"
-        try:
-            index = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{str(file)!r} is not valid JSON ({error}); copy it again") from error
-        if not isinstance(index, dict):
-            raise UserError(f"{str(file)!r} holds a {type(index).__name__}, expected an object of components; copy it again")
-        return index
+        return read_json(folder / "model_index.json", "copy it again")
+    refuse_single_file(folder, "the model")
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise FileNotFoundError(f"no such folder {source!r}, and a hub id looks like owner/name")
     try:
         return DiffusionPipeline.load_config(source)
-    except OSError as error:
+    except BY_FILES as error:
         raise FileNotFoundError(
-            f"{source!r} is no folder here, and the hub could not be asked for it: {str(error).splitlines()[0]} "
+            f"{source!r} is no folder here, and the hub could not be asked for it: {reason_of(error)} "
             "Check the name and the connection (HF_HUB_OFFLINE must be unset), or give the path of a downloaded pipeline folder"
         ) from error
 
@@ -78,13 +72,11 @@ def load_pipeline(
     if "requires_safety_checker" in index:
         options["requires_safety_checker"] = False
     how = {"dtype": dtype, "use_safetensors": True, "variant": variant}
-    try:
+    with loading(f"{source!r} cannot be loaded"):
         for name, kind in NETWORKS.items():
             if name in index and name not in options:
                 options[name] = load_whole(kind, source, name, **how)
         pipe = DiffusionPipeline.from_pretrained(source, **how, **options)
-    except OSError as error:
-        raise FileNotFoundError(f"{source!r} cannot be loaded: {error}") from error
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         if tokenizer is not None and encoder is not None and not 3 <= len(tokenizer) <= encoder.config.vocab_size:
@@ -138,12 +130,10 @@ def check_scheduler_config(scheduler: Any, source: str) -> None:
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(f"{source!r}: prediction_type {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
-    try:
-        last = one_step_scheduler(scheduler).alphas_cumprod[-1]  # Euler and DPM would put 2^-24 there for 0
-    except NotImplementedError as error:
-        raise UserError(
-            f"{source!r}: beta_schedule {config.get('beta_schedule')!r} has no one-step scheduler ({error})"
-        ) from error
+    with loading(f"{source!r}: its noise schedule, beta_schedule {config.get('beta_schedule')!r}, has no one-step scheduler"):
+        alphas = one_step_scheduler(scheduler).alphas_cumprod
+        VPSchedule(alphas)  # which refuses what is none
+        last = alphas[-1]  # Euler and DPM would put 2^-24 there for 0
     if float(last) == 0 and prediction_type == "epsilon":
         raise UserError(
             f"{source!r}: rescale_betas_zero_snr leaves no signal at the last timestep, where noise prediction says nothing of "

@@ -18,10 +18,13 @@ from torch import nn
 
 from . import stable_diffusion
 from .edm import EDMPipeline, PointNet
-from .errors import UserError
+from .errors import UserError, shown
+from .identity import weights_sha256
+from .reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3
+RESAVE = "save or copy the student again"
 
 CARD = """---
 library_name: diffusers
@@ -180,34 +183,41 @@ def load_student(
     """
     folder = find_student(source)
     info = read_info(folder, "student")
+    needed = ("base_model", "weights", "readout_t") if info.get("family") in stable_diffusion.FAMILIES.values() else ()
+    for key in needed:
+        if key not in info:
+            raise UserError(f"{str(folder / 'student.json')!r} does not say {key!r}; {RESAVE}")
     if info.get("family") not in stable_diffusion.FAMILIES.values():
         if scheduler is not None:
             raise UserError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
-        return EDMPipeline.from_pretrained(folder, base_model=base_model, use_safetensors=True, dtype=dtype)
+        with loading(f"{str(folder)!r} is not complete or damaged", RESAVE):
+            pipe = EDMPipeline.from_pretrained(folder, base_model=base_model, use_safetensors=True, dtype=dtype)
+        if info.get("weights") == "lora":
+            base = EDMPipeline.from_pretrained(base_model or info["base_model"], use_safetensors=True, dtype=dtype).unet
+            check_base(base, info, folder)
+        return pipe
     whole = info["weights"] == "unet"
     stable_diffusion.check_weights(folder, ["unet" if whole else ""])
-    incomplete = f"{str(folder)!r} is not complete: {{}} Save or copy the student again"
+    incomplete = f"{str(folder)!r} is not complete or does not fit its base model"
     components = {}
     if whole:
         # given to the pipeline when it is made: of one that was made without, it would know no size, and would save none
-        try:
+        with loading(incomplete, RESAVE):
             components["unet"] = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, dtype=dtype)
-        except OSError as error:
-            raise FileNotFoundError(incomplete.format(error)) from error
     try:
         pipe = stable_diffusion.load_pipeline(base_model or info["base_model"], dtype, **components)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the base model of {str(folder)!r}: {error}; give base_model=<where it lies now>") from error
     prediction = stable_diffusion.denoiser(pipe, pipe.unet)
     if not whole:
-        try:
+        check_base(pipe.unet, info, folder)
+        with loading(incomplete, RESAVE):
             pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
-        except OSError as error:
-            raise FileNotFoundError(incomplete.format(error)) from error
     if scheduler is None:
         if not (folder / "scheduler" / "scheduler_config.json").is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no scheduler/scheduler_config.json; save the student again")
-        scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+        with loading(incomplete, RESAVE):
+            scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipe.scheduler = scheduler
     error = stable_diffusion.one_step_error(scheduler, prediction, info["readout_t"])
     if error > ONE_STEP_TOLERANCE:
@@ -219,16 +229,34 @@ def load_student(
     return pipe
 
 
+def check_base(network: nn.Module, info: dict[str, Any], folder: Path) -> None:
+    """UserWarning where a LoRA is put on other weights than it was trained on.
+
+    Students of earlier versions do not say theirs, and of weights in lower precision than at training it cannot be told.
+    """
+    trained = getattr(torch, str(info.get("base_dtype")), None)
+    mine = next(network.parameters()).dtype
+    if "base_weights" not in info or trained is None or torch.promote_types(mine, trained) != mine:
+        return
+    if weights_sha256({"unet": network}, dtype=trained) != info["base_weights"]:
+        warnings.warn(
+            f"the student in {str(folder)!r} was trained on other weights than those now at its base model "
+            f"({shown(info['base_model'])} then); its images will be others",
+            stacklevel=3,
+        )
+
+
 def find_student(source: str | Path) -> Path:
     """The folder with student.json: of itself, of student/ in it, or of a hub id. FileNotFoundError if there is none."""
     folder = Path(source)
     if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
         try:
             return Path(snapshot_download(str(source)))
-        except (OSError, ValueError) as error:
+        except BY_FILES as error:
             raise FileNotFoundError(
-                f"{str(source)!r} is no folder here, and the hub could not be asked for it: {str(error).splitlines()[0]}"
+                f"{str(source)!r} is no folder here, and the hub could not be asked for it: {reason_of(error)}"
             ) from error
+    refuse_single_file(folder, "the student")
     if not (folder / "student.json").is_file():
         folder = folder / "student"
     if not (folder / "student.json").is_file():
@@ -241,10 +269,4 @@ def read_info(folder: str | Path, kind: str) -> dict[str, Any]:
     file = Path(folder) / f"{kind}.json"
     if not file.is_file():
         return {}
-    try:
-        info = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); save the model again") from error
-    if not isinstance(info, dict):
-        raise UserError(f"{file} holds a {type(info).__name__}, expected an object with steps, train_seconds, calls")
-    return info
+    return read_json(file, "save the model again")

@@ -22,10 +22,11 @@ from torchvision.utils import save_image
 from eval.digits.evaluate import load_pipeline
 from eval.digits.generate import generate
 from eval.frechet import GaussianStats, frechet_distance
+from pipelines.identity import pipeline_identity
 from pipelines.images import ImageSet, load_parquet
 from pipelines.provenance import git_commit, versions
 
-from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
+from .jobs import LAUNCH, Job, cores, exit_cleanly, kept, run, run_all
 from .judge import Judge
 
 OBJECTIVES = ("vardiu", "diff_instruct", "varflow")
@@ -80,13 +81,16 @@ def main() -> None:
 
     def measure(name: str, model: Path, role: str, show: bool) -> None:
         """Its numbers are kept beside a model; of those in the grid, 16 images are drawn again."""
-        pipe, kept = load_pipeline(model, role), model / "measured.json"
-        if not kept.is_file():
+        pipe = load_pipeline(model, role)
+
+        def found() -> dict[str, float]:
             made = generate(pipe, args.images, batch_size=100, progress=name)
             facts = json.loads((model / f"{role}.json").read_text())
             found = judge.measure(made.pixels) | {key: facts[key] for key in ("steps", "train_seconds")}
-            kept.write_text(json.dumps(found | {"calls": made.calls, "seconds_per_image": made.seconds_per_image}))
-        numbers[name] = json.loads(kept.read_text())
+            return found | {"calls": made.calls, "seconds_per_image": made.seconds_per_image}
+
+        identity = pipeline_identity(pipe) | {"judge": judge.identity, "images": args.images}
+        numbers[name] = kept(model / "measured.json", identity, found)
         print(f"{name:32} FD {numbers[name]['fd']:8.3f}  {numbers[name]['calls']:g} calls an image", flush=True)
         if show:
             rows.append(generate(pipe, 16).pixels)

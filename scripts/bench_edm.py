@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipelines.edm import EDMPipeline
+from pipelines.launch import user_errors
 from pipelines.provenance import git_commit, versions
 
 NETWORK = {"img_resolution": 32, "img_channels": 3, "model_type": "SongUNet", "augment_dim": 9, "channel_mult": [2, 2, 2]}
@@ -120,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -32,6 +32,7 @@ from eval.image_files import ImageFiles
 from eval.one_pass import one_pass
 from eval.protocols import PROTOCOLS
 from eval.weights import Found
+from pipelines.launch import user_errors
 
 from . import random_networks
 
@@ -339,4 +340,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

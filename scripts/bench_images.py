@@ -31,10 +31,11 @@ from eval.digits.runs import find_run
 from eval.figures import benchmark_chart
 from eval.frechet import GaussianStats, frechet_distance
 from eval.metrics import class_balance, energy_distance, halves_floor, pixel_std
+from pipelines.identity import pipeline_identity
 from pipelines.images import ImageSet, load_digits, load_parquet, to_unit
 from pipelines.provenance import git_commit, versions
 
-from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
+from .jobs import LAUNCH, Job, cores, exit_cleanly, kept, run, run_all
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,14 @@ def reference(name: str) -> Reference:
 
 def measure(folder: Path, role: str, name: str) -> dict[str, Any]:
     """All numbers of one stored model, kept beside it; runs in a process of its own, on one thread."""
-    kept = folder / "bench.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
     torch.set_num_threads(1)
     real = _reference_of_this_process(name)
     pipe = load_pipeline(folder, role)
+    identity = pipeline_identity(pipe) | {"images": IMAGES, "extractors": [e.describe() for e in real.extractors.values()]}
+    return kept(folder / "bench.json", identity, lambda: _measure(folder, role, pipe, real))
+
+
+def _measure(folder: Path, role: str, pipe: Any, real: Reference) -> dict[str, Any]:
     pixels = generate(pipe, IMAGES, num_classes=pipe.unet.config.num_classes).pixels
     numbers = {key: frechet_distance(GaussianStats.of(e(pixels)), real.stats[key]) for key, e in real.extractors.items()}
     few = 2000  # the energy distance of all pairs costs more than the rest together
@@ -133,7 +136,6 @@ def measure(folder: Path, role: str, name: str) -> dict[str, Any]:
         numbers |= {"class_min": shares.min().item(), "class_max": shares.max().item()}
     info = json.loads((folder / f"{role}.json").read_text())
     numbers |= {"step": info["steps"], "seconds": info["train_seconds"], "calls": sum(info["calls"].values())}
-    kept.write_text(json.dumps(numbers))
     return numbers
 
 

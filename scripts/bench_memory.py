@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipelines.launch import user_errors
 from trainers import distill, train_teacher
 from trainers.config import DistillConfig, TeacherConfig
 from trainers.config_file import load_config
@@ -113,4 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -27,9 +27,10 @@ from eval import points
 from eval.point_figures import curves_chart, scatter_chart
 from pipelines.analytic import make_mixture
 from pipelines.edm import EDMPipeline
+from pipelines.identity import pipeline_identity
 from pipelines.provenance import git_commit, versions
 
-from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
+from .jobs import LAUNCH, Job, cores, exit_cleanly, kept, run, run_all
 from .mog40_reference import PublishedVarDiU
 
 SAMPLES = 10_000
@@ -138,13 +139,15 @@ def seconds_a_step(chosen: dict[str, Method], runs: Path, workers: int) -> dict[
 
 def distil(chosen: dict[str, Method], seeds: int, seconds: float, runs: Path, workers: int) -> tuple[list[Job], dict[str, str]]:
     """The runs that came to their end, and the errors of those that did not: to diverge is a result."""
-    kept = runs / "steps.json"
-    steps = json.loads(kept.read_text()) if kept.is_file() else {}
+    file = runs / "steps.json"
+    steps = json.loads(file.read_text()) if file.is_file() else {}
+    if steps.get("seconds") != seconds:  # of runs of another length
+        steps = {"seconds": seconds}
     new = {n: m for n, m in chosen.items() if n not in steps and not m.published}
     for name, each in seconds_a_step(new, runs, workers).items():
         steps[name] = max(SNAPSHOTS, round(seconds / each / SNAPSHOTS)) * SNAPSHOTS
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(steps, indent=1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(steps, indent=1))
     jobs = []
     for seed in range(seeds):
         for name, m in chosen.items():
@@ -164,13 +167,14 @@ def measured(x: Tensor, **facts: Any) -> dict[str, Any]:
 
 def measure(folder: Path) -> dict[str, Any]:
     """All numbers of one stored student, kept beside it; runs in a process of its own, on one thread."""
-    kept = folder / "points.json"
-    if not kept.is_file():
-        torch.set_num_threads(1)
-        info = json.loads((folder / "student.json").read_text())
-        numbers = measured(draw(folder), step=info["steps"], seconds=info["train_seconds"])
-        kept.write_text(json.dumps(numbers))
-    return json.loads(kept.read_text())
+    torch.set_num_threads(1)
+    info = json.loads((folder / "student.json").read_text())
+    identity = pipeline_identity(EDMPipeline.from_pretrained(folder)) | {"samples": SAMPLES, "keys": KEYS}
+    return kept(
+        folder / "points.json",
+        identity,
+        lambda: measured(draw(folder), step=info["steps"], seconds=info["train_seconds"]),
+    )
 
 
 def draw(folder: Path, n: int = SAMPLES) -> Tensor:
@@ -181,8 +185,8 @@ def draw(folder: Path, n: int = SAMPLES) -> Tensor:
 
 def published(name: str, seed: int, seconds: float, folder: Path) -> list[dict[str, Any]]:
     """The authors' update for as many seconds, annealed by the clock; its last samples are kept for the picture."""
-    kept = folder / f"{name}_{seed}.json"
-    if not kept.is_file():
+
+    def curve() -> list[dict[str, Any]]:
         torch.set_num_threads(1)
         baseline = PublishedVarDiU(make_mixture(), seed, weights_as_published=name == "published")
         z = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(11))
@@ -196,8 +200,9 @@ def published(name: str, seed: int, seconds: float, folder: Path) -> list[dict[s
                     x = baseline.sample(z)
                 rows.append(measured(x, step=step, seconds=spent))
         save_file({"x": x}, folder / f"{name}_{seed}.safetensors")
-        kept.write_text(json.dumps(rows))
-    return json.loads(kept.read_text())
+        return rows
+
+    return kept(folder / f"{name}_{seed}.json", {"seconds": seconds, "samples": SAMPLES, "snapshots": SNAPSHOTS}, curve)
 
 
 # What came out --------------------------------------------------------------------------------------------------------------

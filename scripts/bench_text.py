@@ -27,13 +27,14 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from eval.weights import sha256
 from pipelines.images import ImageSet, load_parquet, to_pixels, to_unit
 from pipelines.provenance import git_commit, versions
 from pipelines.stable_diffusion import decode_latents, encode_images, load_pipeline, one_step_scheduler
 from pipelines.students import load_student
 
 from . import random_networks
-from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
+from .jobs import LAUNCH, Job, cores, exit_cleanly, kept, run, run_all
 from .judge import Judge, train
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -226,11 +227,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = load_parquet([str(args.cifar / "train.parquet")], "img", "label", 32, 3)
     captions, prompts = folder / "captions.parquet", folder / "prompts.txt"
-    if not captions.is_file():
-        make_captions(args.cifar, captions)
+    kept(folder / "captions.json", {"file": sha256(args.cifar / "train.parquet")}, lambda: make_captions(args.cifar, captions))
     prompts.write_text("\n".join(CLASSES) + "\n")
-    if not (folder / "untrained" / "model_index.json").is_file():
-        make_pipeline(folder / "untrained", data.pixels, args.vae_steps)
+    untrained = {"file": sha256(args.cifar / "train.parquet"), "vae_steps": args.vae_steps}
+    kept(folder / "untrained.json", untrained, lambda: make_pipeline(folder / "untrained", data.pixels, args.vae_steps))
 
     def write(name: str, config: dict[str, Any]) -> Path:
         file = folder / f"{name}.yaml"

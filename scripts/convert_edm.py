@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from pipelines.edm.convert import convert
-from pipelines.errors import USER_ERRORS
-from pipelines.launch import fail
+from pipelines.errors import printable
+from pipelines.launch import user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,10 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("snapshot", type=Path)
     parser.add_argument("output", type=Path, help="a folder that does not exist yet")
     args = parser.parse_args(argv)
-    try:
+    with user_errors(f"error: {printable(str(args.snapshot), 300)}"):
         made = convert(args.snapshot, args.output)
-    except USER_ERRORS as error:
-        fail(error, f"error: {args.snapshot}")
     print(f"{args.output}: {made.parameters:,} parameters")
     for title, settings in (("network", made.unet), ("scheduler", made.scheduler)):
         print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))

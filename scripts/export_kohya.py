@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines.errors import USER_ERRORS, UserError
-from pipelines.launch import fail
+from pipelines.errors import UserError
+from pipelines.launch import user_errors
+from pipelines.reading import loading, refuse_single_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -39,7 +40,7 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], int, float]:
         with safe_open(file, framework="pt") as stored:
             metadata = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {key: stored.get_tensor(key) for key in stored.keys()}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{str(file)!r} is damaged ({error}); copy it again") from error
     if "unet.r" not in metadata:
         raise UserError(f"{str(file)!r} has no rank and alpha in its metadata; it was not written by trainers.distill")
@@ -53,13 +54,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("student", type=Path, help="a student/ folder")
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     args = parser.parse_args(argv)
-    try:
+    with user_errors():
+        refuse_single_file(args.student, "the student")
         weights, rank, alpha = read_lora(args.student / WEIGHTS)
-    except USER_ERRORS as error:
-        fail(error)
-    kohya = to_kohya(weights, rank, alpha)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kohya, args.output, metadata={"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})
+        with loading(f"{str(args.student / WEIGHTS)!r} has layers that kohya's names do not know"):
+            kohya = to_kohya(weights, rank, alpha)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with loading(f"{str(args.output)!r} cannot be written"):
+            save_file(kohya, args.output, metadata={"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})
     print(f"{args.output}: {len(kohya) // 3} layers of rank {rank}")
 
 

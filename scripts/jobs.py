@@ -11,13 +11,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
+from pipelines.errors import USER_ERRORS, UserError
+from pipelines.launch import fail
+from pipelines.stable_diffusion import DTYPES
+from trainers.config import DistillConfig
+from trainers.config_file import load_config
+from trainers.teachers import base_weights
+
 # `accelerate launch` with its defaults spelled out, so that it has nothing to warn about
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+
+
+class PartError(UserError):
+    """A command that this one has started did not end well; its own words are in the message, or were printed."""
 
 
 @dataclass
@@ -45,8 +57,19 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        info = self.folder / "student" / "student.json"
-        return info.is_file() and json.loads(info.read_text())["steps"] == self.steps
+        """Whether this very run has come to its end: all steps, with these settings."""
+        info, made_with = self.folder / "student" / "student.json", self.folder / "config.yaml"
+        if not (info.is_file() and made_with.is_file() and json.loads(info.read_text())["steps"] == self.steps):
+            return False
+        wanted = load_config(DistillConfig, str(self.config), self.command[self.command.index("--config") + 2 :])
+        if _settings(yaml.safe_load(made_with.read_text())) != _settings(wanted.model_dump(mode="json")):
+            return False
+        teacher = wanted.teacher
+        if teacher.path is None or not Path(teacher.path).exists():  # no teacher, or none left to have changed
+            return True
+        return json.loads(info.read_text()).get("base_weights") == base_weights(
+            teacher.path, DTYPES[teacher.dtype], teacher.variant
+        )
 
     def start(self, threads: int) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +78,7 @@ class Job:
         self.bar.set_postfix_str("warming up")
 
     def refresh(self) -> bool:
-        """Move the bar; True once the process has ended well. RuntimeError with the log's tail if it failed."""
+        """Move the bar; True once the process has ended well. PartError with the log's tail if it failed."""
         timings = self.folder / "timings.jsonl"
         lines = [line for line in timings.read_text().split("\n")[:-1] if line] if timings.exists() else []
         if lines:
@@ -67,8 +90,25 @@ class Job:
             return False
         if code:
             tail = "".join(self.log.read_text().splitlines(keepends=True)[-15:])
-            raise RuntimeError(f"{self.name} failed with exit status {code}; the end of {self.log}:\n{tail}")
+            raise PartError(f"{self.name} failed with exit status {code}; the end of {self.log}:\n{tail}")
         return True
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a run, but for where it lies and how it was started."""
+    return {key: value for key, value in config.items() if key not in ("output_dir", "resume")}
+
+
+def kept(file: Path, identity: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """What `make` returns, a JSON value, kept in a file together with all that it depends on; made again where that differs."""
+    identity = json.loads(json.dumps(identity))
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        if isinstance(stored, dict) and stored.get("identity") == identity:
+            return stored["value"]
+    value = make()
+    file.write_text(json.dumps({"identity": identity, "value": value}))
+    return value
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -92,14 +132,14 @@ def run(command: list[str], threads: int) -> None:
 def run_all(jobs: list[Job], workers: int, threads: int, keep_going: bool = False) -> dict[str, str]:
     """All jobs, at most `workers` at a time; those that are done already are left alone.
 
-    RuntimeError at the first that fails, or, with keep_going, the name and the error of each that did.
+    PartError at the first that fails, or, with keep_going, the name and the error of each that did.
     """
     waiting, running, failed = [job for job in jobs if not job.is_done], [], {}
 
     def is_over(job: Job) -> bool:
         try:
             return job.refresh()
-        except RuntimeError as error:
+        except PartError as error:
             if not keep_going:
                 raise
             failed[job.name] = str(error)
@@ -127,10 +167,12 @@ def run_all(jobs: list[Job], workers: int, threads: int, keep_going: bool = Fals
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run a script that can be continued: Ctrl-C and a failed part end it with one line instead of a traceback."""
+    """Run a script that can be continued: Ctrl-C, a failed part and what a user can mend end it with one message."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("\nStopped. The same command goes on from the last checkpoints.")
-    except (subprocess.CalledProcessError, RuntimeError) as error:
-        sys.exit(f"\nerror: {error}")
+    except subprocess.CalledProcessError as error:  # it has said why
+        fail(PartError(f"{shlex.join(map(str, error.cmd))} ended with exit status {error.returncode}"), "\nerror")
+    except USER_ERRORS as error:
+        fail(error, "\nerror")

@@ -5,12 +5,14 @@ Not FID: it compares models with one another, within one study.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -60,17 +62,27 @@ def train(module: nn.Module, loss: Callable[[Tensor], Tensor], rows: int, steps:
         bar.set_postfix(loss=f"{float(value):.4f}", refresh=False)
 
 
+def _made_with(file: Path) -> dict[str, str] | None:
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as stored:
+        return stored.metadata()
+
+
 class Judge:
     """A classifier trained on real images; `measure` compares generated ones with them.
 
-    file: where its weights are kept. held_out: the numbers of a tenth of the images, kept apart.
+    file: where its weights are kept, with what they were trained on; trained again where that differs. held_out: the numbers of a
+    tenth of the images, kept apart. identity: what its numbers depend on.
     """
 
     def __init__(self, data: ImageSet, file: Path, steps: int = 800) -> None:
         pixels, labels, rest = data.pixels, data.labels, len(data) // 10
         torch.manual_seed(0)
         self.net = Classifier()
-        if file.is_file():
+        digests = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (pixels, labels)]
+        self.identity = {"format": "1", "pixels": digests[0], "labels": digests[1], "steps": str(steps)}
+        if _made_with(file) == self.identity:
             self.net.load_state_dict(load_file(file))
         else:
 
@@ -80,7 +92,7 @@ class Judge:
                 return F.cross_entropy(self.net.train()(x)[1], labels[rest:][rows])
 
             train(self.net, loss, len(pixels) - rest, steps, 128, 5e-3, "classifier")
-            save_file(self.net.state_dict(), file)
+            save_file(self.net.state_dict(), file, self.identity)
         features, classes = self.net.read(pixels)
         self.real = GaussianStats.of(features[rest:])
         self.held_out_features = features[:rest]

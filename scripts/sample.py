@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pipelines.errors import USER_ERRORS, UserError
-from pipelines.launch import fail
+from pipelines.errors import UserError
+from pipelines.launch import user_errors
 from pipelines.stable_diffusion import DTYPES, load_pipeline
 from pipelines.students import find_student, load_student, read_info
 
@@ -57,14 +57,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    try:
-        info = read_info(find_student(args.student), "student")
-        if info.get("family") == "edm":
-            raise UserError(f"{args.student!r} is a student of an EDM teacher, which takes no prompts; its pipeline draws grids")
-        student = load_student(args.student, args.base_model, dtype=DTYPES[args.dtype]).to(args.device)
-        teacher = load_pipeline(args.base_model or info["base_model"], DTYPES[args.dtype]).to(args.device)
-    except USER_ERRORS as error:
-        fail(error)
+    with user_errors():
+        draw(args)
+
+
+def draw(args: argparse.Namespace) -> None:
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--output {str(args.output)!r}: expected the name of a picture, e.g. grid.png")
+    info = read_info(find_student(args.student), "student")
+    if info.get("family") == "edm":
+        raise UserError(f"{args.student!r} is a student of an EDM teacher, which takes no prompts; its pipeline draws grids")
+    student = load_student(args.student, args.base_model, dtype=DTYPES[args.dtype]).to(args.device)
+    teacher = load_pipeline(args.base_model or info["base_model"], DTYPES[args.dtype]).to(args.device)
     student.set_progress_bar_config(disable=True)
     size = info["image_size"]
     side = size // student.vae_scale_factor

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from eval.figures import benchmark_chart
+from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
+from pipelines.identity import weights_sha256
+from pipelines.images import ImageSet
 from pipelines.noise import EDMSchedule
 from scripts.bench_covariances import log_density_of_data
 from scripts.bench_images import METHODS, SETTINGS, overrides, smoothed, summary
 from scripts.bench_memory import PeakMemory, distillation, student_alone
-from scripts.jobs import Job, run_all
+from scripts.jobs import Job, kept, run_all
+from scripts.judge import Judge
 from trainers import train_teacher
 from trainers.config import DistillConfig, TeacherConfig
 from trainers.config_file import load_config
@@ -69,11 +74,61 @@ def test_a_finished_job_is_not_run_again(tmp_path):
     assert job.steps == 7
     assert not job.is_done
     (tmp_path / "run" / "student").mkdir(parents=True)
+    settings = load_config(DistillConfig, "configs/digits_vardiu.yaml", ["steps=7", f"output_dir={tmp_path / 'run'}"])
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     for steps, done in ((6, False), (7, True)):
         (tmp_path / "run" / "student" / "student.json").write_text(json.dumps({"steps": steps}))
         assert job.is_done is done
+    for override in ("student.optimizer.lr=1.0e-5", "seed=3", "teacher.path=elsewhere", "objective.num_samples=9"):
+        assert not Job("vardiu 0", Path("configs/digits_vardiu.yaml"), tmp_path / "run", ["steps=7", override]).is_done
     config = Path("configs/digits_vardiu.yaml")
     assert Job("x", config, tmp_path, []).steps == load_config(DistillConfig, str(config), []).steps
+
+
+def test_a_job_is_run_again_when_its_teacher_has_changed(tmp_path):
+    """The same path, other weights: the student is of a teacher that is gone."""
+    shape = {"in_channels": 1, "out_channels": 1, "channels": 8, "channel_mult": (1,), "num_blocks": 1}
+    pipeline = EDMPipeline(PatchUNet(sample_size=8, **shape), EDMScheduler())
+    pipeline.save_pretrained(tmp_path / "teacher")
+    given = ["steps=7", f"teacher.path={tmp_path / 'teacher'}"]
+    job = Job("vardiu 0", Path("configs/digits_vardiu.yaml"), tmp_path / "run", given)
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    settings = load_config(DistillConfig, "configs/digits_vardiu.yaml", [*given, f"output_dir={tmp_path / 'run'}"])
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    facts = {"steps": 7, "base_weights": weights_sha256({"unet": pipeline.unet})}
+    (tmp_path / "run" / "student" / "student.json").write_text(json.dumps(facts))
+    assert job.is_done
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).view(-1)[0] += 1e-3
+    pipeline.save_pretrained(tmp_path / "teacher")
+    assert not job.is_done
+
+
+def test_what_is_kept_is_made_again_where_it_depends_on_something_else(tmp_path):
+    made = []
+
+    def found(identity: dict) -> int:
+        return kept(tmp_path / "kept.json", identity, lambda: made.append(identity) or len(made))
+
+    assert [found({"images": 5}), found({"images": 5}), found({"images": 6}), found({"images": 6})] == [1, 1, 2, 2]
+    (tmp_path / "kept.json").write_text('{"fd": 3.0}')  # as earlier versions kept them
+    assert found({"images": 6}) == 3
+
+
+def test_a_judge_is_trained_again_on_other_images(tmp_path):
+    file = tmp_path / "judge.safetensors"
+    pixels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 10
+    first = Judge(ImageSet(pixels, labels), file, steps=1).net.state_dict()
+    again = Judge(ImageSet(pixels, labels), file, steps=1).net.state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    for other, steps in (
+        (ImageSet(pixels.flip(0), labels), 1),
+        (ImageSet(pixels, labels.flip(0)), 1),
+        (ImageSet(pixels, labels), 2),
+    ):
+        changed = Judge(other, file, steps).net.state_dict()
+        assert not all(torch.equal(first[k], changed[k]) for k in first)
 
 
 def test_a_run_that_fails_ends_all_or_itself(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from eval.__main__ import main
-from eval.digits.evaluate import evaluate
+from eval.digits.evaluate import check_fits, evaluate
 from eval.digits.protocol import PROTOCOLS
 from eval.digits.report import FILES, write_report
 from eval.digits.runs import Run, find_run
@@ -25,6 +25,7 @@ from eval.files import write_atomically
 from eval.metrics import class_balance
 from eval.training_log import curves, ess_by_level, read_metrics
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
+from pipelines.errors import UserError
 from pipelines.images import load_digits
 from pipelines.students import save_model
 
@@ -279,6 +280,18 @@ def test_errors_before_work(case, runs, capsys):
     assert error.count("\n") == 1
     for part in expected:
         assert part.format(runs=runs) in error
+
+
+@pytest.mark.parametrize(("channels", "side"), [(3, 8), (1, 16)])
+def test_a_model_of_other_images_is_refused_before_work(channels, side, tmp_path):
+    network = PatchUNet(
+        sample_size=side, in_channels=channels, out_channels=channels, channels=8, channel_mult=(1,), num_blocks=1
+    )
+    pipe = EDMPipeline(network, EDMScheduler())
+    run = Run("teacher", tmp_path)
+    check_fits(pipe, run, "teacher", (channels, side, side))
+    with pytest.raises(UserError, match=rf"^teacher 'teacher': .* makes images of \({channels}, {side}, {side}\), the study"):
+        check_fits(pipe, run, "teacher", (1, 8, 8))
 
 
 def test_module_entry_point(tmp_path):

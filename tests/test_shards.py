@@ -15,13 +15,17 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.errors import UserError
+from pipelines.identity import weights_sha256
 from trainers.data import Tensors, without
 from trainers.draws import DrawSource
-from trainers.shards import Cached, CacheError, build, weights_sha256
+from trainers.shards import Cached, CacheError, build
 
 ROWS, SHARD, BATCH = 19, 7, 3  # shards of 7, 7 and 5 rows, encoded 3, 3, 1 | 3, 3, 1 | 3, 2 at a time
 CALLS = 8
-IDENTITY = {"weights": "0123456789abcdef" * 4, "image_size": 16, "rows": ROWS, "steps": None}
+DIGEST = "0123456789abcdef" * 4
+IDENTITY = {"format": 2, "dtype": "float32", "vae.weights": DIGEST, "tokenizer.tokens": DIGEST, "prompts": DIGEST}
+IDENTITY |= {"image_size": 16, "rows": ROWS, "steps": None}
 
 
 def encoded(index: range) -> dict[str, Tensor]:
@@ -244,17 +248,21 @@ def test_without_replaces_whole_rows():
     ("change", "message"),
     [
         ({"image_size": 32}, "image_size is 16, needed 32."),
-        ({"weights": "f" * 64}, "weights is '0123456789abcde..., needed 'fffffffffffffff...."),
-        ({"steps": 50}, "steps is None, needed 50."),
+        ({"vae.weights": "f" * 64}, "vae.weights differ."),
+        ({"steps": 50}, "steps is not set, needed 50."),
+        ({"dtype": "bfloat16", "vae.weights": "f" * 64}, "dtype is 'float32', needed 'bfloat16'."),
+        ({"prompts": "f" * 64, "tokenizer.tokens": "f" * 64}, "prompts differ."),
+        ({"tokenizer.tokens": "f" * 64}, "tokenizer.tokens differ."),
         ({"image_size": 32, "rows": 5}, "image_size is 16, needed 32; rows is 19, needed 5."),
-        ({"more": 1}, "more is None, needed 1."),
+        ({"more": 1}, "more is not set, needed 1."),
     ],
 )
 def test_a_cache_of_something_else_is_refused_by_its_keys(change, message, tmp_path, whole):
     folder, encoder = tmp_path / "whole", Encoder()
     with pytest.raises(CacheError) as raised:
         make(folder, encoder, IDENTITY | change)
-    said = f"cache {str(folder)!r} is of other data or another model: {message} Name another folder in data.cache"
+    said = f"cache {str(folder)!r} is of other data or another model: {message} "
+    said += f"Name another folder in data.cache, or remove {str(folder)!r}"
     assert str(raised.value) == said
     assert encoder.calls == []
     assert files(folder) == whole
@@ -271,7 +279,7 @@ def test_two_processes_both_refuse(tmp_path, whole):
 def test_an_identity_that_is_missing_or_damaged_is_refused(tmp_path, whole):
     folder = tmp_path / "whole"
     (folder / "identity.json").write_text("{")
-    with pytest.raises(CacheError, match=rf"identity.json' is not valid JSON \(.*\); remove the cache '{folder}'"):
+    with pytest.raises(UserError, match=rf"identity.json' is not valid JSON \(.*\); remove the cache '{folder}'"):
         make(folder)
     (folder / "identity.json").unlink()
     with pytest.raises(
@@ -281,6 +289,17 @@ def test_an_identity_that_is_missing_or_damaged_is_refused(tmp_path, whole):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert files(make(empty)) == whole
+
+
+def test_a_cache_of_an_earlier_version_is_told_apart(tmp_path, whole):
+    """Its identity left out what changes the result, so it cannot be believed; it is refused as what it is."""
+    folder = tmp_path / "whole"
+    (folder / "identity.json").write_text(json.dumps({"weights": DIGEST, "image_size": 16, "rows": ROWS}))
+    with pytest.raises(CacheError, match=r"was made by an earlier version, .*\. Name another folder in data.cache, or remove"):
+        make(folder)
+    (folder / "identity.json").write_text("[]")
+    with pytest.raises(UserError, match=r"identity.json' holds a list, expected an object"):
+        make(folder)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "missing", "short"])

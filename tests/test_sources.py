@@ -248,16 +248,17 @@ def test_images_are_part_of_the_identity(tmp_path):
 
 
 def test_the_column_is_part_of_the_identity(tmp_path):
-    """One file, two columns of images: two data sets, unless the images are the same."""
+    """One file, columns of other images: other data sets; the same images under another name are the same."""
     import datasets
 
-    pictures = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (3, 5)]
-    rows = datasets.Dataset.from_dict({"image": pictures[:1], "depth": pictures[1:], "caption": ["a"]})
+    picture, other = Image.new("RGB", (8, 8), (3, 0, 0)), Image.new("RGB", (8, 8), (4, 0, 0))
+    rows = datasets.Dataset.from_dict({"image": [picture], "depth": [other], "copy": [picture], "caption": ["a"]})
     rows.to_parquet(tmp_path / "a.parquet")
     data = {"name": "captions", "source": "parquet", "paths": [str(tmp_path / "a.parquet")]}
-    one, other = (load_rows(Captions(**data, image_column=column)).identity for column in ("image", "depth"))
+    one, other, copy = (load_rows(Captions(**data, image_column=column)).identity for column in ("image", "depth", "copy"))
     assert one["prompts"] == other["prompts"]
     assert one["images"] != other["images"]
+    assert one == copy
 
 
 def test_copied_images_are_the_same(tmp_path):

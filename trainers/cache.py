@@ -7,7 +7,7 @@ out over all processes; stopped and started again, it goes on. The training comm
 from __future__ import annotations
 
 import argparse
-import hashlib
+import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines import stable_diffusion as sd
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
+from pipelines.identity import network_identity, pipeline_identity, tokens_identity
 from pipelines.images import said_of
 from pipelines.launch import user_errors
+from pipelines.reading import loading, read_yaml
 from pipelines.walk import say
 
 from . import setup, shards
@@ -32,6 +34,7 @@ from .sources import CaptionRows, PromptRows, image_batch, load_rows
 from .teachers import teacher_folder
 
 TextData = Prompts | Captions | TeacherSamples
+FORMAT = 2  # of what is encoded and how: a change of the rules below that changes the rows needs another number
 
 
 class Encoded:
@@ -56,25 +59,16 @@ class Encoded:
         left_out = ("unet",) if not samples else ()
         pipe = sd.load_pipeline(source, dtype, left_out if images else (*left_out, "vae"), variant)
         # sizes come from the network and the VAE, whose configurations are at hand without their weights
-        config = UNet2DConditionModel.load_config(source, subfolder="unet")
+        with loading(f"{source!r}: the settings of unet/ cannot be read"):
+            config = with_defaults(UNet2DConditionModel, UNet2DConditionModel.load_config(source, subfolder="unet"))
         factor = vae_factor(source)
         self.shape = latent_shape(config, factor, data.image_size)
         self.image_size = self.shape[1] * factor
         self.overlong = sd.overlong(pipe, rows.prompts)
         if self.overlong and accelerator.is_main_process:
-            first, most = rows.prompts[self.overlong[0]], pipe.tokenizer.model_max_length
-            print(f"{len(self.overlong)} of {len(rows)} prompts have more than {most} tokens and were cut; the first: {first!r}")
-        networks = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
-        identity = rows.identity | {
-            "weights": shards.weights_sha256(networks),
-            "image_size": self.image_size,
-            "dtype": str(dtype).removeprefix("torch."),
-            "kind": data.name,
-            "seed": seed if images or samples else None,
-            "steps": data.num_inference_steps if samples else None,
-            "guidance_scale": data.guidance_scale if samples else None,
-            "scheduler": scheduler_sha256(pipe.scheduler) if samples else None,
-        }
+            first, most = shown(rows.prompts[self.overlong[0]], 200), pipe.tokenizer.model_max_length
+            print(f"{len(self.overlong)} of {len(rows)} prompts have more than {most} tokens and were cut; the first: {first}")
+        identity = rows.identity | identity_of(pipe, data, rows.prompts, self.image_size, dtype, seed)
         pipe.to(accelerator.device)
         encoder = _Encoder(pipe, rows, data, self.shape, self.image_size, accelerator.device, seed)
         shards.build(folder, identity, len(rows), encoder, accelerator)
@@ -129,17 +123,41 @@ class _Encoder:
         return torch.randn(self.shape, generator=generator)
 
 
-def scheduler_sha256(scheduler: Any) -> str:
-    """Of its class and settings: what the teacher's samples depend on beside weights."""
-    settings = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-    return hashlib.sha256(repr((type(scheduler).__name__, sorted(settings.items()))).encode()).hexdigest()
+def identity_of(
+    pipe: DiffusionPipeline, data: TextData, prompts: list[str], image_size: int, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
+    """What encoded rows depend on besides the prompts and images themselves. Of the networks those that take part: of the VAE its
+    encoder, and only where there are images. The negative prompt is no part: the null condition is not in the cache.
+    """
+    images, samples = isinstance(data, Captions), isinstance(data, TeacherSamples)
+    encoders = ("text_encoder", "text_encoder_2")
+    found = {"format": FORMAT, "kind": data.name, "dtype": str(dtype).removeprefix("torch.")}
+    found |= pipeline_identity(pipe, (*encoders, "unet") if samples else encoders, scheduler=samples, call=samples)
+    found |= tokens_identity(pipe, prompts)
+    if images:
+        found |= network_identity("vae", pipe.vae, left_out=("decoder.", "post_quant_conv."))
+    if images or samples or sd.FAMILIES[type(pipe).__name__] == "sdxl":  # it is in SDXL's time_ids
+        found["image_size"] = image_size
+    if images or samples:
+        found["seed"] = seed
+    if samples:
+        found |= {"steps": data.num_inference_steps, "guidance_scale": data.guidance_scale}
+    return found
 
 
 def vae_factor(source: str) -> int:
     """Pixels a latent, on a side."""
     if sd.read_index(source).get("vae", [None])[0] is None:
         return 1
-    return 2 ** (len(AutoencoderKL.load_config(source, subfolder="vae")["block_out_channels"]) - 1)
+    with loading(f"{source!r}: the settings of vae/ cannot be read"):
+        config = with_defaults(AutoencoderKL, AutoencoderKL.load_config(source, subfolder="vae"))
+        return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def with_defaults(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """A network's settings, those that its file leaves out as diffusers would take them."""
+    parameters = inspect.signature(kind.__init__).parameters
+    return {name: config.get(name, p.default) for name, p in parameters.items() if name != "self"}
 
 
 def latent_shape(config: dict[str, Any], factor: int, image_size: int | None) -> tuple[int, int, int]:
@@ -168,7 +186,8 @@ def kind_of(argv: list[str] | None) -> type[DistillConfig] | type[TeacherConfig]
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config")
     file = Path(parser.parse_known_args(argv)[0].config or "")
-    of_teacher = file.is_file() and any(line.startswith("pipeline:") for line in file.read_text().splitlines())
+    content = read_yaml(file) if file.is_file() else None
+    of_teacher = isinstance(content, dict) and "pipeline" in content
     return TeacherConfig if of_teacher else DistillConfig
 
 

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
+from pipelines.reading import parse_yaml, read_text
 
 T = TypeVar("T", bound=BaseModel)
 # Tags of a union told apart by the value's type: pydantic puts them into the path of a fault, the user's file has none there.
@@ -30,7 +31,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for key in keys:
                 if keys.count(key) > 1:
-                    raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} stands twice in one section")
+                    raise ConfigError(f"line {node.start_mark.line + 1}: key {shown(key)} stands twice in one section")
         super().flatten_mapping(node)
 
 
@@ -39,7 +40,10 @@ def load_config(model: type[T], path: str, overrides: list[str]) -> T:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"--config: no such file {path!r}")
-    raw = _read_yaml(file.read_text(), path)
+    try:
+        raw = parse_yaml(read_text(file, path), path, _UniqueKeyLoader)
+    except UserError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not {type(raw).__name__}")
     for override in overrides:
@@ -65,16 +69,10 @@ def _apply(raw: dict, override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-    node[last] = _read_yaml(text, f"override {override!r}")
-
-
-def _read_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        node[last] = parse_yaml(text, f"override {override!r}", _UniqueKeyLoader)
+    except UserError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:
@@ -99,7 +97,7 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         near = difflib.get_close_matches(str(error["loc"][-1]), list(fields), n=1)
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(fields)}")
     message = error["msg"].removeprefix("Value error, ")
-    given = f", got {error['input']!r}" if error["type"] != "missing" and not isinstance(error["input"], dict) else ""
+    given = f", got {shown(error['input'], 200)}" if error["type"] != "missing" and not isinstance(error["input"], dict) else ""
     return f"{where}: {message}{given}" if where else message
 
 

@@ -13,6 +13,7 @@ from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
 from pipelines.errors import UserError
+from pipelines.identity import weights_sha256
 from pipelines.students import save_edm_student
 
 from . import augment, setup
@@ -44,6 +45,7 @@ class EDMModels:
             self.examples = data
         else:
             self.examples = Labels(self.num_classes) if self.num_classes else None
+        base_weights = weights_sha256({"unet": pipeline.unet})
         self.base = SharedNetwork(pipeline.unet)
         self._behind = pipeline.denoiser(config.teacher.guidance_scale)
         self.teacher = self._denoiser(self.base.teacher(), guided=True)
@@ -60,6 +62,7 @@ class EDMModels:
         image_range = not points and config.student.image_range is not False
         self.student = OneStepGenerator(self._denoiser(network), sigma_init, image_range)
         self.facts = {"family": "edm", "weights": "lora" if lora else "unet", "readout_sigma": sigma_init}
+        self.facts |= {"base_weights": base_weights, "base_dtype": "float32"}
 
     def _readout_level(self, sigma_init: float) -> float:
         """The level nearest to it that the teacher knows."""

@@ -10,7 +10,6 @@ again, it goes on where it was stopped. The training commands build it themselve
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -21,15 +20,19 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pipelines.denoiser import Condition
 from pipelines.errors import UserError
+from pipelines.identity import differences
+from pipelines.reading import read_json
 
 from .setup import write_text
 
 SHARD_ROWS = 256
+# in another dtype the same weights have another hash, and other prompts other tokens: only the cause is said
+CAUSES = {".weights": "dtype", ".tokens": "prompts"}
 # (row numbers) -> tensors of these rows: the condition's keys, and "latents" where there are images
 Encode = Callable[[range], dict[str, Tensor]]
 
@@ -89,14 +92,12 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         if folder.is_dir() and any(folder.glob("shard_*")):
             raise CacheError(f"cache {str(folder)!r} has no identity.json; remove it or name another folder in data.cache")
         return
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise CacheError(f"{str(file)!r} is not valid JSON ({error}); remove the cache {str(folder)!r}") from error
-    different = [k for k in sorted(identity.keys() | found.keys()) if identity.get(k) != found.get(k)]
-    if different:
-        faults = "; ".join(f"{k} is {_short(found.get(k))}, needed {_short(identity.get(k))}" for k in different)
-        raise CacheError(f"cache {str(folder)!r} is of other data or another model: {faults}. Name another folder in data.cache")
+    found = read_json(file, f"remove the cache {str(folder)!r}")
+    remedy = f"Name another folder in data.cache, or remove {str(folder)!r}"
+    if "format" in identity and "format" not in found:
+        raise CacheError(f"cache {str(folder)!r} was made by an earlier version, which did not note all it depends on. {remedy}")
+    if faults := differences(found, identity, CAUSES):
+        raise CacheError(f"cache {str(folder)!r} is of other data or another model: {'; '.join(faults)}. {remedy}")
 
 
 def is_complete(file: Path, rows: int) -> bool:
@@ -143,18 +144,3 @@ class Cached:
     def _read(self, key: str, index: Tensor) -> Tensor:
         places = [divmod(i, self.shard_rows) for i in index.tolist()]
         return torch.cat([self.shards[shard].get_slice(key)[row : row + 1] for shard, row in places])
-
-
-def weights_sha256(modules: dict[str, nn.Module | None]) -> str:
-    """Of the weights of several networks, by name, dtype and value."""
-    digest = hashlib.sha256()
-    for name, module in sorted(modules.items()):
-        for key, value in sorted(module.state_dict().items()) if module is not None else ():
-            digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else f"{text[:16]}..."

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines import data_sets
 from pipelines.decode import Rules, decode
 from pipelines.errors import UserError
+from pipelines.identity import sha256_of
 from pipelines.images import content_of, to_unit, undecoded
 from pipelines.prompts import as_text, read_rows
 from pipelines.walk import examples, refuse_pictures
@@ -47,7 +48,7 @@ class PromptRows:
         if not prompts:
             raise UserError(f"{source}: no prompts in it; put one on each line or row")
         self.prompts = [str(prompt) for prompt in prompts]
-        self.identity = {"prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(), "rows": len(prompts)}
+        self.identity = {"prompts": sha256_of(self.prompts), "rows": len(prompts)}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -71,11 +72,8 @@ class CaptionRows(PromptRows):
         super().__init__(captions, source)
         self.file, self.name = file, name
         self.rules, self.notes = Rules(background=data.background), Counter()
-        images = hashlib.sha256()
-        for i in range(len(cells)):
-            content = file(i)
-            images.update(hashlib.sha256(content if isinstance(content, bytes) else Path(content).read_bytes()).digest())
-        self.identity["images"] = hashlib.sha256(f"{images.hexdigest()} {self.index}".encode()).hexdigest()
+        # images by their contents, and which of them a prompt belongs to
+        self.identity["images"] = sha256_of([[_sha256(file(i)) for i in range(len(cells))], self.index])
         if data.background != "white":
             self.identity["background"] = data.background
 
@@ -98,6 +96,10 @@ class CaptionRows(PromptRows):
         left, top = (width - size) // 2, (height - size) // 2
         cut = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
         return ImageRow(to_unit(pil_to_tensor(cut)), (image.height, image.width, top, left))
+
+
+def _sha256(file: Path | str | bytes) -> str:
+    return hashlib.sha256(file if isinstance(file, bytes) else Path(file).read_bytes()).hexdigest()
 
 
 def _texts(cell: Any, where: str) -> list[str]:

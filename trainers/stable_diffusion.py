@@ -14,6 +14,7 @@ from pipelines import stable_diffusion as sd
 from pipelines.adapters import AdapterHead, SharedNetwork, Whole, last_layer, whole_copy
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.errors import UserError
+from pipelines.identity import weights_sha256
 from pipelines.students import save_stable_diffusion
 
 from .cache import open_cache
@@ -48,6 +49,7 @@ class StableDiffusionModels:
         kept = {"unet", "scheduler"} | ({"vae"} if config.sample_every or config.evaluation else set())
         left_out = [k for k in index if not k.startswith("_") and k not in kept]
         self.pipe = sd.load_pipeline(path, sd.DTYPES[t.dtype], left_out, t.variant)
+        base_weights = weights_sha256({"unet": self.pipe.unet})
         self.base = SharedNetwork(self.pipe.unet)
         self.teacher = sd.denoiser(self.pipe, self.base.teacher(), t.guidance_scale, null)
         last = int(self.teacher.schedule.t_range[1])
@@ -61,6 +63,8 @@ class StableDiffusionModels:
             "readout_t": self.readout_t,
             "guidance_scale": t.guidance_scale,
             "image_size": encoded.image_size,
+            "base_weights": base_weights,
+            "base_dtype": t.dtype,
         }
 
     def _role(self, name: str, lora: Lora | None) -> nn.Module:

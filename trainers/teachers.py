@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,11 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.errors import UserError
-from pipelines.stable_diffusion import FAMILIES, read_index
+from pipelines.identity import weights_sha256
+from pipelines.reading import loading, read_json, refuse_single_file
+from pipelines.stable_diffusion import FAMILIES, load_pipeline, read_index
+
+TEXT_AND_IMAGES = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def teacher_folder(path: str) -> str:
@@ -23,6 +26,7 @@ def teacher_folder(path: str) -> str:
 def family_of(path: str) -> str:
     """One of edm, sd, sdxl: what a pipeline folder (see teacher_folder) or hub id says it holds."""
     path = teacher_folder(path)
+    refuse_single_file(path, "teacher.path")
     try:
         name = read_index(path).get("_class_name")
     except FileNotFoundError as error:
@@ -36,12 +40,20 @@ def family_of(path: str) -> str:
     return families[name]
 
 
+def base_weights(path: str, dtype: torch.dtype, variant: str | None) -> str:
+    """The hash of a teacher's network that its students note as base_weights."""
+    if family_of(path) == "edm":
+        return weights_sha256({"unet": load_edm_teacher(path).unet})
+    return weights_sha256({"unet": load_pipeline(teacher_folder(path), dtype, TEXT_AND_IMAGES, variant).unet})
+
+
 def load_edm_teacher(path: str) -> EDMPipeline:
     """An EDMPipeline folder, or the output_dir of train_teacher that holds one in teacher/.
 
     FileNotFoundError / ValueError name what is missing or damaged, before anything is loaded.
     """
     folder = Path(path)
+    refuse_single_file(folder, "teacher.path")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"teacher.path: no such folder {path!r}; train one with `accelerate launch -m trainers.train_teacher "
@@ -57,14 +69,13 @@ def load_edm_teacher(path: str) -> EDMPipeline:
         raise FileNotFoundError(
             f"teacher.path: {str(folder)!r} has no weights: expected {weights.name} in unet/ (safetensors; pickles are refused)"
         )
+    again = "copy or train it again"
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         try:
-            json.loads((folder / name).read_text())
-        except ValueError as error:
-            raise UserError(
-                f"teacher.path: {str(folder / name)!r} is not valid JSON ({error}); copy or train it again"
-            ) from error
-    named = json.loads((folder / "model_index.json").read_text()).get("unet")
+            read_json(folder / name, again)
+        except UserError as error:
+            raise UserError(f"teacher.path: {error}") from error
+    named = read_json(folder / "model_index.json", again).get("unet")
     networks = {cls.__name__: cls for cls in (EDMUNet, PatchUNet, PointNet)}
     if not isinstance(named, list) or named[-1] not in networks:
         raise UserError(f"teacher.path: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
@@ -74,7 +85,7 @@ def load_edm_teacher(path: str) -> EDMPipeline:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"teacher.path: {str(weights)!r} is damaged ({error}); copy or train it again") from error
-    with torch.device("meta"):
+    with loading(f"teacher.path: {str(folder / 'unet' / 'config.json')!r} makes no network", again), torch.device("meta"):
         expected = {n: tuple(t.shape) for n, t in network.from_config(network.load_config(folder / "unet")).state_dict().items()}
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
@@ -82,4 +93,5 @@ def load_edm_teacher(path: str) -> EDMPipeline:
                 f"teacher.path: {str(weights)!r} does not fit its config.json: {name} is {stored.get(name, 'missing')}, "
                 f"expected {expected.get(name, 'no such tensor')}; copy or train it again"
             )
-    return EDMPipeline.from_pretrained(folder, use_safetensors=True)
+    with loading(f"teacher.path: {str(folder)!r} cannot be loaded", again):
+        return EDMPipeline.from_pretrained(folder, use_safetensors=True)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipelines.errors import UserError
 from pipelines.images import ImageSet, to_unit
 from pipelines.provenance import git_commit, versions
+from pipelines.reading import loading
 
 from ..frechet import GaussianStats, frechet_distance
 from ..metrics import (
@@ -159,7 +161,10 @@ def evaluate(
     say: Callable[[str], None] = tqdm.write,
 ) -> Evaluation:
     """Generate and measure. load: model folder and role -> pipeline; say: gets a line for each finished part."""
-    load = load or load_pipeline
+    if load is None:
+        load = load_pipeline
+        for run, role in ((teacher, "teacher"), *((student, "student") for student in students)):  # before minutes of work
+            check_fits(load(run.model, role), run, role, tuple(DATASETS[protocol.dataset]().pixels.shape[1:]))
     extractor = EXTRACTORS[protocol.extractor]()
     reference = measure_reference(DATASETS[protocol.dataset](), extractor)
     say(f"real images against themselves (halves): FD {reference.floor['fd']:.3f} +- {reference.floor['fd_std']:.3f}")
@@ -194,6 +199,20 @@ def evaluate(
     return Evaluation(protocol, extractor, reference, first, tuple(one(student, "student") for student in students))
 
 
+def check_fits(pipe: Any, run: Run, role: Role, shape: tuple[int, int, int]) -> None:
+    """UserError unless the pipeline makes images of this shape (c, h, w)."""
+    from pipelines.edm import EDMPipeline
+
+    if not isinstance(pipe, EDMPipeline):
+        raise UserError(f"{role} {run.name!r}: {run.model} is a {type(pipe).__name__}, this study is of EDM pipelines")
+    config = pipe.unet.config
+    made = (config.out_channels, config.sample_size, config.sample_size)
+    if made != shape:
+        raise UserError(
+            f"{role} {run.name!r}: {run.model} makes images of {made}, the study is of {shape} (channels, height, width)"
+        )
+
+
 def load_pipeline(folder: Path, role: Role) -> Any:
     """The pipeline stored in a teacher's or a student's model folder, without its own progress bar."""
     if role == "student":
@@ -203,7 +222,8 @@ def load_pipeline(folder: Path, role: Role) -> Any:
     else:
         from pipelines.edm import EDMPipeline
 
-        pipe = EDMPipeline.from_pretrained(folder, use_safetensors=True)
+        with loading(f"teacher: {str(folder)!r} cannot be loaded", "copy or train it again"):
+            pipe = EDMPipeline.from_pretrained(folder, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

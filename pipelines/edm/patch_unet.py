@@ -157,7 +157,7 @@ class PatchUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
                 class_labels = timestep.new_full((len(sample),), self.config.num_classes, dtype=torch.long)
             embedding = embedding + self.embed_class(class_labels)
         elif class_labels is not None:
-            raise UserError("class_labels were given to an unconditional network (num_classes=0)")
+            raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
         embedding = F.silu(embedding)
         h = self.conv_in(channels_last(F.pixel_unshuffle(sample, self.config.patch_size)))
         skips = [h]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import UserError
 from ..noise import EDMSchedule
+from ..reading import read_json
 from .patch_unet import PatchUNet
 from .point_net import PointNet
 from .scheduler import EDMScheduler
@@ -64,7 +64,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         if base_model is None:
             if not (folder / "student.json").is_file():
                 raise FileNotFoundError(f"{str(folder)!r} has no student.json to name its base model; give base_model=")
-            base_model = json.loads((folder / "student.json").read_text())["base_model"]
+            base_model = read_json(folder / "student.json", "save or copy the student again").get("base_model")
         if not Path(base_model).is_dir() and str(base_model).count("/") != 1:
             raise FileNotFoundError(f"the base model of {str(folder)!r} is not at {base_model!r}; give base_model=")
         pipeline = super().from_pretrained(base_model, **kwargs)
@@ -153,19 +153,19 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             batch_size = next((len(given) for given in (class_labels, latents, generators) if given is not None), 1)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'")
+            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'")
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise UserError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image")
+            raise ValueError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image")
         if sigmas is not None and any(v is not None for v in (num_inference_steps, sigma_min, sigma_max, rho)):
-            raise UserError("sigmas and num_inference_steps, sigma_min, sigma_max, rho exclude each other; give one grid")
+            raise ValueError("sigmas and num_inference_steps, sigma_min, sigma_max, rho exclude each other; give one grid")
         heun = self.scheduler.config.sampler == "heun"
         churn = Churn(S_churn, S_min, S_max, S_noise)
         if not heun and churn != Churn():
-            raise UserError("S_churn, S_min, S_max and S_noise are for the 'heun' sampler; this scheduler's is 'renoise'")
+            raise ValueError("S_churn, S_min, S_max and S_noise are for the 'heun' sampler; this scheduler's is 'renoise'")
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         z = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
         if z.shape != shape:
-            raise UserError(f"latents have shape {tuple(z.shape)}; expected {shape}")
+            raise ValueError(f"latents have shape {tuple(z.shape)}; expected {shape}")
         condition = None
         if class_labels is not None:
             condition = {"class_labels": self._labels(class_labels, batch_size, device)}
@@ -195,11 +195,11 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         if labels.is_floating_point():
             return labels  # whose shape the network checks
         if labels.shape != (b,):
-            raise UserError(f"class_labels have shape {tuple(labels.shape)}; expected ({b},), one for each image")
+            raise ValueError(f"class_labels have shape {tuple(labels.shape)}; expected ({b},), one for each image")
         if not n:
-            raise UserError("class_labels were given to an unconditional network (num_classes=0)")
+            raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
         if not bool(((labels >= 0) & (labels <= n)).all()):
-            raise UserError(f"class_labels must be in [0, {n}], where {n} is the null label; got {labels.tolist()}")
+            raise ValueError(f"class_labels must be in [0, {n}], where {n} is the null label; got {labels.tolist()}")
         return labels.long()
 
 

@@ -92,7 +92,7 @@ class PointNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> Features:
         refuse_augment_labels(augment_labels)
         if class_labels is not None:
-            raise UserError("class_labels were given to an unconditional network (num_classes=0)")
+            raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
         embedding = timestep.to(sample.dtype)[:, None]
         x = sample.flatten(1)
         waves = [wave(math.pi / 2 * 2**i * x) for i in range(self.config.frequencies) for wave in (torch.cos, torch.sin)]

@@ -86,6 +86,9 @@ def change(content: dict, *path: str, value: object) -> dict:
         (("protocol", "processing"), {}, "processing"),
         (("extractors", "inception", "sha256"), "x", "sha256 of inception differs"),
         (("extractors", "inception", "input"), "x", "input of inception differs"),
+        (("extractors", "inception", "settings"), {"size": 1}, "settings of inception differ between"),
+        (("extractors", "inception", "prefix"), "A photo depicts ", "prefix of inception differs"),
+        (("extractors", "inception", "tokenizer"), "x", "tokenizer of inception differs"),
         (("reference", "images", "sha256"), "x", "the reference images differ"),
         (("captions",), {"sha256": "x"}, "the captions differ"),
     ],
@@ -96,3 +99,5 @@ def test_what_must_be_the_same_to_compare(path, value, message, command, tmp_pat
     assert comparable([("a", content), ("b", content)]) == []
     (fault,) = comparable([("a", content), ("b", change(content, *path, value=value))])
     assert message in fault
+    moved = change(content, "extractors", "inception", "file", value="elsewhere.pt")
+    assert comparable([("a", content), ("b", moved)]) == []

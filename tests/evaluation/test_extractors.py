@@ -1,6 +1,7 @@
 """Features against the libraries that define them, on the same files: clean-fid, torch-fidelity, torchmetrics, open_clip."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +273,24 @@ def test_dinov2_sees_what_dgm_eval_shows(networks, make_pictures):
         expected = model((torch.from_numpy(shown).permute(0, 3, 1, 2) / 255 - mean) / std).last_hidden_state[:, 0]
     ours = DinoV2(found(networks.dinov2))
     assert relative(ours(images)["features"], expected) < 5e-3  # Pillow rounds some pixels by one of 255 differently
+
+
+def test_published_weights_with_other_settings_are_not_published(networks, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(networks.clip, folder)
+    assert Clip("x/y", Found(folder, "0", True), ["features"]).describe()["published"]
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_std": [0.5, 0.5, 0.5]}))
+    assert not Clip("x/y", Found(folder, "0", True), ["features"]).describe()["published"]
+
+
+def test_a_score_of_captions_depends_on_the_tokenizer(networks):
+    """Its identity is that of its rules: calls with other lengths leave it as it was."""
+    clip = Clip("x/y", Found(networks.clip, "0", False), ["cosine"])
+    before = clip.describe()["tokenizer"]
+    clip.net.texts(["a", "a longer one " * 40])
+    assert clip.describe()["tokenizer"] == before
+    assert "tokenizer" not in Clip("x/y", Found(networks.clip, "0", False), ["features"]).describe()
 
 
 def test_incomplete_clip_is_refused(networks, tmp_path):

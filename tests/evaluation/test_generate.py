@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from eval import generate as module
 from eval.__main__ import main
@@ -19,6 +21,7 @@ from eval.generate import generate, image_file
 from eval.sampler import Sampler, latency, load_sampler
 from eval.seeds import image_generator, image_label
 from pipelines.edm import EDMPipeline
+from pipelines.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 N = 23
@@ -119,6 +122,10 @@ class Counted(EDMPipeline):
         super().__init__(pipe.unet, pipe.scheduler)
         self.call = call
 
+    @property
+    def components(self) -> dict:
+        return {"unet": self.unet, "scheduler": self.scheduler}
+
     def __call__(self, **kwargs):
         return self.call(**kwargs)
 
@@ -128,14 +135,73 @@ def test_other_images_in_the_folder_are_refused(change, edm, tmp_path):
     sampler = load_sampler(str(edm), steps=1)
     call = {"indices": range(3), "seed": 0, "batch_size": 2, "exact": True}
     generate(sampler, tmp_path / "x", **call)
-    with pytest.raises(ValueError, match=r"holds images made with another (seed|first|batch_size)"):
+    with pytest.raises(ValueError, match=r"x holds images made otherwise: (seed is 0|first is 0|batch_size is 1), needed"):
         generate(sampler, tmp_path / "x", **{**call, **change})
-    with pytest.raises(ValueError, match="holds images made with another model"):
+    with pytest.raises(ValueError, match=r"otherwise: call.num_inference_steps is 1, needed 2; name another --output"):
         generate(load_sampler(str(edm), steps=2), tmp_path / "x", **call)
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match=r"y is not empty and has no generation.json"):
         generate(sampler, tmp_path / "y", **call)
+
+
+def changed(model: Path, part: str, **settings) -> None:
+    """Settings in a JSON file of a model."""
+    file = model / part
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def weighed(model: Path) -> None:
+    """One number of its network."""
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights[sorted(weights)[0]].view(-1)[0] += 1e-3
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (weighed, "unet.weights differ"),
+        (lambda m: changed(m, "scheduler/scheduler_config.json", sigma_max=70.0), "scheduler.sigma_max is not set, needed 70.0"),
+        (lambda m: changed(m, "unet/config.json", dropout=0.5), None),
+    ],
+    ids=["weights", "scheduler", "training"],
+)
+def test_another_model_in_the_same_place_is_refused(change, said, edm, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(edm, model)
+    generate(load_sampler(str(model), steps=1), tmp_path / "x", range(2))
+    change(model)
+    if said is None:
+        return generate(load_sampler(str(model), steps=1), tmp_path / "x", range(2))
+    with pytest.raises(UserError, match=f"x holds images made otherwise: {said}; name another --output or remove them"):
+        generate(load_sampler(str(model), steps=1), tmp_path / "x", range(2))
+
+
+def test_the_same_model_elsewhere_goes_on(edm, tmp_path):
+    """Neither its place, nor its files' times, nor what lies beside its weights makes other images."""
+    generate(load_sampler(str(edm), steps=1), tmp_path / "x", range(2))
+    before = contents(tmp_path / "x")
+    model = tmp_path / "moved"
+    shutil.copytree(edm, model, copy_function=shutil.copyfile)
+    (model / ".DS_Store").write_bytes(b"x")
+    (model / "README.md").write_text("mine")
+    changed(model, "unet/config.json", _diffusers_version="0.0.1", _name_or_path="elsewhere")
+    (tmp_path / "x" / "000000" / "000001.png").unlink()
+    generate(load_sampler(str(model), steps=1), tmp_path / "x", range(2))
+    assert contents(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7"])
+def test_a_damaged_list_of_what_made_them_is_named(text, edm, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "generation.json").write_text(text)
+    with pytest.raises(UserError, match=r"generation.json' (is not valid JSON|holds a ).*what made the images beside it is un"):
+        generate(load_sampler(str(edm), steps=1), tmp_path / "x", range(2))
+    (tmp_path / "x" / "generation.json").write_text('{"model": {"model": "a"}, "seed": 0, "first": 0, "n": 2}')
+    with pytest.raises(UserError, match="x holds images of an earlier version"):
+        generate(load_sampler(str(edm), steps=1), tmp_path / "x", range(2))
 
 
 def test_nan_pixels_stop_the_run(edm, tmp_path):
@@ -176,8 +242,6 @@ def test_models_that_are_none(model, message, tmp_path, capsys):
 
 
 def test_damaged_model(edm, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(edm, tmp_path / "edm")
     weights = tmp_path / "edm" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

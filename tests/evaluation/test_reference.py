@@ -1,19 +1,24 @@
 """Reference statistics: stored and read back to the bit, published ones read as they are, all others refused."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from eval import reference as references
-from eval.extractors import Inception
+from eval.extractors import Clip, Inception
+from eval.frechet import GaussianStats
 from eval.image_files import ImageFiles
 from eval.measure import compute
 from eval.one_pass import one_pass
 from eval.protocols import PROTOCOLS
 from eval.weights import Found, sha256
+from pipelines.errors import UserError
 
 PROTOCOL = replace(PROTOCOLS["cifar10-50k"], metrics=("fid", "kid"))
 
@@ -66,6 +71,51 @@ def test_another_protocol_or_extractor_is_refused(measured, stored):
         load(stored, extractor, input="clean")
     with pytest.raises(ValueError, match="has no statistics of dinov2, only of inception"):
         references.load(str(stored), PROTOCOL, {"dinov2": {}}, {"dinov2": 5}, [])
+
+
+def test_the_same_weights_with_other_settings_are_another_network(networks, tmp_path):
+    """Of CLIP and DINOv2 the weights do not say all: the activation, and how images become tensors."""
+    model = Path(shutil.copytree(networks.clip, tmp_path / "clip"))
+    wanted, protocol = {"clip_336": 48}, replace(PROTOCOL, metrics=("cmmd",))
+
+    def described(folder: Path) -> dict:
+        return {"clip_336": Clip("x/y", Found(folder, "0", False), ["features"]).describe()}
+
+    facts = described(model)
+    stats = {"clip_336": GaussianStats(48)}
+    stats["clip_336"].update(torch.randn(60, 48, generator=torch.Generator().manual_seed(0)))
+    gathered = SimpleNamespace(stats=stats, rows={})
+    made = references.of_images(gathered, protocol, {"n": 60}, facts)
+    references.save(made, tmp_path / "ref")
+    (model / "README.md").write_text("mine")
+    references.load(str(tmp_path / "ref"), protocol, described(model), wanted, [])
+    for file, change, said in (
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, r"image_mean is \[0.48.*, needed \[0.5, 0.5, 0.5\]"),
+        ("config.json", {"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act is not set, needed 'gelu'"),
+    ):
+        whole = (model / file).read_text()
+        content = json.loads(whole)
+        for key, value in change.items():
+            content[key] = content[key] | value if isinstance(value, dict) else value
+        (model / file).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"settings of clip_336 are others there: {said}; make it again"):
+            references.load(str(tmp_path / "ref"), protocol, described(model), wanted, [])
+        (model / file).write_text(whole)
+
+
+def test_a_reference_made_anew_in_its_place_is_never_half_of_each(measured, stored, monkeypatch):
+    """Killed between its files: the old list of contents must not vouch for new statistics."""
+    _, made = measured
+
+    def killed(path, content):
+        if path.name == "reference.json":
+            raise KeyboardInterrupt
+        path.write_bytes(content)
+
+    monkeypatch.setattr(references, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        references.save(made, stored)
+    assert not references.is_statistics(str(stored))
 
 
 def test_features_are_needed_for_kid_only(measured, tmp_path):

@@ -1,6 +1,7 @@
 """Encoding text-to-image data with the real commands: what a cache holds, when it is used again, and what is refused."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -103,8 +104,10 @@ def test_prompts(kind, recipe, tiny, capsys):
     assert rows.keys() == {"encoder_hidden_states"} | more
     assert_text(rows, stock(tiny[kind]), PROMPTS, 16)
     identity = json.loads((output / "cache" / "identity.json").read_text())
-    expected = {"rows": 3, "image_size": 16, "dtype": "float32", "kind": "prompts", "seed": None}
+    expected = {"rows": 3, "image_size": 16, "dtype": "float32", "kind": "prompts"}
+    expected = {k: v for k, v in expected.items() if k != "image_size" or kind == "sdxl"}  # which is told of it
     assert {k: identity[k] for k in expected} == expected
+    assert "seed" not in identity
 
 
 def vae_latents(pipe: DiffusionPipeline, images: Tensor, shape: tuple, seed: int) -> Tensor:
@@ -257,22 +260,49 @@ def cached(recipe, tmp_path) -> dict:
     return config
 
 
-def other_weights(config: dict, tmp_path: Path) -> dict:
-    """One number in the text encoder."""
+def copied(config: dict, tmp_path: Path) -> tuple[Path, dict]:
+    """The teacher in another folder, and the configuration that names it."""
     teacher = shutil.copytree(config["teacher"]["path"], tmp_path / "teacher")
-    file = teacher / "text_encoder" / "model.safetensors"
-    weights = load_file(file)
-    weights[sorted(weights)[-1]].view(-1)[0] += 1e-3
-    save_file(weights, file, {"format": "pt"})
-    return config | {"teacher": config["teacher"] | {"path": str(teacher)}}
+    return teacher, config | {"teacher": config["teacher"] | {"path": str(teacher)}}
 
 
-def other_scheduler(config: dict, tmp_path: Path) -> dict:
-    """The same weights with other noise levels: other samples."""
-    teacher = shutil.copytree(config["teacher"]["path"], tmp_path / "teacher")
-    file = teacher / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.011}))
-    return config | {"teacher": config["teacher"] | {"path": str(teacher)}}
+def other_weights(part: str, key: int = -1) -> callable:
+    """One number in a network of the teacher."""
+
+    def change(config: dict, tmp_path: Path) -> dict:
+        teacher, config = copied(config, tmp_path)
+        file = next((teacher / part.partition(":")[0]).glob("*.safetensors"))
+        weights = load_file(file)
+        names = sorted(n for n in weights if n.startswith(part.partition(":")[2]))
+        weights[names[key]].view(-1)[0] += 1e-3
+        save_file(weights, file, {"format": "pt"})
+        return config
+
+    return change
+
+
+def other_settings(file: str, **changes) -> callable:
+    """Settings in a JSON file of the teacher, its weights as they were."""
+
+    def change(config: dict, tmp_path: Path) -> dict:
+        teacher, config = copied(config, tmp_path)
+        content = json.loads((teacher / file).read_text())
+        (teacher / file).write_text(json.dumps(content | changes))
+        return config
+
+    return change
+
+
+def other_vocabulary(config: dict, tmp_path: Path) -> dict:
+    """The numbers of two letters exchanged."""
+    teacher, config = copied(config, tmp_path)
+    for file in (teacher / "tokenizer").glob("*.json"):
+        content = json.loads(file.read_text())
+        words = content.get("model", {}).get("vocab", content if "a</w>" in content else {})
+        if words:
+            words["a</w>"], words["b</w>"] = words["b</w>"], words["a</w>"]
+            file.write_text(json.dumps(content))
+    return config
 
 
 def other_prompts(config: dict, tmp_path: Path) -> dict:
@@ -285,30 +315,145 @@ def data(**changes) -> callable:
     return lambda config, tmp_path: config | {"data": config["data"] | changes}
 
 
-@pytest.mark.parametrize(
-    ("change", "keys"),
-    [
-        (other_weights, ["weights"]),
-        (other_scheduler, ["scheduler"]),
-        (other_prompts, ["prompts"]),
-        (data(image_size=8), ["image_size"]),
-        (data(num_inference_steps=3), ["steps"]),
-        (data(guidance_scale=1.0), ["guidance_scale"]),
-        (data(images_per_prompt=1), ["prompts", "rows"]),
-        (lambda config, _: config | {"seed": 1}, ["seed"]),
-        (lambda config, _: config | {"teacher": config["teacher"] | {"dtype": "bfloat16"}}, ["dtype", "weights"]),
-    ],
-    ids=["weights", "scheduler", "prompts", "image_size", "steps", "guidance_scale", "images_per_prompt", "seed", "dtype"],
-)
-def test_a_cache_of_something_else_is_refused(change, keys, cached, tmp_path, capsys):
-    before = times(tmp_path / "cache")
-    said = refusal(distill.main, change(cached, tmp_path), capsys)
-    start = f"error: cache {str(tmp_path / 'cache')!r} is of other data or another model: "
+def teacher(**changes) -> callable:
+    return lambda config, tmp_path: config | {"teacher": config["teacher"] | changes}
+
+
+def faults_said(main, config: dict, folder: Path, capsys) -> list[str]:
+    """What a refused cache says differs."""
+    said = refusal(main, config, capsys)
+    start = f"error: cache {str(folder)!r} is of other data or another model: "
+    end = f". Name another folder in data.cache, or remove {str(folder)!r}"
     assert said.startswith(start)
-    assert said.endswith(". Name another folder in data.cache")
-    assert [fault.split(" is ")[0] for fault in said.removeprefix(start).split("; ")] == keys
+    assert said.endswith(end)
+    return said.removeprefix(start).removesuffix(end).split("; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "faults"),
+    [
+        (other_weights("text_encoder"), ["text_encoder.weights differ"]),
+        (other_weights("unet"), ["unet.weights differ"]),
+        (other_settings("scheduler/scheduler_config.json", beta_end=0.011), ["scheduler.beta_end is 0.012, needed 0.011"]),
+        (other_settings("unet/config.json", act_fn="gelu"), ["unet.act_fn is not set, needed 'gelu'"]),
+        (other_settings("text_encoder/config.json", hidden_act="gelu"), ["text_encoder.hidden_act is not set, needed 'gelu'"]),
+        (
+            other_settings("tokenizer/tokenizer_config.json", model_max_length=60),
+            ["tokenizer.model_max_length is 77, needed 60"],
+        ),
+        (other_vocabulary, ["tokenizer.tokens differ"]),
+        (other_prompts, ["prompts differ"]),
+        (data(image_size=8), ["image_size is 16, needed 8"]),
+        (data(num_inference_steps=3), ["steps is 2, needed 3"]),
+        (data(guidance_scale=1.0), ["guidance_scale is 7.5, needed 1.0"]),
+        (data(images_per_prompt=1), ["prompts differ", "rows is 6, needed 3"]),
+        (lambda config, _: config | {"seed": 1}, ["seed is 0, needed 1"]),
+        (teacher(dtype="bfloat16"), ["dtype is 'float32', needed 'bfloat16'"]),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(change, faults, cached, tmp_path, capsys):
+    """By the name of what differs: samples of the teacher."""
+    before = times(tmp_path / "cache")
+    assert faults_said(distill.main, change(cached, tmp_path), tmp_path / "cache", capsys) == faults
     assert times(tmp_path / "cache") == before
     assert not (Path(cached["output_dir"]) / "metrics.jsonl").exists()
+
+
+def encoded_images(recipe, tmp_path: Path, kind: str = "sdxl") -> dict:
+    """A configuration with captioned images whose cache is made."""
+    config = recipe("varflow", kind, data=pictures(tmp_path / "images", PROMPTS) | {"cache": str(tmp_path / "cache")})
+    run(cache.main, config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "faults"),
+    [
+        (other_settings("vae/config.json", scaling_factor=0.13025), ["vae.scaling_factor is not set, needed 0.13025"]),
+        (other_settings("vae/config.json", shift_factor=0.1), ["vae.shift_factor is not set, needed 0.1"]),
+        (other_settings("vae/config.json", act_fn="relu"), ["vae.act_fn is not set, needed 'relu'"]),
+        (
+            other_settings("text_encoder_2/config.json", hidden_act="gelu"),
+            ["text_encoder_2.hidden_act is not set, needed 'gelu'"],
+        ),
+        (other_weights("vae:encoder"), ["vae.weights differ"]),
+        (other_weights("vae:quant_conv"), ["vae.weights differ"]),
+    ],
+)
+def test_encoded_images_depend_on_the_encoders_settings(change, faults, recipe, tmp_path, capsys):
+    config = encoded_images(recipe, tmp_path)
+    assert faults_said(cache.main, change(config, tmp_path), tmp_path / "cache", capsys) == faults
+
+
+def test_encoded_images_depend_on_which_caption_is_whose(recipe, tmp_path, capsys):
+    """Files exchanged under their names, captions exchanged, and a caption whose words went over to its neighbour."""
+    config = encoded_images(recipe, tmp_path, "sd15")
+    images, metadata = tmp_path / "images", tmp_path / "images" / "metadata.csv"
+    first, second = ((images / f"{i}.png").read_bytes() for i in (0, 1))
+    (images / "0.png").write_bytes(second)
+    (images / "1.png").write_bytes(first)
+    assert faults_said(cache.main, config, tmp_path / "cache", capsys) == ["images differ"]
+    (images / "0.png").write_bytes(first)
+    (images / "1.png").write_bytes(second)
+    run(cache.main, config)
+    metadata.write_text('file_name,caption\n0.png,"a cat\na dog on"\n1.png,a mat\n2.png,a red house\n')
+    assert faults_said(cache.main, config, tmp_path / "cache", capsys) == ["prompts differ"]
+
+
+def nothing_else(teacher: Path, images: Path) -> None:
+    """Files that take no part: a file manager's, a README, another variant, a safety checker, the decoder, the noise schedule."""
+    for folder in (images, teacher, teacher / "vae", teacher / "tokenizer"):
+        (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        (folder / "Thumbs.db").write_bytes(b"\xd0\xcf")
+    (images / "README.md").write_text("mine")
+    (images / ".ipynb_checkpoints").mkdir()
+    (teacher / "README.md").write_text("# tiny")
+    (teacher / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(
+        (teacher / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    for file in ("vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        content = json.loads((teacher / file).read_text())
+        content |= {"_diffusers_version": "0.0.1", "transformers_version": "4.0.0", "_name_or_path": "elsewhere", "dropout": 0.1}
+        (teacher / file).write_text(json.dumps(dict(reversed(content.items())), indent=4))
+    file = teacher / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.011}))
+    file = teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        if name.startswith("decoder."):
+            weights[name] += 0.01
+    save_file(weights, file, {"format": "pt"})
+    for folder in (teacher, images):
+        for file in folder.rglob("*"):
+            os.utime(file, (1, 1))
+
+
+def test_what_changes_nothing_makes_no_other_cache(recipe, tmp_path):
+    config = encoded_images(recipe, tmp_path, "sd15")
+    before = times(tmp_path / "cache")
+    teacher, config = copied(config, tmp_path)
+    images = tmp_path / "images"
+    nothing_else(teacher, images)
+    run(cache.main, config)
+    moved = config["data"] | {"paths": [str(shutil.copytree(images, tmp_path / "elsewhere"))]}
+    run(cache.main, config | {"data": moved, "output_dir": str(tmp_path / "another")})
+    assert times(tmp_path / "cache") == before
+
+
+def test_encoded_prompts_depend_on_neither_vae_nor_network(recipe, tmp_path):
+    """Nor on the size of images, which only SDXL is told, nor on the seed, nor on what guidance leads away from."""
+    config = recipe("vardiu")
+    config["data"] |= {"cache": str(tmp_path / "cache")}
+    run(cache.main, config)
+    before = times(tmp_path / "cache")
+    config = other_settings("vae/config.json", scaling_factor=0.13025)(config, tmp_path)
+    folder = Path(config["teacher"]["path"])
+    for part in ("vae", "unet"):
+        file = folder / part / "diffusion_pytorch_model.safetensors"
+        save_file({k: v + 0.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    config["teacher"] |= {"negative_prompt": "blurry"}
+    run(cache.main, config, "seed=5", "data.image_size=8", f"output_dir={tmp_path / 'other'}")
+    assert times(tmp_path / "cache") == before
 
 
 def test_a_damaged_cache_is_refused_and_the_remedy_works(cached, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main
 from eval.extractors import Clip
@@ -58,20 +61,75 @@ def test_a_student_is_called_as_it_was_trained(student, tiny, captions, tmp_path
         "folder": ["--model", str(student)],
         "lora": ["--model", str(tiny["sd15"]), "--lora", str(student)],
     }
-    pictures = {}
+    pictures, made = {}, {}
     for name, model in ways.items():
         call = ["generate", "--protocol", "custom", "--num-images", "3", *model, "--captions", str(captions)]
         assert main([*call, "--output", str(tmp_path / name)]) == 0
         pictures[name] = generated(tmp_path / name)
-        facts = json.loads((tmp_path / name / "images" / "draw0" / "generation.json").read_text())["model"]
+        made[name] = json.loads((tmp_path / name / "images" / "draw0" / "generation.json").read_text())
+        facts = made[name].pop("model")
         assert facts["call"] == {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
         assert facts["scheduler"] == "LCMScheduler"
         assert facts["student"]["objective"] == "diff_instruct"
+    assert made["run"] == made["folder"] == made["lora"]  # what they depend on is the same
     assert np.array_equal(pictures["run"], pictures["folder"])
     assert np.array_equal(pictures["run"], pictures["lora"])
     plain = load_sampler(str(tiny["sd15"]), image_size=16)
     assert plain.call["num_inference_steps"] == 50
     assert plain.call["guidance_scale"] == 7.5
+
+
+def changed(model: Path, file: str, **settings) -> None:
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | settings))
+
+
+def other_lora(model: Path) -> None:
+    """The same LoRA weights at another strength: alpha is no weight."""
+    file = model / "lora" / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as stored:
+        metadata = json.loads(stored.metadata()["lora_adapter_metadata"])
+    metadata["unet.lora_alpha"] *= 2
+    save_file(load_file(file), file, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: changed(m, "vae/config.json", scaling_factor=0.13), "vae.scaling_factor is not set, needed 0.13"),
+        (
+            lambda m: changed(m, "text_encoder/config.json", hidden_act="gelu"),
+            "text_encoder.hidden_act is not set, needed 'gelu'",
+        ),
+        (
+            lambda m: changed(m, "tokenizer/tokenizer_config.json", model_max_length=60),
+            "tokenizer.model_max_length is 77, needed 60",
+        ),
+        (lambda m: changed(m, "scheduler/scheduler_config.json", set_alpha_to_one=True), "scheduler.set_alpha_to_one is not"),
+        (other_lora, "unet.lora_scale differs"),
+    ],
+    ids=["vae", "activation", "tokenizer", "scheduler", "alpha"],
+)
+def test_another_model_in_the_same_place_is_refused(change, said, student, tiny, captions, tmp_path, capsys):
+    """One LoRA, one base model, each under its own path all the time."""
+    model = Path(shutil.copytree(tiny["sd15"], tmp_path / "model"))
+    (model / "lora").mkdir()  # without student.json: any LoRA, on the pipeline's own scheduler
+    shutil.copy(student / "pytorch_lora_weights.safetensors", model / "lora")
+    call = ["generate", "--protocol", "custom", "--num-images", "3", "--model", str(model), "--lora", str(model / "lora")]
+    call += ["--captions", str(captions), "--output", str(tmp_path / "out"), "--image-size", "16", "--steps", "1"]
+    assert main(call) == 0
+    assert main(call) == 0
+    change(model)
+    assert main(call) == 2
+    assert f"holds images made otherwise: {said}" in capsys.readouterr().err
+
+
+def test_captions_whose_words_went_over_are_others(tiny, captions, tmp_path, capsys):
+    call = ["generate", "--protocol", "custom", "--num-images", "2", "--model", str(tiny["sd15"]), "--image-size", "16"]
+    call += ["--steps", "1", "--captions", str(captions.with_suffix(".jsonl")), "--output", str(tmp_path / "out")]
+    for texts, code in ((["a cat\na dog", "b"], 0), (["a cat", "a dog\nb"], 2)):
+        captions.with_suffix(".jsonl").write_text("".join(json.dumps({"caption": t}) + "\n" for t in texts))
+        assert main(call) == code
+    assert "holds images made otherwise: captions differ; name another" in capsys.readouterr().err
 
 
 def test_a_student_of_another_level(recipe, distil, fresh_accelerator):

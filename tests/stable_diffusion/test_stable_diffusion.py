@@ -136,7 +136,16 @@ WRONG = {
         "prediction_type 'sample'; expected one of epsilon",
     ),
     "flow matching": (lambda f: set_scheduler(f, FlowMatchEulerDiscreteScheduler()), "Euler.*, which has no alphas_cumprod"),
-    "beta schedule": (lambda f: set_scheduler(f, DDPMScheduler(beta_schedule="sigmoid")), "'sigmoid' has no one-step scheduler"),
+    "beta schedule": (lambda f: set_scheduler(f, DDPMScheduler(beta_schedule="sigmoid")), "'sigmoid', has no one-step scheduler"),
+    "betas above 1": (
+        lambda f: edit(f / CONFIG, beta_start=2.0, beta_end=3.0),
+        "its noise schedule, .*, has no one-step",
+    ),
+    "unet of another width": (lambda f: edit(f / "unet/config.json", block_out_channels=[16, 64]), "cannot be loaded: .*"),
+    "unet of no kind": (lambda f: edit(f / "unet/config.json", down_block_types=["None", "None"]), "cannot be loaded: .*None"),
+    "text encoder cut": (lambda f: (f / "text_encoder/config.json").write_text("{"), "cannot be loaded: .*config.json"),
+    "no such scheduler": (lambda f: edit(f / INDEX, scheduler=["diffusers", "NoScheduler"]), "cannot be loaded: .*NoScheduler"),
+    "component of nobody": (lambda f: edit(f / INDEX, vae=["no_library", "VAE"]), "cannot be loaded: .*no_library"),
 }
 
 

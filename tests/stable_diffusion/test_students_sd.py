@@ -25,6 +25,7 @@ from diffusers import (
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -334,19 +335,64 @@ def test_load_student_in_half_precision(trained):
         assert relative(one_step(pipe, run), run.x0) < 0.03
 
 
+def test_a_lora_on_another_base_model_is_said(trained, tiny, tmp_path):
+    """One number of the base has changed since; the same weights in another place are not complained of."""
+    run = trained("diff_instruct")
+    base = Path(shutil.copytree(tiny["sd15"], tmp_path / "base"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_student(run.folder, base_model=str(base))
+    file = base / "unet" / WEIGHTS
+    weights = load_file(file)
+    weights[sorted(weights)[0]].view(-1)[0] += 1e-3
+    save_file(weights, file, {"format": "pt"})
+    with pytest.warns(
+        UserWarning, match=r"student' was trained on other weights than those now at its base model \('.*sd15' then\)"
+    ):
+        load_student(run.folder, base_model=str(base))
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def edit(file: Path, **settings) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def widened(folder: Path) -> None:
+    """The LoRA of a network whose layers are twice as wide."""
+    layers = {k: v.repeat(1, 2) if ".lora_A." in k and v.ndim == 2 else v for k, v in load_file(folder / LORA).items()}
+    with safe_open(folder / LORA, "pt") as stored:
+        metadata = stored.metadata()
+    save_file(layers, folder / LORA, metadata)
 
 
 # (which student, what is done to its folder, what the message says)
 MISSING = {
     "facts": ("vardiu", lambda f: (f / "student.json").unlink(), r"holds no student: expected student\.json"),
     "scheduler": ("vardiu", lambda f: shutil.rmtree(f / "scheduler"), r"has no scheduler/scheduler_config\.json"),
-    "lora": ("vardiu", lambda f: (f / LORA).unlink(), rf"is not complete: .*{LORA}.* copy the student again"),
-    "unet": ("whole", lambda f: shutil.rmtree(f / "unet"), r"is not complete: .*config\.json.* copy the student again"),
+    "lora": ("vardiu", lambda f: (f / LORA).unlink(), rf"is not complete or does not fit.*: .*{LORA}.* copy the student again"),
+    "unet": (
+        "whole",
+        lambda f: shutil.rmtree(f / "unet"),
+        r"is not complete .*: .*config\.json.* copy the student again",
+    ),
 }
 DAMAGED = {
-    "facts cut": ("vardiu", lambda f: (f / "student.json").write_text("{"), r"student\.json is not valid JSON"),
+    "facts cut": ("vardiu", lambda f: (f / "student.json").write_text("{"), r"student\.json' is not valid JSON"),
+    "facts of others": ("vardiu", lambda f: (f / "student.json").write_text('{"family": "sd"}'), r"does not say 'base_model'"),
+    "lora of another width": ("vardiu", widened, r"does not fit its base model: .*; save or copy the student again"),
+    "unet of another width": (
+        "whole",
+        lambda f: edit(f / "unet" / "config.json", block_out_channels=[16, 64]),
+        r"does not fit its base model: .*; save or copy the student again",
+    ),
+    "scheduler cut": (
+        "vardiu",
+        lambda f: (f / "scheduler" / "scheduler_config.json").write_text("{"),
+        r"scheduler_config\.json.*; save or copy the student again",
+    ),
     "lora cut": ("vardiu", lambda f: cut(f / LORA), rf"{LORA}' is damaged .*copy or download it again"),
     "unet cut": ("whole", lambda f: cut(f / "unet" / WEIGHTS), rf"unet/{WEIGHTS}' is damaged .*copy or download it again"),
 }
