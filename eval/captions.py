@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import UserError
-from pipelines.prompts import read_rows
+from pipelines.prompts import as_text, read_rows
 from pipelines.reading import read_json, reason_of
 
 
@@ -44,8 +44,8 @@ def read_captions(file: str, column: str = "caption") -> Captions:
     cells = coco_captions(file) if Path(file).suffix == ".json" else read_rows(file, column, "--captions", "--caption-column")
     texts = []
     for i, cell in enumerate(cells):
-        text = cell[0] if isinstance(cell, list) and cell else cell
-        if not isinstance(text, str) or not text.strip():
+        text = as_text(cell[0] if isinstance(cell, list) and cell else cell)
+        if text is None or not text.strip():
             raise UserError(f"--captions: image {i} of {file} has no caption (got {cell!r}); give it one or remove the row")
         texts.append(text)
     if not texts:

@@ -5,8 +5,6 @@ worker process can hold.
 from __future__ import annotations
 
 import hashlib
-import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +16,25 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from pipelines import data_sets
+from pipelines.decode import Rules, decode, says_turned
 from pipelines.errors import UserError
-from pipelines.images import IMAGE_SUFFIXES
+from pipelines.images import content_of, undecoded
+from pipelines.walk import Pictures, examples, is_hidden, is_picture, natural, say, walk
 
 from .protocols import Protocol
 
 PATCH = 299
-GREY_MODES = ("L", "P", "1", "CMYK")  # colour spaces of photographs that become RGB without a choice to be made
+OWN_FILE = "generation.json"  # eval/generate.py's, beside the images that it makes
 
 
 class ImageFiles(Dataset):
-    """Images of a folder, a zip, parquet files or a hub data set (owner/name:split), in the order of their names or rows.
+    """Images of a folder, a zip, parquet files or a hub data set (owner/name:split), in the order in which a person counts
+    their names (pipelines/walk.py), or of rows.
 
     An item is a dict of uint8 (3, h, w), one for each view that is asked for: "image", prepared as the protocol says; "patch",
     299 pixels from the middle of the image as it is (a smaller image whole, as in DMD2's patch FID); "clip", the largest
     centred square resized (Lanczos) to protocol.clip_crop. FileNotFoundError and ValueError name the source or image at
-    fault. limit: only the first so many.
+    fault. limit: only the first so many. option: what the user calls the source.
     """
 
     def __init__(
@@ -43,84 +44,72 @@ class ImageFiles(Dataset):
         views: Sequence[str] = ("image",),
         column: str | None = None,
         limit: int | None = None,
+        option: str = "--images",
     ) -> None:
         self.source, self.protocol, self.views = source, protocol, tuple(views)
+        self.rules = rules_of(protocol)
         self.rows: Any = None
         path = Path(source)
-        if path.is_dir() and not (parquet := sorted(path.glob("*.parquet"))):
-            self.kind = "folder"
-            self.names = sorted(str(f.relative_to(path)) for f in path.rglob("*") if _is_image(f.name))
-        elif path.is_dir():
-            self.kind, self.rows = "rows", _rows("parquet", [str(f) for f in parquet], source)
-        elif path.suffix == ".zip" and path.is_file():
-            self.kind = "zip"
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    self.names = sorted(n for n in archive.namelist() if _is_image(n))
-            except zipfile.BadZipFile as error:
-                raise UserError(f"{source} is not a whole zip file ({error}); copy it again") from error
+        if path.is_dir() and (parquet := [f.name for f in path.glob("*.parquet") if not is_hidden(f.name)]):
+            if pictures := [name for name in walk(path).files if is_picture(name)]:
+                raise UserError(f"{source} holds parquet files and pictures ({examples(pictures)}); name a folder of one kind")
+            self.rows = _rows("parquet", [str(path / name) for name in sorted(parquet, key=natural)], source)
+        elif path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file()):
+            self.pictures = Pictures(source, option)
+            self.names = self.pictures.names
+            left_out = self.pictures.left_out(used=(OWN_FILE,))
+            say(f"{source}: {len(self.names):,} images; {left_out}" if left_out else "")
         elif path.suffix == ".parquet" and path.is_file():
-            self.kind, self.rows = "rows", _rows("parquet", [source], source)
+            self.rows = _rows("parquet", [source], source)
         elif not path.exists() and source.partition(":")[0].count("/") == 1 and not source.startswith((".", "/", "~")):
-            self.kind, self.rows = "rows", _rows("hub", source.partition(":"), source)
+            self.rows = _rows("hub", source.partition(":"), source)
         else:
             raise FileNotFoundError(f"no such folder, .zip or .parquet: {source!r} (a hub data set looks like owner/name:split)")
         if self.rows is not None:
             self.column = _image_column(self.rows, column, source)
-            self.rows = _undecoded(self.rows, self.column)
+            self.rows = undecoded(self.rows, self.column, "--image-column")
             self.names = [f"row {i}" for i in range(len(self.rows))]
         if not self.names:
-            raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"{source} holds no images")
         self.names = self.names[:limit]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        where = f"{self.names[i]} of {self.source}"
-        try:
-            with Image.open(self._file(i)) as opened:
-                deep = any("16" in str(tile[3]) for tile in opened.tile)  # Pillow would give 16-bit colours as 8-bit ones
-                opened.load()
-                image = as_rgb(opened, where, self.protocol.grayscale, deep)
-        except (OSError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise UserError(f"{where} cannot be decoded: {error}; mend or remove it") from error
+        where = self._where(i)
+        image = decode(self._file(i), where, self.rules).image
         return {view: pil_to_tensor(VIEWS[view](image, self.protocol, where)) for view in self.views}
 
-    def _file(self, i: int) -> Any:
-        if self.kind == "folder":
-            return Path(self.source) / self.names[i]
-        if self.kind == "zip":  # opened anew: workers must not share a file position
-            with zipfile.ZipFile(self.source) as archive:
-                return io.BytesIO(archive.read(self.names[i]))
-        cell = self.rows[i][self.column]
-        if cell is None:
-            raise UserError(f"{self.names[i]} of {self.source} has no image; remove the row")
-        return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+    def _where(self, i: int) -> str:
+        return f"{self.names[i]} of {self.source}"
+
+    def _file(self, i: int) -> Path | str | bytes:
+        if self.rows is None:
+            return self.pictures.file(self.names[i])
+        return content_of(self.rows[i][self.column], self._where(i))
 
     def identity(self) -> dict[str, Any]:
-        """n and a sha256 over contents in their order: a copy elsewhere, under other names or in a zip is the same set."""
-        digest = hashlib.sha256()
+        """n and a sha256 over contents in their order: a copy elsewhere, under other names or in a zip is the same set. turned:
+        how many are photos that EXIF says to turn, which is not done (rules_of); said, and left out for none.
+        """
+        digest, turned = hashlib.sha256(), 0
         for i in range(len(self)):
             file = self._file(i)
-            content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+            content = file if isinstance(file, bytes) else Path(file).read_bytes()
             digest.update(hashlib.sha256(content).digest())
-        return {"source": Path(self.source).name, "n": len(self), "sha256": digest.hexdigest()}
+            turned += says_turned(content)
+        if turned:
+            say(f"{self.source}: EXIF would turn {turned:,} of {len(self):,} images; measured as they lie, as by clean-fid")
+        found = {"source": Path(self.source).name, "n": len(self), "sha256": digest.hexdigest()}
+        return found | ({"turned": turned} if turned else {})
 
 
-def as_rgb(image: Image.Image, where: str, photographs: bool, deep: bool = False) -> Image.Image:
-    """RGB as it is; grey, palette and CMYK photographs where the protocol takes them. ValueError for what loses something."""
-    clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    deep = deep or image.mode in ("I;16", "I;16B", "I", "F")
-    if not clear and not deep and image.mode == "RGB":
-        return image
-    if not clear and not deep and photographs and image.mode in GREY_MODES:
-        return image.convert("RGB")
-    what = "transparency" if clear else "more than 8 bits a channel" if deep else "no colour channels"
-    raise UserError(
-        f"{where} has {what} (mode {image.mode}), expected 8-bit RGB; convert it yourself: how is a choice that changes numbers"
-        + ("" if photographs or image.mode not in GREY_MODES else " (--grayscale takes grey photographs as grey RGB)")
-    )
+def rules_of(protocol: Protocol) -> Rules:
+    """How evaluation differs from training: what changes numbers is refused, not done. clean-fid, which defines them, does not
+    turn photos by EXIF, so neither is that done here. Grey photographs are grey RGB where the protocol takes them, as in DMD2.
+    """
+    return Rules(background=None, upright=False, deep=False, grey=protocol.grayscale, frames=False)
 
 
 def prepared(image: Image.Image, protocol: Protocol, where: str) -> Image.Image:
@@ -162,11 +151,6 @@ def same_sizes(batch: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [{view: torch.stack([item[view] for item in s]) for view in s[0]} for s in stacks]
 
 
-def _is_image(name: str) -> bool:
-    path = Path(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
 def _rows(kind: str, what: Any, source: str) -> Any:
     fault = f"{source} cannot be read"
     if kind == "hub":
@@ -184,9 +168,3 @@ def _image_column(rows: Any, column: str | None, source: str) -> str:
     if column is None and len(images) != 1:
         raise UserError(f"{source} has {len(images)} image columns ({', '.join(images)}); name one with --image-column")
     return column or images[0]
-
-
-def _undecoded(rows: Any, column: str) -> Any:
-    from datasets import Image as ImageFeature
-
-    return rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))

@@ -66,7 +66,8 @@ def load_or_measure(
         stored = load(source, protocol, described, dims, made.raw)
         require_size(protocol, stored.facts["images"]["n"], option, force)
         return stored
-    images = ImageFiles(source, protocol, sorted({extractors[key].view for key in wanted}), column)
+    views = sorted({extractors[key].view for key in wanted})
+    images = ImageFiles(source, protocol, views, column, option=option)
     require_size(protocol, len(images), option, force)
     used = {key: without_logits(extractors[key]) for key in wanted}
     gathered = one_pass(images, used, made.raw, None, batch_size, workers, accelerator, "reference", start_method)

@@ -34,30 +34,10 @@ def load_named(name: str, split: str, fault: str) -> Any:
     return _load(name, fault, split=split, **where)
 
 
-def load_image_folder(folder: str, fault: str) -> Any:
-    """`datasets.Dataset` of a folder of images with metadata.csv or metadata.jsonl. Pixels are read when they are asked for."""
-    files = sorted(f for f in Path(folder).rglob("*") if f.is_file())
-    names = hashlib.sha256("\0".join(str(f.relative_to(folder)) for f in files).encode("utf-8", "surrogateescape")).hexdigest()
-    tables = (f for f in files if f.name.startswith("metadata."))
-    return _load("imagefolder", fault, data_dir=folder, split="train", cache_dir=_cache_of(tables, names))
-
-
-def contents_sha256(rows: Any, column: str) -> str:
-    """Of the images in a column of a data set, as they are stored, in their order: neither names nor where they lie count."""
-    from datasets import Image
-
-    digest = hashlib.sha256()
-    for row in rows.select_columns([column]).cast_column(column, Image(decode=False)):
-        cell = row[column]
-        content = None if cell is None else cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-        digest.update(b"none" if content is None else hashlib.sha256(content).digest())
-    return digest.hexdigest()
-
-
-def _cache_of(files: Iterable[str | Path], more: str = "") -> str:
+def _cache_of(files: Iterable[str | Path]) -> str:
     from datasets import config
 
-    digest = hashlib.sha256(more.encode())
+    digest = hashlib.sha256()
     for file in files:
         with Path(file).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

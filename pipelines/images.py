@@ -1,23 +1,27 @@
-"""Image sets in memory: scikit-learn digits, local parquet files, image folders and hub data sets.
+"""Image sets in memory: scikit-learn digits, local parquet files, folders and zip files of pictures, and hub data sets.
 
 Pixels are uint8 (n, c, h, w) everywhere outside a network; networks see float32 in [-1, 1].
 """
 
 from __future__ import annotations
 
-import io
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import data_sets
+from .decode import Rules, decode
 from .errors import UserError
+from .labels import LABELS_FILE, MAX_CLASSES, folder_labels
+from .walk import Pictures, examples, refuse_pictures, say
 
 # Decoded images are held in memory; this bounds a set to what a workstation can hold beside a model.
 MAX_BYTES = 8 * 2**30
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -59,43 +63,68 @@ def load_digits(image_size: int = 8) -> ImageSet:
     return ImageSet(pixels, torch.from_numpy(digits.target).long(), tuple(map(str, digits.target_names)))
 
 
-def load_rows(dataset, image_column: str, label_column: str | None, image_size: int, channels: int) -> ImageSet:
-    """Decode a `datasets.Dataset` to memory, centre-cropped and resized (Lanczos) to image_size.
+def load_rows(
+    dataset,
+    image_column: str,
+    label_column: str | None,
+    image_size: int,
+    channels: int,
+    background: str | None = "white",
+) -> ImageSet:
+    """Decode a `datasets.Dataset` to memory, centre-cropped and resized (Lanczos) to image_size; background: decode.Rules.
 
-    Raises ValueError for a missing column or a set too large for memory.
+    Raises UserError for a missing column, a set too large for memory, or the row that cannot be decoded.
     """
-    from tqdm import tqdm
-
     for key, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in dataset.column_names:
             raise UserError(f"data.{key}: no column {column!r}; the data set has {', '.join(dataset.column_names)}")
-    need = len(dataset) * channels * image_size**2
-    if need > MAX_BYTES:
-        raise UserError(
-            f"data: {len(dataset)} images of {channels}x{image_size}x{image_size} take {need / 2**30:.0f} GiB decoded, "
-            f"more than {MAX_BYTES / 2**30:.0f}; choose a smaller split, e.g. data.split='train[:10%]'"
-        )
     labels, names = None, ()
     if label_column is not None:
         labels, names = _labels(dataset, label_column)
-    pixels = torch.empty(len(dataset), channels, image_size, image_size, dtype=torch.uint8)
-    # undecoded, so that a damaged image is met here, where its row is known
-    undecoded = dataset.select_columns([image_column]).cast_column(image_column, _image_feature(dataset, image_column))
-    for i, row in enumerate(tqdm(undecoded, desc="decoding images", unit="image")):
-        source = row[image_column]
-        if source is None:
-            raise UserError(f"data.image_column: row {i} of {image_column!r} is empty; mend or remove it")
-        file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]
-        pixels[i] = _read_image(file, image_size, channels, f"data.image_column: cannot decode row {i} of {image_column!r}")
+    cells = undecoded(dataset, image_column, "data.image_column")
+    files = ((content_of(row[image_column], f"data.image_column: row {i} of {image_column!r}")) for i, row in enumerate(cells))
+    wheres = (f"data.image_column: row {i} of {image_column!r}" for i in range(len(dataset)))
+    pixels = _decoded(len(dataset), zip(files, wheres, strict=True), image_size, channels, Rules(background=background), "data")
     return ImageSet(pixels, labels, names)
 
 
-def _image_feature(dataset, column: str):
+def undecoded(dataset, column: str, key: str) -> Any:
+    """The column of images as files or their content, so that pictures are decoded by one decoder, which can name their row."""
     from datasets import Image
 
     if not isinstance(dataset.features[column], Image):
-        raise UserError(f"data.image_column: column {column!r} holds {dataset.features[column]}, not images")
-    return Image(decode=False)
+        raise UserError(f"{key}: column {column!r} holds {dataset.features[column]}, not images")
+    return dataset.select_columns([column]).cast_column(column, Image(decode=False))
+
+
+def content_of(cell: dict[str, Any] | None, where: str) -> bytes | str:
+    """An undecoded cell -> its content or path. UserError for an empty one."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise UserError(f"{where} has no image; remove the row")
+    return cell["bytes"] if cell["bytes"] is not None else cell["path"]
+
+
+def _decoded(n: int, pictures: Iterable[tuple[Any, str]], image_size: int, channels: int, rules: Rules, option: str) -> Tensor:
+    """n pairs of a file and what a message calls it -> uint8 (n, channels, image_size, image_size); says what had to be done."""
+    from tqdm import tqdm
+
+    need = n * channels * image_size**2
+    if need > MAX_BYTES:
+        raise UserError(
+            f"{option}: {n:,} images of {channels}x{image_size}x{image_size} take {need / 2**30:.3g} GiB decoded, more than "
+            f"{MAX_BYTES / 2**30:.3g}; choose a smaller split (e.g. data.split='train[:10%]'), folder or data.image_size"
+        )
+    pixels, notes = torch.empty(n, channels, image_size, image_size, dtype=torch.uint8), Counter()
+    for i, (file, where) in enumerate(tqdm(pictures, desc="decoding images", unit="image", total=n)):
+        pixels[i], done = _square(file, where, image_size, channels, rules)
+        notes.update(done)
+    say(said_of(notes, option))
+    return pixels
+
+
+def said_of(notes: Counter, option: str) -> str:
+    """One sentence of what decoding did to pictures of a set; "" for nothing."""
+    return f"{option}: " + "; ".join(f"{count:,} pictures: {note}" for note, count in notes.most_common()) if notes else ""
 
 
 def _labels(dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
@@ -104,62 +133,72 @@ def _labels(dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
     if not all(isinstance(v, int) and v >= 0 for v in values):
         wrong = next(v for v in values if not (isinstance(v, int) and v >= 0))
         raise UserError(f"data.label_column: {column!r} must hold class numbers 0, 1, ...; it holds {wrong!r}")
+    if max(values) >= MAX_CLASSES:
+        raise UserError(f"data.label_column: {column!r} holds {max(values)}; expected class numbers below {MAX_CLASSES:,}")
     labels = torch.tensor(values, dtype=torch.long)
     names = getattr(dataset.features[column], "names", None) or map(str, range(int(labels.max()) + 1))
     return labels, tuple(names)
 
 
-def load_parquet(files: list[str], image_column: str, label_column: str | None, image_size: int, channels: int):
+def load_parquet(
+    files: list[str],
+    image_column: str,
+    label_column: str | None,
+    image_size: int,
+    channels: int,
+    background: str | None = "white",
+) -> ImageSet:
     """Local parquet files with the `datasets` image feature. FileNotFoundError names the file that is missing."""
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"data.files: no such file {file!r}; give the path of a parquet file")
-    rows = data_sets.load_files("parquet", files, f"data.files: cannot read {', '.join(files)}")
-    return load_rows(rows, image_column, label_column, image_size, channels)
+    rows = data_sets.load_files("parquet", files, f"data.files: cannot read {examples(files)}")
+    return load_rows(rows, image_column, label_column, image_size, channels, background)
 
 
-def load_folder(path: str, image_size: int, channels: int) -> ImageSet:
-    """A folder of images, searched recursively; sub-folders directly below it are the classes if there are any."""
-    from tqdm import tqdm
+def load_folder(
+    path: str, image_size: int, channels: int, labels: bool | None = None, background: str | None = "white"
+) -> ImageSet:
+    """A folder or zip file of pictures, searched to its depths, in the order in which a person counts (walk.natural).
 
-    root = Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.path: no such folder {path!r}")
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"data.path: no images ({', '.join(IMAGE_SUFFIXES)}) below {path!r}")
-    pixels = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
-    for i, file in enumerate(tqdm(files, desc="decoding images", unit="image")):
-        pixels[i] = _read_image(file, image_size, channels, f"data.path: cannot decode {str(file)!r}")
-    parents = [f.relative_to(root).parts[0] if len(f.relative_to(root).parts) > 1 else None for f in files]
-    if any(p is None for p in parents):
-        return ImageSet(pixels)
-    names = tuple(sorted(set(parents)))
-    return ImageSet(pixels, torch.tensor([names.index(p) for p in parents]), names)
-
-
-def load_hub(name: str, split: str, image_column: str, label_column: str | None, image_size: int, channels: int):
-    """A data set by its hub id (or the path of a data set folder)."""
-    rows = data_sets.load_named(name, split, f"data.id: cannot read {name!r}")
-    return load_rows(rows, image_column, label_column, image_size, channels)
-
-
-def _read_image(file, image_size: int, channels: int, fault: str) -> Tensor:
-    """A file (path or stream) -> uint8 (channels, image_size, image_size): centre crop to a square, then Lanczos.
-
-    ValueError starting with `fault` for whatever PIL raises on damaged files.
+    labels: True refuses a set without classes, False ignores them, None takes them where they are (labels.folder_labels).
+    background: decode.Rules.
     """
+    pictures = Pictures(path, "data.path")
+    classes = None if labels is False else folder_labels(pictures, required=bool(labels))
+    found = "labels not asked for" if labels is False else classes.said if classes else "no classes"
+    left_out = pictures.left_out(used=(pictures.top + LABELS_FILE,))
+    say(f"data.path: {len(pictures.names):,} pictures, {found}" + (f"; {left_out}" if left_out else ""))
+    files = ((pictures.file(name), f"data.path: {name!r} of {path}") for name in pictures.names)
+    pixels = _decoded(len(pictures.names), files, image_size, channels, Rules(background=background), "data.path")
+    return ImageSet(pixels, classes.labels, classes.names) if classes else ImageSet(pixels)
+
+
+def load_hub(
+    name: str,
+    split: str,
+    image_column: str,
+    label_column: str | None,
+    image_size: int,
+    channels: int,
+    background: str | None = "white",
+) -> ImageSet:
+    """A data set by its hub id (or the path of a data set folder)."""
+    refuse_pictures(name, "data.id", f"data={{name: folder, path: {name}, ...}}")
+    rows = data_sets.load_named(name, split, f"data.id: cannot read {name!r}")
+    return load_rows(rows, image_column, label_column, image_size, channels, background)
+
+
+def _square(file, where: str, image_size: int, channels: int, rules: Rules) -> tuple[Tensor, tuple[str, ...]]:
+    """A file -> uint8 (channels, image_size, image_size): centre crop to a square, then Lanczos; and the decoder's notes."""
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{fault}: {error}; mend or remove it") from error
+    decoded = decode(file, where, rules)
+    image = decoded.image if channels == 3 else decoded.image.convert("L")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     if side != image_size:
         image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
-    return pil_to_tensor(image)
+    return pil_to_tensor(image), decoded.notes

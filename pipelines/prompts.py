@@ -32,24 +32,44 @@ def read_rows(file: str, column: str, file_key: str, column_key: str) -> list[An
     return [row[column] for row in rows]
 
 
+def as_text(cell: Any) -> str | None:
+    """A cell as the text that it is to be; a whole number is one ("7" is a caption of a digit). None for what is no text."""
+    if isinstance(cell, str):
+        return cell
+    return str(cell) if isinstance(cell, int) and not isinstance(cell, bool) else None
+
+
 def _read_rows(path: Path, column: str) -> list[dict[str, Any]]:
-    """Rows by column; of a .txt its lines under the name asked for."""
+    """Rows by column; of a .txt its lines under the name asked for. Numbers of a .jsonl as the text that stands there."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
         return table.read([column]).to_pylist() if column in names else [dict.fromkeys(names)]
-    text = read_text(path, "it")  # spreadsheets put a byte order mark first
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+    return parse_table(read_text(path, "it"), path.suffix, column)  # spreadsheets put a byte order mark first
+
+
+def parse_table(text: str, suffix: str, column: str = "") -> list[dict[str, Any]]:
+    """The rows of the text of a .csv, .jsonl or .txt (column: its lines' name). UserError names the line at fault."""
+    if suffix == ".csv":
+        # strict: a quote that is not closed would take all that follows
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names, rows = reader.fieldnames or [], []
+        if len(set(names)) < len(names):
+            raise UserError(f"its header has a column twice ({', '.join(names)}); rename one")
+        for row in reader:
+            if None in row:
+                raise UserError(f"line {reader.line_num} has more cells than the header; put text with commas in quotes")
+            rows.append(row)
+        return rows
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would also cut at rarer characters within a prompt
-    if path.suffix == ".txt":
+    if suffix == ".txt":
         return [{column: line} for line in lines]
     rows = []
     for i, line in enumerate(lines):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line, parse_int=str, parse_float=str, parse_constant=str))
         except ValueError as error:
             raise UserError(f"line {i + 1} is not valid JSON ({error})") from error
         if not isinstance(rows[-1], dict):

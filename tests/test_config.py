@@ -184,6 +184,13 @@ FAULTS = [
         ],
     ),
     (["steps="], ["steps: Input should be a valid integer, got None"]),
+    *(
+        (
+            [f"data={{name: folder, path: x, image_size: 8, background: {given}}}"],
+            [f"data.background: Input should be a colour, by name or as #rrggbb, got {shown}"],
+        )
+        for given, shown in (("whit", "'whit'"), ('"#ff"', "'#ff'"), ('"#ffffff80"', "'#ffffff80'"))
+    ),
     # a fault of two values together; the path is that of the file, without the name of the variant
     (["objective.levels.low=5"], ["objective.levels: low (5.0) must be below high (3.0)"]),
     (

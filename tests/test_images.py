@@ -1,6 +1,8 @@
 """Image sets: pixels in and out of [-1, 1] exactly, parquet files and folders, crops, and every way they can be broken."""
 
 import io
+import json
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 from pipelines import images
+from pipelines.errors import UserError
 from pipelines.images import ImageSet, load_digits, load_folder, load_parquet, to_pixels, to_unit
 
 CIFAR10 = Path(__file__).resolve().parents[1] / "../shared/data/cifar10/test.parquet"
@@ -126,7 +129,7 @@ def test_parquet_faults_in_the_columns(parquet):
             load_parquet([file], image_column, label_column, 5, 3)
 
 
-@pytest.mark.parametrize("labels", [{"word": ["a", "b"]}, {"label": [0, None]}, {"number": [0, -1]}])
+@pytest.mark.parametrize("labels", [{"word": ["a", "b"]}, {"label": [0, None]}, {"number": [0, -1]}, {"number": [0, 100_000]}])
 def test_parquet_labels_must_be_class_numbers(parquet, labels):
     (column,) = labels
     file = parquet("labels", img=[picture(5, 5, 0), picture(5, 5, 1)], **labels)
@@ -187,11 +190,142 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
 
 
 def test_folder_faults(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data.path: no such folder '.*none'"):
+    with pytest.raises(FileNotFoundError, match=r"data.path: no such folder or .zip '.*none'"):
         load_folder(str(tmp_path / "none"), 5, 3)
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(FileNotFoundError, match=r"data.path: no images \(.png, .jpg, .jpeg, .webp, .bmp\) below"):
+    with pytest.raises(UserError, match=r"data.path: no pictures in '.*'; left out: 1 of another kind .* \(notes.txt\)"):
         load_folder(str(tmp_path), 5, 3)
+    with pytest.raises(UserError, match=r"data.path: '.*notes.txt' is neither a folder nor a .zip file"):
+        load_folder(str(tmp_path / "notes.txt"), 5, 3)
+
+
+def test_a_folder_larger_than_memory_is_refused_before_decoding(tmp_path, monkeypatch):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"not decoded")
+    monkeypatch.setattr(images, "MAX_BYTES", 3 * 3 * 5 * 5 - 1)
+    with pytest.raises(UserError, match=r"data.path: 3 images of 3x5x5 take .* choose a smaller"):
+        load_folder(str(tmp_path), 5, 3)
+
+
+def test_files_are_in_the_order_in_which_a_person_counts(tmp_path):
+    for i in (10, 2, 1, 11):
+        Image.new("L", (5, 5), i).save(tmp_path / f"frame {i}.png")
+    assert load_folder(str(tmp_path), 5, 1).pixels[:, 0, 0, 0].tolist() == [1, 2, 10, 11]
+
+
+# Classes of folders ---------------------------------------------------------------------------------------------------
+
+
+def numbered(root: Path) -> list[str]:
+    """Pictures of one shade each, in EDM's layout: folders number them, by their thousands."""
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in (0, 1, 1000, 1001)]
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (5, 5), i).save(root / name)
+    return names
+
+
+def zipped(folder: Path, file: Path) -> str:
+    with zipfile.ZipFile(file, "w") as archive:
+        for each in sorted(folder.rglob("*"), reverse=True):
+            if each.is_file():
+                archive.write(each, each.relative_to(folder).as_posix())
+    return str(file)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_edms_labels_are_the_classes(packed, tmp_path, capsys):
+    """NVlabs' dataset_tool.py: dataset.json names a class for each picture; 00000, 00001, ... only number them."""
+    names = numbered(tmp_path / "a")
+    labels = [
+        [name.replace("/", "\\") if i == 3 else name, label]
+        for i, (name, label) in enumerate(zip(names, (6, 0, 2, 6), strict=True))
+    ]
+    (tmp_path / "a/dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
+    source = zipped(tmp_path / "a", tmp_path / "a.zip") if packed else str(tmp_path / "a")
+    for wanted in (None, True):
+        found = load_folder(source, 5, 1, wanted)
+        assert found.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+        assert found.labels.tolist() == [6, 0, 2, 6]
+        assert found.class_names == tuple("0123456")
+    assert load_folder(source, 5, 1, False).labels is None
+    assert "data.path: 4 pictures, 7 classes by dataset.json\n" in capsys.readouterr().err
+
+
+def test_a_zip_of_one_folder_is_that_folder(tmp_path):
+    """As file managers pack it: the classes are those within."""
+    names = numbered(tmp_path / "a/my set")
+    (tmp_path / "a/my set/dataset.json").write_text(json.dumps({"labels": [[n, i] for i, n in enumerate(names)]}))
+    assert load_folder(zipped(tmp_path / "a", tmp_path / "a.zip"), 5, 1).labels.tolist() == [0, 1, 2, 3]
+    for name in ("b/set/ant/0.png", "b/set/bee/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("L", (5, 5)).save(tmp_path / name)
+    assert load_folder(zipped(tmp_path / "b", tmp_path / "b.zip"), 5, 1).class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"labels": null}', r"has no classes: its dataset.json says that there are none"),
+        (None, r"has no classes: its sub-folders \(00000, 00001\) only number the images, and there is no dataset.json"),
+        ('{"labels": [["00000/img00000000.png", 1]]}', r"no label for 3 of 4 images \(00000/img00000001.png, "),
+        (
+            '{"labels": [["00000/img00000000.png", [0.5, 1]]]}',
+            r"gives 00000/img00000000.png the label \[0.5, 1\]; expected a class",
+        ),
+        ('{"labels": [["00000/img00000000.png", -1]]}', r"the label -1; expected a class number"),
+        ('{"labels": [["00000/img00000000.png", 1e9]]}', r"the label 1000000000.0; expected a class number"),
+        ('{"labels": [["00000/img00000000.png", 99999999999]]}', r"below 100,000"),
+        ('{"labels": [["a.png", 1], ["a.png", 0]]}', r"has 1 names twice"),
+        ('{"labels": 3}', r"must hold \{"),
+        ('{"labels": ', r"dataset.json of .* is not valid JSON"),
+        ("[" * 100_000, r"dataset.json of .* is not valid JSON"),
+    ],
+)
+def test_classes_that_cannot_be_known_are_refused_before_decoding(content, said, tmp_path):
+    for name in numbered(tmp_path):
+        (tmp_path / name).write_bytes(b"not decoded")
+    if content is not None:
+        (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match=rf"^data.labels: .*{said}"):
+        load_folder(str(tmp_path), 5, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (("00000/img00000007.png", "00000/img00000999.png", "00001/img00001000.png"), None),  # EDM
+        (("00000/000000007.jpg", "00000/000000008.jpg", "00001/000010000.jpg"), None),  # img2dataset
+        (("000000/000000.png", "000000/000999.png", "001000/001000.png"), None),  # eval/generate.py
+        (("0/0.png", "0/1.png", "1/2.png"), ("0", "1")),  # classes of digits
+        (("00/0000.png", "00/0001.png", "01/0002.png"), ("00", "01")),
+        (("00000/photo 1.png", "00000/photo 2.png", "00001/photo 1.png"), ("00000", "00001")),
+        (("100001/000001.png", "100001/000002.png", "100002/000001.png"), ("100001", "100002")),
+        (("n00000/n00000_1.png", "n00000/n00000_2.png", "n00001/n00001_1.png"), ("n00000", "n00001")),  # ImageNet
+    ],
+)
+def test_folders_that_number_pictures_are_no_classes(names, classes, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (5, 5)).save(tmp_path / name)
+    found = load_folder(str(tmp_path), 5, 1)
+    assert (found.class_names or None) == classes
+    assert (None if found.labels is None else found.labels.tolist()) == (classes and [0, 0, 1])
+
+
+def test_what_was_taken_and_left_out_is_said_in_a_line(tmp_path, capsys):
+    for name in ("ant/0.png", "bee/1.png", "bee/.2.png", "__MACOSX/bee/._1.png", "bee/.ipynb_checkpoints/1-checkpoint.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (5, 5)).save(tmp_path / name)
+    (tmp_path / "bee/raw.heic").write_bytes(b"")
+    (tmp_path / "bee/Thumbs.db").write_bytes(b"")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    assert len(load_folder(str(tmp_path), 5, 1)) == 2
+    said = [line for line in capsys.readouterr().err.split("\n") if line.startswith("data.path")]
+    assert said == [
+        "data.path: 2 pictures, 2 classes by folder (ant, bee); left out: 1 of another kind than the pictures that are read here "
+        "(bee/raw.heic); 5 hidden or a tool's (.DS_Store, __MACOSX, bee/.2.png, ...)"
+    ]
 
 
 def png(seed: int) -> bytearray:
@@ -211,7 +345,7 @@ def test_a_corrupt_image_is_named(damage, tmp_path):
         data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     broken = {"empty": b"", "text": b"no image", "truncated": data[:-40]}.get(damage, data)
     (tmp_path / "broken.png").write_bytes(broken)
-    with pytest.raises(ValueError, match=r"data.path: cannot decode '.*broken.png'.*; mend or remove it"):
+    with pytest.raises(ValueError, match=r"data.path: 'broken.png' of .* cannot be decoded: .*; mend or remove it"):
         load_folder(str(tmp_path), 5, 3)
 
 

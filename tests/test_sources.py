@@ -64,6 +64,18 @@ def test_a_list_of_captions_is_a_prompt_for_each(tmp_path):
     assert prompts_of(written(tmp_path / "mixed.jsonl", jsonl({"caption": "x"}, *rows))) == list("xabcdef")
 
 
+def test_numbers_are_prompts(tmp_path):
+    """As they are written: a caption of a digit, a year, a time."""
+    written_so = ["7", "1984", "007", "1e3", "-0.50", "12345678901234567890123"]
+    assert prompts_of(written(tmp_path / "a.txt", "\n".join(written_so))) == written_so
+    assert prompts_of(written(tmp_path / "a.csv", "caption\n" + "\n".join(written_so))) == written_so
+    numbers = [n for n in written_so if n != "007"]  # which is no JSON
+    lines = "".join(f'{{"caption": {n}}}\n' for n in numbers)
+    assert prompts_of(written(tmp_path / "a.jsonl", lines + '{"caption": ["x", 7]}\n')) == [*numbers, "x", "7"]
+    pq.write_table(pa.table({"caption": [7, 1984]}), tmp_path / "a.parquet")
+    assert prompts_of(tmp_path / "a.parquet") == ["7", "1984"]
+
+
 def test_only_line_feeds_part_prompts(tmp_path):
     """Windows' line ends and the byte order mark of spreadsheets are no part of a prompt; rarer separators are."""
     odd = "a\u2028b\x0cc\x85d"
@@ -106,7 +118,12 @@ FAULTS = {
     "broken.jsonl": (jsonl({"caption": "a"}) + '{"caption": \n', "line 2 is not valid JSON"),
     "blank.jsonl": (jsonl({"caption": "a"}) + "\n" + jsonl({"caption": "b"}), "line 2 is not valid JSON"),
     "string.jsonl": (jsonl("a"), "line 1 is no JSON object"),
-    "number.jsonl": (jsonl({"caption": 3}), "prompt 1 of 1 is empty"),
+    "truth.jsonl": (jsonl({"caption": "a"}, {"caption": True}), "prompt 2 of 2 is True, no text"),
+    "nested.jsonl": (jsonl({"caption": [["a"]]}), "prompt 1 of 1 is ['a'], no text"),
+    "nothing.jsonl": (jsonl({"caption": ["a"]}, {"caption": []}), "row 2 has an empty list of prompts"),
+    "comma.csv": ("id,caption\n1,a\n2,a cat, on a mat\n", "line 3 has more cells than the header"),
+    "quote.csv": ('id,caption\n1,"a cat\n2,a dog\n', "cannot read"),  # it would take all that follows for one caption
+    "twice.csv": ("caption,id,caption\na,1,b\n", "has a column twice (caption, id, caption)"),
     "none.jsonl": (jsonl({"caption": "a"}, {"caption": None}), "prompt 2 of 2 is empty"),
     "listed.jsonl": (jsonl({"caption": ["a", ""]}), "prompt 2 of 2 is empty"),
     "damaged.parquet": (b"no parquet", "cannot read"),
@@ -298,13 +315,49 @@ def test_the_middle_is_cut_out_at_its_size(width, height, tmp_path):
     assert float(line.mean()) == pytest.approx(0, abs=step / 2 + 0.004)  # half a pixel, where the rest is odd, and rounding
 
 
-def test_grey_and_transparent_images_become_rgb(tmp_path):
-    images = [Image.new("L", (8, 8), 51), Image.new("RGBA", (8, 8), (255, 0, 51, 10)), Image.new("1", (8, 8), 1)]
+@pytest.mark.parametrize(("background", "ground"), [("white", 255), ("#000000", 0)])
+def test_grey_and_transparent_images_become_rgb(background, ground, tmp_path):
+    images = [Image.new("L", (8, 8), 51), Image.new("RGBA", (8, 8), (255, 0, 51, 0)), Image.new("1", (8, 8), 1)]
     file = parquet_of(tmp_path / "a.parquet", images, ["a", "b", "c"])
-    rows = load_rows(Captions(name="captions", source="parquet", paths=[str(file)]))
-    for i, colour in enumerate(((51, 51, 51), (255, 0, 51), (255, 255, 255))):
+    rows = load_rows(Captions(name="captions", source="parquet", paths=[str(file)], background=background))
+    for i, colour in enumerate(((51, 51, 51), (ground, ground, ground), (255, 255, 255))):
         expected = to_unit(torch.tensor(colour, dtype=torch.uint8))[:, None, None].expand(3, 8, 8)
         assert torch.equal(rows.image(i, 8).pixels, expected)
+    assert rows.notes == {f"transparency put on {background}": 1}
+    white = load_rows(Captions(name="captions", source="parquet", paths=[str(file)])).identity
+    assert (rows.identity == white) == (background == "white")
+
+
+@pytest.mark.parametrize("source", ["parquet", "webdataset", "imagefolder"])
+def test_photos_are_turned_upright(source, tmp_path):
+    """(height, width) are those of the upright photo, which SDXL is told."""
+    exif = Image.Exif()
+    exif[274] = 6  # the 0th row lies on the right: a phone held upright
+    seen = np.array(picture(1))
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(seen[:, ::-1].swapaxes(0, 1))).save(stream, "PNG", exif=exif)
+    data = make(source, tmp_path)
+    if source == "parquet":
+        images = [{"bytes": encoded(picture(0)), "path": None}, {"bytes": stream.getvalue(), "path": None}]
+        parquet_of(Path(data.paths[0]), images, ["a", "b"])
+    elif source == "webdataset":
+        tar_of(
+            Path(data.paths[0]), ("0.png", encoded(picture(0))), ("0.txt", b"a"), ("1.png", stream.getvalue()), ("1.txt", b"b")
+        )
+    else:
+        (Path(data.paths[0]) / "1.png").write_bytes(stream.getvalue())
+    row = load_rows(data).image(1, 10)
+    assert row.original_and_crop == (10, 24, 0, 7)
+    assert torch.equal(row.pixels, to_unit(torch.from_numpy(seen[:, 7:17].copy()).permute(2, 0, 1)))
+
+
+def test_names_with_brackets_are_no_patterns(tmp_path):
+    """And "train" in the name of a parquet file no split."""
+    files = [tmp_path / name for name in ("a[1].parquet", "test*.parquet", "train?.parquet")]
+    for i, file in enumerate(files):
+        parquet_of(file, [picture(i)], [f"said {i}"])
+    rows = load_rows(Captions(name="captions", source="parquet", paths=[str(f) for f in files]))
+    assert rows.prompts == ["said 0", "said 1", "said 2"]
 
 
 # Faults of captioned data ----------------------------------------------------------------------------------------------------
@@ -319,7 +372,9 @@ def refusal(kind: type[Exception] = ValueError, **data) -> str:
 def test_images_without_captions_are_refused(tmp_path):
     folder = folder_of(tmp_path / "images", None)
     said = refusal(source="imagefolder", paths=[str(folder)])
-    assert said == f"data.caption_column: no column 'caption' in {folder}, so its images have no captions; its columns are image"
+    assert said.startswith(
+        f"data.caption_column: no metadata.csv, .jsonl or .parquet in {folder}, so its images have no captions; "
+    )
     tar = make("webdataset", tmp_path).paths[0]
     said = refusal(source="webdataset", paths=[tar], image_column="png")
     assert "no column 'caption'" in said
@@ -338,12 +393,22 @@ def test_an_image_whose_caption_is_missing_is_named(captions, tmp_path):
 def test_an_undecodable_or_missing_image_is_named(tmp_path):
     whole = encoded(picture(1))
     damaged = [{"bytes": b, "path": None} for b in (b"no image", whole[: len(whole) // 2])]
-    file = parquet_of(tmp_path / "a.parquet", [picture(0), *damaged, None], list("abcd"))
+    file = parquet_of(tmp_path / "a.parquet", [picture(0), *damaged], list("abc"))
     rows = load_rows(Captions(name="captions", source="parquet", paths=[str(file)]))
     rows.image(0, 8)
-    for row in (1, 2, 3):
+    for row in (1, 2):
         with pytest.raises(ValueError, match=f"^data: image {row} cannot be decoded: .*; mend or remove it"):
             rows.image(row, 8)
+    file = parquet_of(tmp_path / "b.parquet", [picture(0), None], list("ab"))
+    assert refusal(source="parquet", paths=[str(file)]) == f"data: image 1 of {file} has no image; remove the row"
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path):
+    """Resized by its shorter side it would have 2 million pixels along the other."""
+    file = parquet_of(tmp_path / "a.parquet", [Image.new("RGB", (1, 4000))], ["a"])
+    rows = load_rows(Captions(name="captions", source="parquet", paths=[str(file)]))
+    with pytest.raises(ValueError, match=r"data: image 0 is 1x4000, and 512x2048000 with the shorter side at 512: .*; crop it"):
+        rows.image(0, 512)
 
 
 def test_a_column_that_holds_no_images_is_refused(tmp_path):
@@ -357,19 +422,20 @@ def test_a_column_that_holds_no_images_is_refused(tmp_path):
         ("parquet", "a.parquet", b"no parquet", "cannot read"),
         ("webdataset", "a.tar", b"no archive" * 100, "cannot read"),
         ("webdataset", "cut.tar", None, "cannot read"),
-        ("imagefolder", "images", None, "cannot read"),
+        ("imagefolder", "images.zip", b"no archive", ""),
     ],
 )
 def test_a_damaged_source_is_named(source, name, data, message, tmp_path):
     path = tmp_path / name
     if name == "cut.tar":
         data = tar_of(tmp_path / "whole.tar", ("0.png", encoded(picture(0))), ("0.txt", b"a")).read_bytes()[:700]
-    if data is None:
-        path.mkdir()
-    else:
-        path.write_bytes(data)
+    path.write_bytes(data)
     said = refusal(source=source, paths=[str(path)])
-    assert said.startswith(f"data.paths: {message} {path}: ")
+    assert said.startswith(f"data.paths: {message} {path}: " if message else f"data.paths: {path} is not a whole zip file (")
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    assert refusal(source="imagefolder", paths=[str(tmp_path)]).startswith(f"data.paths: no pictures in '{tmp_path}'")
 
 
 def test_paths_that_are_not_there_or_too_many_are_refused(tmp_path):

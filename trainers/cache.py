@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from pipelines import stable_diffusion as sd
 from pipelines.errors import UserError, shown
 from pipelines.identity import network_identity, pipeline_identity, tokens_identity
+from pipelines.images import said_of
 from pipelines.launch import user_errors
 from pipelines.reading import loading, read_yaml
+from pipelines.walk import say
 
 from . import setup, shards
 from .config import DistillConfig, TeacherConfig
@@ -68,6 +72,9 @@ class Encoded:
         pipe.to(accelerator.device)
         encoder = _Encoder(pipe, rows, data, self.shape, self.image_size, accelerator.device, seed)
         shards.build(folder, identity, len(rows), encoder, accelerator)
+        if isinstance(rows, CaptionRows):
+            notes = sum(map(Counter, gather_object([dict(rows.notes)])), Counter())  # of all processes
+            say(said_of(notes, "data"))
         self.prompts = rows.prompts
         self.examples = shards.Cached(folder)
         self.null = {k: v.cpu() for k, v in sd.null_condition(pipe, negative_prompt, accelerator.device).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -22,11 +22,28 @@ class DigitsData(Strict):
     labels: bool = False
 
 
+def _colour(name: str) -> str:
+    from PIL import ImageColor
+
+    try:
+        channels = len(ImageColor.getrgb(name))
+    except ValueError:
+        channels = 0
+    if channels != 3:
+        raise ValueError("Input should be a colour, by name or as #rrggbb")
+    return name
+
+
+# What transparent pictures are put on: the colour of a page, by name ("white") or as "#rrggbb". null: they are refused.
+Background = Annotated[str, AfterValidator(_colour)] | None
+
+
 class ColumnsData(Strict):
     image_size: PositiveInt
     channels: Literal[1, 3] = 3
     image_column: str = "image"
     label_column: str | None = None
+    background: Background = "white"
 
 
 class ParquetData(ColumnsData):
@@ -41,11 +58,14 @@ class HubData(ColumnsData):
 
 
 class FolderData(Strict):
+    """A folder or zip file of pictures. labels: classes by EDM's dataset.json or by the folders directly below it."""
+
     name: Literal["folder"]
     path: str
     image_size: PositiveInt
     channels: Literal[1, 3] = 3
     labels: bool = False
+    background: Background = "white"
 
 
 class MixtureData(Strict):
@@ -95,8 +115,8 @@ class Prompts(TextData):
 
 
 class Captions(TextData):
-    """Images with captions. paths: parquet files, webdataset .tar files, one image folder with metadata.csv or metadata.jsonl
-    (file_name, caption), or the hub id of a data set."""
+    """Images with captions. paths: parquet files, webdataset .tar files, one folder (or zip file) of images with metadata.csv,
+    .jsonl or .parquet (file_name, caption), or the hub id of a data set."""
 
     name: Literal["captions"]
     source: Literal["parquet", "webdataset", "imagefolder", "hub"]
@@ -104,6 +124,7 @@ class Captions(TextData):
     split: str = "train"
     image_column: str = "image"
     caption_column: str = "caption"
+    background: Background = "white"
 
 
 class TeacherSamples(TextData):

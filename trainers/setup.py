@@ -124,11 +124,8 @@ def load_images(data: Data) -> ImageSet:
         digits = images.load_digits(data.image_size)
         return digits if data.labels else ImageSet(digits.pixels)
     if data.name == "folder":
-        folder = images.load_folder(data.path, data.image_size, data.channels)
-        if data.labels and folder.labels is None:
-            raise UserError(f"data.labels: {data.path!r} has images outside sub-folders, so it has no classes")
-        return folder if data.labels else ImageSet(folder.pixels)
-    columns = (data.image_column, data.label_column, data.image_size, data.channels)
+        return images.load_folder(data.path, data.image_size, data.channels, data.labels, data.background)
+    columns = (data.image_column, data.label_column, data.image_size, data.channels, data.background)
     if data.name == "parquet":
         return images.load_parquet(data.files, *columns)
     return images.load_hub(data.id, data.split, *columns)

@@ -46,6 +46,42 @@ def test_every_source_gives_the_same_images(sets, tmp_path):
         assert torch.equal(torch.stack([images[i]["image"] for i in range(len(images))]), sets.a_pixels)
 
 
+def test_captions_belong_to_images_as_a_person_counts(tmp_path, make_pictures):
+    """The i-th line of a caption file is of image i, also where numbers have no leading zeros."""
+    for i, pixels in enumerate(make_pictures(12, 0)):
+        Pillow.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    assert ImageFiles(str(tmp_path), CUSTOM).names == [f"{i}.png" for i in range(12)]
+
+
+def test_every_suffix_of_pictures_is_measured(tmp_path, make_pictures, capsys):
+    """And what is left out is said."""
+    for name, pixels in zip("a.png b.tif c.gif d.jfif e.JPE f.bmp".split(), make_pictures(6, 0), strict=True):
+        image = Pillow.fromarray(pixels.permute(1, 2, 0).numpy())
+        image.save(tmp_path / name, format="JPEG" if name[2] in "jJ" else None)
+    (tmp_path / "raw.heic").write_bytes(b"")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / ".ipynb_checkpoints/a-checkpoint.png")
+    images = ImageFiles(str(tmp_path), CUSTOM)
+    assert images.names == ["a.png", "b.tif", "c.gif", "d.jfif", "e.JPE", "f.bmp"]
+    assert all(images[i]["image"].shape == (3, 32, 32) for i in range(6))
+    said = capsys.readouterr().err
+    assert "6 images; left out: 1 of another kind than the pictures that are read here (raw.heic); 1 hidden or a tool's" in said
+
+
+def test_folders_behind_links_are_measured(sets, tmp_path):
+    (tmp_path / "linked").symlink_to(sets.a)
+    images = ImageFiles(str(tmp_path), CUSTOM)
+    assert len(images) == len(sets.a_pixels)
+    assert torch.equal(images[3]["image"], sets.a_pixels[3])
+
+
+def test_parquet_beside_pictures_is_refused(sets, tmp_path):
+    parquet(sets.a, tmp_path / "a.parquet")
+    shutil.copy(sets.a / "0000.png", tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"holds parquet files and pictures \(x.png\); name a folder of one kind"):
+        ImageFiles(str(tmp_path), CUSTOM)
+
+
 def test_order_is_that_of_names(tmp_path, make_pictures, save_pictures):
     pixels = make_pictures(5, 0)
     save_pictures(pixels, tmp_path / "x")
@@ -112,6 +148,42 @@ def deep_rgb() -> bytes:
 COLOURS["16 bit RGB"] = (deep_rgb(), "more than 8 bits a channel")
 
 
+def animation() -> bytes:
+    buffer = io.BytesIO()
+    frames = [Pillow.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, "png", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+COLOURS["animation"] = (animation(), "several frames or pages")
+
+
+def test_what_loses_nothing_is_taken(tmp_path, make_pictures):
+    """An alpha of 255 everywhere and a palette are RGB in other words."""
+    array = make_pictures(1, 0)[0].permute(1, 2, 0).numpy()
+    opaque = Pillow.fromarray(np.concatenate([array, np.full((32, 32, 1), 255, np.uint8)], -1))
+    opaque.save(tmp_path / "0.png")
+    palette = Pillow.fromarray(array).quantize(16)
+    palette.save(tmp_path / "1.png")
+    images = ImageFiles(str(tmp_path), CIFAR)
+    assert np.array_equal(images[0]["image"].permute(1, 2, 0).numpy(), array)
+    assert np.array_equal(images[1]["image"].permute(1, 2, 0).numpy(), np.asarray(palette.convert("RGB")))
+
+
+def test_photos_are_not_turned_as_by_clean_fid_and_that_is_said(tmp_path, make_pictures, capsys):
+    """clean-fid opens a file and converts it to RGB; turned photos would be other images than its numbers are of."""
+    array, exif = make_pictures(1, 0)[0].permute(1, 2, 0).numpy(), Pillow.Exif()
+    exif[274] = 6
+    Pillow.fromarray(array).save(tmp_path / "0.png", exif=exif)
+    Pillow.fromarray(array).save(tmp_path / "1.png")
+    images = ImageFiles(str(tmp_path), CUSTOM)
+    assert np.array_equal(images[0]["image"].permute(1, 2, 0).numpy(), array)
+    assert images.identity()["turned"] == 1
+    assert "EXIF would turn 1 of 2 images; measured as they lie, as by clean-fid" in capsys.readouterr().err
+    (tmp_path / "0.png").unlink()
+    assert "turned" not in ImageFiles(str(tmp_path), CUSTOM).identity()
+
+
 @pytest.mark.parametrize("kind", COLOURS)
 def test_other_colours_are_refused(kind, tmp_path):
     content, message = COLOURS[kind]
@@ -147,7 +219,7 @@ def test_damaged_images(damage, sets, tmp_path):
 
 def test_sources_that_are_none(sets, tmp_path):
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match=r"nothing holds no images \(.png, .jpg"):
+    with pytest.raises(ValueError, match=r"--images: no pictures in '.*nothing'"):
         ImageFiles(str(tmp_path / "nothing"), CUSTOM)
     with pytest.raises(FileNotFoundError, match=r"no such folder, .zip or .parquet"):
         ImageFiles(str(tmp_path / "absent"), CUSTOM)

@@ -80,6 +80,13 @@ def test_coco_captions_by_image_and_annotation_id(tmp_path):
     assert read_captions(str(file)).texts == ("two", "nine")
 
 
+def test_numbers_are_captions(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"caption": 7}\n{"caption": [1984, "x"]}\n')
+    assert read_captions(str(tmp_path / "x.jsonl")).texts == ("7", "1984")
+    (tmp_path / "x.csv").write_text("caption\n7\n007\n")
+    assert read_captions(str(tmp_path / "x.csv")).texts == ("7", "007")
+
+
 def test_first_of_several_captions(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"caption": ["a", "b"]}\n{"caption": "c"}\n')
@@ -97,6 +104,8 @@ def test_first_of_several_captions(tmp_path):
         ("x.jsonl", '{"text": "a"}\n', "--caption-column: no column 'caption'"),
         ("x.txt", "a\n\nb\n", "image 1 of .* has no caption"),
         ("x.txt", "", "has no captions in it"),
+        ("x.csv", "caption,id\na cat, on a mat,1\n", "--captions: cannot read .* line 2 has more cells than the header"),
+        ("x.jsonl", '{"caption": true}\n', "image 0 of .* has no caption"),
         ("x.json", "{}", "is no COCO captions file"),
         ("x.json", "half", "is no COCO captions file"),
         ("x.pkl", "", "is none of .txt, .csv, .jsonl, .parquet"),

@@ -142,6 +142,15 @@ def test_captioned_images(kind, recipe, tiny, tmp_path):
         assert len({tuple(i) for i in ids}) == 3
 
 
+def test_what_was_done_to_images_is_said(recipe, tmp_path, capsys):
+    config = recipe("varflow") | {"data": pictures(tmp_path / "images", ["a", "b", "c"])}
+    Image.new("RGBA", (16, 16)).save(tmp_path / "images" / "1.png")
+    run(cache.main, config)
+    said = capsys.readouterr()
+    assert "data: 1 pictures: transparency put on white\n" in said.err
+    assert said.out.startswith("3 rows in")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_teacher_samples(kind, recipe, tiny):
     """What the stock pipeline makes of the same prompts and latents, with its own scheduler and guidance, drawn one by one."""
