@@ -19,6 +19,7 @@ from torch import nn
 from . import stable_diffusion
 from .edm import EDMPipeline, PointNet
 from .errors import UserError
+from .loras import LORA_FILE, LoraSource, load_lora
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3
@@ -201,7 +202,7 @@ def load_student(
     prediction = stable_diffusion.denoiser(pipe, pipe.unet)
     if not whole:
         try:
-            pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+            load_lora(pipe, LoraSource(str(folder), LORA_FILE), "student")
         except OSError as error:
             raise FileNotFoundError(incomplete.format(error)) from error
     if scheduler is None:
