@@ -32,7 +32,8 @@ class ImageFiles(Dataset):
     An item is a dict of uint8 (3, h, w), one for each view that is asked for: "image", prepared as the protocol says; "patch",
     299 pixels from the middle of the image as it is (a smaller image whole, as in DMD2's patch FID); "clip", the largest
     centred square resized (Lanczos) to protocol.clip_crop. FileNotFoundError and ValueError name the source or image at
-    fault. limit: only the first so many.
+    fault. limit: only the first so many. names: of a folder these files,
+    whatever else lies in it.
     """
 
     def __init__(
@@ -42,11 +43,14 @@ class ImageFiles(Dataset):
         views: Sequence[str] = ("image",),
         column: str | None = None,
         limit: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.source, self.protocol, self.views = source, protocol, tuple(views)
         self.rows: Any = None
         path = Path(source)
-        if path.is_dir() and not (parquet := sorted(path.glob("*.parquet"))):
+        if names is not None:
+            self.kind, self.names = "folder", list(names)
+        elif path.is_dir() and not (parquet := sorted(path.glob("*.parquet"))):
             self.kind = "folder"
             self.names = sorted(str(f.relative_to(path)) for f in path.rglob("*") if _is_image(f.name))
         elif path.is_dir():

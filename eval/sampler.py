@@ -169,6 +169,8 @@ def _call(pipe: DiffusionPipeline, info: dict[str, Any], steps, guidance_scale, 
             call["guidance_scale"] = known["guidance_scale"].default
     elif guidance_scale is not None:
         raise UserError(f"--guidance-scale: a {type(pipe).__name__} has none")
+    if image_size and "height" not in known:
+        raise UserError(f"--image-size has no effect: a {type(pipe).__name__} makes images of one size; remove it")
     size = image_size or info.get("image_size")
     if "height" in known and size:
         call |= {"height": size, "width": size}

@@ -6,6 +6,7 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ def parent_command() -> list[str]:
 def launch_arguments(command: Sequence[str]) -> Namespace | None:
     """What `accelerate launch` read from its command line (nondefault: the options given); None for another command."""
     words = [PurePath(word).name.removesuffix(".exe") for word in command]
-    pairs = enumerate(zip(words, words[1:], strict=False))
+    pairs = enumerate(pairwise(words))
     starts = [i + 2 for i, (first, second) in pairs if first in ("accelerate", "accelerate_cli.py") and second == "launch"]
     starts += [i + 1 for i, w in enumerate(words) if w in ("accelerate-launch", "accelerate.commands.launch")]
     if not starts:

@@ -1,0 +1,72 @@
+"""Options that would do nothing beside the others that were given: refused by name. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from pipelines.errors import UserError
+
+from .protocols import AGAINST_REFERENCE, METRICS, get_protocol
+
+
+class Rule(NamedTuple):
+    """options act only where acts(args, metrics); needs: what that is, in words; by: the options that decide it."""
+
+    options: tuple[str, ...]
+    needs: str
+    by: tuple[str, ...]
+    acts: Callable[[Namespace, Collection[str]], bool]
+
+
+def reads(*extractors: str) -> Callable[[Namespace, Collection[str]], bool]:
+    """Whether a metric is computed from one of these networks."""
+    return lambda args, metrics: any(METRICS[m] in extractors for m in metrics)
+
+
+def compares(args: Namespace, metrics: Collection[str]) -> bool:
+    return any(m in AGAINST_REFERENCE for m in metrics)
+
+
+OF_A_MODEL = ("lora", "base_model", "steps", "guidance_scale", "image_size", "dtype", "seed", "batch_size", "exact", "teacher")
+METRIC = ("metrics", "protocol")
+RULES = (
+    Rule(OF_A_MODEL, "--model", ("model", "images"), lambda args, metrics: bool(args.model)),
+    Rule(("draws",), "--model: images that are there are one set", ("model", "images"), lambda args, metrics: not args.images),
+    Rule(("image_column",), "--images", ("model", "images"), lambda args, metrics: bool(args.images)),
+    Rule(("teacher_steps", "latency_batch"), "--teacher", ("teacher",), lambda args, metrics: bool(args.teacher)),
+    Rule(("caption_column",), "--captions", ("captions",), lambda args, metrics: bool(args.captions)),
+    Rule(
+        ("captions", "caption_column"),
+        "--metrics clip_score, or a --model that takes text",
+        (*METRIC, "model", "images"),
+        lambda args, metrics: bool(args.model) or "clip_score" in metrics,
+    ),
+    Rule(("reference_column",), "--reference", ("reference",), lambda args, metrics: bool(args.reference)),
+    Rule(("reference", "reference_column"), f"one of --metrics {', '.join(AGAINST_REFERENCE)}", METRIC, compares),
+    Rule(("start_method",), "--workers", ("workers",), lambda args, metrics: args.workers > 0),
+    Rule(("inception",), "a metric of Inception features", METRIC, reads("inception", "inception_patch")),
+    Rule(("inception_mode",), "a metric of whole images' Inception features", METRIC, reads("inception")),
+    Rule(("clip", "clip_model", "clip_prefix"), "--metrics clip_score", METRIC, reads("clip")),
+    Rule(("clip_336",), "--metrics cmmd", METRIC, reads("clip_336")),
+    Rule(("dinov2",), "--metrics fd_dinov2", METRIC, reads("dinov2")),
+    Rule(("clip_aesthetic", "aesthetic"), "--metrics aesthetic", METRIC, reads("clip_aesthetic")),
+)
+
+
+def refuse_idle(args: Namespace, command: str = "") -> None:
+    """UserError for an option that has no effect. One of the --config file is let be where the command line itself decided so: a
+    file describes a whole evaluation, of which a command may want a part (`command`: one that always does).
+    """
+    protocol = get_protocol(args.protocol)
+    metrics = [m for m in args.metrics or protocol.metrics if m in METRICS]  # unknown ones are refused where they are read
+    if command == "reference":
+        metrics = [m for m in metrics if m in AGAINST_REFERENCE]
+    for rule in RULES:
+        if rule.acts(args, metrics):
+            continue
+        for key in rule.options:
+            decided = command or args.given & set(rule.by)
+            if key in args.given or (key in args.listed and not decided):
+                raise UserError(f"--{key.replace('_', '-')} has no effect without {rule.needs}; remove it")
