@@ -19,8 +19,8 @@ from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads --config FILE, a YAML of the same options, before the command line, which goes before it. The result's `given` has the
-    options that stood on the command line itself, `listed` those of the file.
+    """Reads --config FILE, a YAML of the same options, before the command line, which goes before it. The result's `given` has
+    the options that stood on the command line itself, `listed` those of the file.
     """
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]

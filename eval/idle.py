@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 from pipelines.errors import UserError
 
@@ -44,7 +44,7 @@ RULES = (
         lambda args, metrics: bool(args.model) or "clip_score" in metrics,
     ),
     Rule(("reference_column",), "--reference", ("reference",), lambda args, metrics: bool(args.reference)),
-    Rule(("reference", "reference_column"), f"one of --metrics {', '.join(AGAINST_REFERENCE)}", METRIC, compares),
+    Rule(("reference", "reference_column"), f"--metrics {', '.join(AGAINST_REFERENCE)}", METRIC, compares),
     Rule(("start_method",), "--workers", ("workers",), lambda args, metrics: args.workers > 0),
     Rule(("inception",), "a metric of Inception features", METRIC, reads("inception", "inception_patch")),
     Rule(("inception_mode",), "a metric of whole images' Inception features", METRIC, reads("inception")),
@@ -70,3 +70,11 @@ def refuse_idle(args: Namespace, command: str = "") -> None:
             decided = command or args.given & set(rule.by)
             if key in args.given or (key in args.listed and not decided):
                 raise UserError(f"--{key.replace('_', '-')} has no effect without {rule.needs}; remove it")
+
+
+def refuse_unread(options: Mapping[str, Any], metrics: Collection[str], prefix: str) -> None:
+    """UserError for one of `options` (by name, None where not given) that no metric reads. prefix: of their names."""
+    for rule in RULES:
+        given = [key for key in rule.options if rule.by == METRIC and options.get(key) is not None]
+        if given and not rule.acts(Namespace(), metrics):
+            raise UserError(f"{prefix}{given[0]} has no effect without {rule.needs.replace('--metrics', 'metric')}; remove it")

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was asked for and the commands here do not do: refused by name, where it would be ignored in silence."""
+"""What `accelerate launch` was asked for and the commands here do not do: refused by name instead of ignored in silence."""
 
 from __future__ import annotations
 

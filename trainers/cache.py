@@ -6,7 +6,6 @@ out over all processes; stopped and started again, it goes on. The training comm
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pipelines.launch import user_errors
 from . import setup, shards
 from .config import DistillConfig, TeacherConfig
 from .config_data import TEXT_DATA, Captions, Prompts, TeacherSamples
+from .config_file import read_raw
 from .draws import derive_seed
 from .sources import CaptionRows, PromptRows, image_batch, load_rows
 from .teachers import teacher_folder
@@ -158,11 +158,7 @@ def open_cache(config: DistillConfig | TeacherConfig, accelerator: Accelerator) 
 
 def kind_of(argv: list[str] | None) -> type[DistillConfig] | type[TeacherConfig]:
     """A teacher's configuration is one that names a pipeline to train further."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config")
-    file = Path(parser.parse_known_args(argv)[0].config or "")
-    of_teacher = file.is_file() and any(line.startswith("pipeline:") for line in file.read_text().splitlines())
-    return TeacherConfig if of_teacher else DistillConfig
+    return TeacherConfig if read_raw(*setup.arguments(__doc__, argv)).get("pipeline") is not None else DistillConfig
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -35,16 +35,29 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_config(model: type[T], path: str, overrides: list[str]) -> T:
-    """Read `path`, apply `a.b=value` overrides (values are YAML), validate. ConfigError lists every fault at once."""
+    """Read `path`, apply `a.b=value` overrides, validate. ConfigError lists every fault at once."""
+    return validate(model, read_raw(path, overrides), path)
+
+
+def read_raw(path: str, overrides: list[str]) -> dict:
+    """The sections of a file, with overrides. ConfigError if that is no YAML of sections."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"--config: no such file {path!r}")
     raw = _read_yaml(file.read_text(), path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not {type(raw).__name__}")
+    raw = _unshared(raw)
     for override in overrides:
         _apply(raw, override)
-    return validate(model, raw, path)
+    return raw
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which no section is another one too: YAML's `*anchor` gives the same object twice, and an override means one."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def validate(model: type[T], raw: dict, source: str) -> T:
@@ -65,7 +78,14 @@ def _apply(raw: dict, override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-    node[last] = _read_yaml(text, f"override {override!r}")
+    node[last] = _value(text, f"override {override!r}")
+
+
+def _value(text: str, source: str) -> Any:
+    """What YAML says `text` is; where YAML would take a part of it for a comment, the text itself (`output_dir=run #2`)."""
+    value = _read_yaml(text, source)
+    kept = sum(token.value.count("#") for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken))
+    return text if kept < text.count("#") else value
 
 
 def _read_yaml(text: str, source: str) -> Any:

@@ -23,6 +23,7 @@ from pipelines.errors import UserError
 from pipelines.images import ImageSet
 from pipelines.launch import check_processes
 from pipelines.launch_options import TRAINING, check_launch
+from pipelines.paths import user_path
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
@@ -41,11 +42,19 @@ R = TypeVar("R", bound=Run)
 
 def parse(model: type[R], description: str, argv: list[str] | None) -> R:
     """--config FILE [a.b=value ...] -> a validated configuration."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="a YAML file; see configs/")
+    file, overrides = arguments(description, argv)
+    return load_config(model, file, overrides)
+
+
+def arguments(description: str, argv: list[str] | None) -> tuple[str, list[str]]:
+    """--config FILE [a.b=value ...] -> (FILE, the overrides)."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, action="append", type=user_path, help="a YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replace single values of it")
     args = parser.parse_args(argv)
-    return load_config(model, args.config, args.overrides)
+    if len(args.config) > 1:
+        raise UserError(f"--config takes one file; {len(args.config)} were given: {', '.join(args.config)}")
+    return args.config[0], args.overrides
 
 
 def make_accelerator(run: Run) -> Accelerator:
@@ -154,10 +163,22 @@ def build_unet(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", role))
         if isinstance(network, EDMNetwork):
+            _check_attention(network, sample_size)
             return EDMUNet(sample_size=sample_size, **shape, **network.options())
         if isinstance(network, PointNetwork):
             return PointNet(**shape, **network.options())
         return PatchUNet(sample_size=sample_size, **shape, **network.model_dump())
+
+
+def _check_attention(network: EDMNetwork, sample_size: int) -> None:
+    """UserError for a resolution that is asked for attention and that no level has."""
+    sides = [sample_size >> level for level in range(len(network.options()["channel_mult"]))]
+    for side in network.attention_resolutions or ():
+        if side not in sides:
+            raise UserError(
+                f"network.attention_resolutions: no level has {side}x{side} positions; "
+                f"those of images of {sample_size}x{sample_size} are {', '.join(map(str, sides))}"
+            )
 
 
 def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
