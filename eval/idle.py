@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -56,8 +58,11 @@ RULES = (
 
 
 def refuse_idle(args: Namespace, command: str = "") -> None:
-    """UserError for an option that has no effect. One of the --config file is let be where the command line itself decided so: a
-    file describes a whole evaluation, of which a command may want a part (`command`: one that always does).
+    """UserError for an option that has no effect.
+
+    What a metric would read that is not asked for (a network, the reference) is let be, and said: one set of options may serve
+    several calls. Let be is an option of the --config file where the command line itself decided so: a file describes a whole
+    evaluation, of which a command may want a part (`command`: one that always does).
     """
     protocol = get_protocol(args.protocol)
     metrics = [m for m in args.metrics or protocol.metrics if m in METRICS]  # unknown ones are refused where they are read
@@ -68,8 +73,13 @@ def refuse_idle(args: Namespace, command: str = "") -> None:
             continue
         for key in rule.options:
             decided = command or args.given & set(rule.by)
-            if key in args.given or (key in args.listed and not decided):
-                raise UserError(f"--{key.replace('_', '-')} has no effect without {rule.needs}; remove it")
+            if key not in args.given and (key not in args.listed or decided):
+                continue
+            message = f"--{key.replace('_', '-')} has no effect without {rule.needs}"
+            if "metrics" not in rule.by:
+                raise UserError(f"{message}; remove it")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"eval: {message}", file=sys.stderr)
 
 
 def refuse_unread(options: Mapping[str, Any], metrics: Collection[str], prefix: str) -> None:

@@ -42,9 +42,9 @@ def make_plan(options: Mapping[str, Any]) -> Plan:
     protocol = protocol.adjusted(options["num_images"], 1, options["metrics"], force=True)
     if any(m in AGAINST_REFERENCE for m in protocol.metrics) and not options["reference"]:
         raise UserError(f"evaluation.reference is needed for {', '.join(protocol.metrics)}: images, or statistics of them")
-    refuse_unread(options, protocol.metrics, "evaluation.")
     if "inception_score" in protocol.metrics and protocol.num_images < 10:
         raise UserError("evaluation.num_images: the inception score takes 10 parts, and more images")
+    refuse_unread(options, protocol.metrics, "evaluation.")
     return plan(protocol, {key: options[key] for key in NETWORKS}, weights_dir(options["weights_dir"]))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import UserError
-from ..loras import LORA_FILE, adapted_layers, find_lora, layers_by_network, layers_in, refuse_unfit
+from ..loras import LORA_FILE, find_lora, layers_by_network, layers_in, refuse_unfit
 from ..noise import EDMSchedule
 from .patch_unet import PatchUNet
 from .point_net import PointNet
@@ -93,13 +93,12 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         unfit = f"{str(pretrained_model_name_or_path_or_dict)[:200]!r} does not fit this network"
         if not layers:
             raise UserError(f"{unfit}: it holds no LoRA weights for a U-Net: expected keys that start with 'unet.'")
-        before = set(getattr(self.unet, "peft_config", {}))
+        known = {name for name, _ in self.unet.named_modules()}
+        refuse_unfit(unfit, sorted(layers - known), len(layers))
         try:
             self.unet.load_lora_adapter(source, prefix="unet", adapter_name=adapter_name, use_safetensors=True, **kwargs)
         except RuntimeError as error:
             raise UserError(f"{unfit}: {' '.join(str(error).split())[:300]}; it was made for another model") from error
-        added = set(getattr(self.unet, "peft_config", {})) - before
-        refuse_unfit(unfit, sorted(layers - adapted_layers(self.unet, added)), len(layers))
         if lora is not None and lora.scheduler is not None:
             self._teacher_scheduler = self._teacher_scheduler or self.scheduler
             self.scheduler = EDMScheduler.from_pretrained(lora.scheduler)
