@@ -38,7 +38,12 @@ RULES = (
     Rule(("draws",), "--model: images that are there are one set", ("model", "images"), lambda args, metrics: not args.images),
     Rule(("image_column",), "--images", ("model", "images"), lambda args, metrics: bool(args.images)),
     Rule(("teacher_steps", "latency_batch"), "--teacher", ("teacher",), lambda args, metrics: bool(args.teacher)),
-    Rule(("caption_column",), "--captions", ("captions",), lambda args, metrics: bool(args.captions)),
+    Rule(
+        ("caption_column",),
+        "--captions of a file with columns (.csv, .jsonl, .parquet)",
+        ("captions",),
+        lambda args, metrics: bool(args.captions) and not args.captions.endswith((".txt", ".json")),
+    ),
     Rule(
         ("captions", "caption_column"),
         "--metrics clip_score, or a --model that takes text",

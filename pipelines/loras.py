@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def refuse_unfit(unfit: str, missing: list[str], count: int) -> None:
 
 def load_scheduler(folder: Path) -> Any:
     """A scheduler of diffusers by the class that its configuration names."""
-    name = diffusers.SchedulerMixin.load_config(folder).get("_class_name")
+    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise UserError(f"{str(folder)!r} holds a {name}, which is no scheduler of diffusers; remove that folder or mend it")

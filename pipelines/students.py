@@ -167,7 +167,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None], kind: str, info:
 
 
 def facts_list(info: dict[str, Any]) -> str:
-    return "\n".join(f"- {key}: {value}" for key, value in info.items())
+    def shown(value: Any) -> Any:
+        return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+
+    return "\n".join(f"- {key}: {shown(value)}" for key, value in info.items())
 
 
 def load_student(

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from pipelines.errors import USER_ERRORS, UserError
 from pipelines.launch import fail
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
+from pipelines.loras import LORA_FILE
 
 
 def to_kohya(weights: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     args = parser.parse_args(argv)
     try:
-        weights, rank, alpha = read_lora(args.student / WEIGHTS)
+        weights, rank, alpha = read_lora(args.student / LORA_FILE)
     except USER_ERRORS as error:
         fail(error)
     kohya = to_kohya(weights, rank, alpha)

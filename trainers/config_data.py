@@ -114,9 +114,13 @@ class TextData(Strict):
     image_size: PositiveInt | None = None  # side of the square images in pixels; None: the teacher's own
 
 
+COLUMN = Idle("column", "a file with columns (.csv, .jsonl, .parquet)", lambda data: not data.file.endswith(".txt"))
+
+
 class Prompts(TextData):
     """A .txt with a prompt a line, or a column of a .csv, .jsonl or .parquet; a list of captions counts as that many prompts."""
 
+    idle = (COLUMN,)
     name: Literal["prompts"]
     file: UserPath
     column: str = "caption"
@@ -138,6 +142,7 @@ class Captions(TextData):
 class TeacherSamples(TextData):
     """Images that the teacher makes for prompts, with its own scheduler: data for those who have none."""
 
+    idle = (COLUMN,)
     name: Literal["teacher_samples"]
     file: UserPath
     column: str = "caption"

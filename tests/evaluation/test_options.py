@@ -133,9 +133,28 @@ def test_a_base_model_of_none(generating, edm, capsys):
     assert "--base-model has no effect: --model" in capsys.readouterr().err
 
 
-def test_a_column_of_a_folder(command, capsys):
-    assert command("--image-column", "image") == 2
-    assert "--image-column has no effect" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--image-column", "--reference-column"])
+def test_a_column_of_a_folder(option, command, capsys):
+    assert command(option, "image") == 2
+    assert f"{option} has no effect: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.json"])
+def test_a_column_of_captions_without_columns(name, command, networks, tmp_path, capsys):
+    one = {"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
+    (tmp_path / name).write_text(json.dumps(one))
+    more = [
+        "--metrics",
+        "clip_score",
+        "--clip",
+        str(networks.clip),
+        "--captions",
+        str(tmp_path / name),
+        "--caption-column",
+        "text",
+    ]
+    assert command(*more) == 2
+    assert "--caption-column has no effect without --captions of a file with columns" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--metrics", "fid"], ["--draws", "2"], ["--workers", "2"], ["--lora", "x"]])
