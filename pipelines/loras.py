@@ -12,8 +12,8 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -77,13 +77,20 @@ def _on_the_hub(name: str, option: str) -> LoraSource:
     try:
         hf_hub_download(name, "student.json")
         folder = snapshot_download(name, allow_patterns=[LORA_FILE, "student.json", "scheduler/*", "unet/*"])
-        return _of_student(Path(folder), option)
+    except LocalEntryNotFoundError as error:  # the hub did not answer: then only what it said before is known
+        if try_to_load_from_cache(name, "student.json") is _CACHED_NO_EXIST:
+            return LoraSource(name)
+        raise FileNotFoundError(
+            f"{option}: {name!r} is no file or folder here, and the hub could not be asked for it; check the name and the "
+            "connection (HF_HUB_OFFLINE must be unset), or give the path of a downloaded folder"
+        ) from error
     except EntryNotFoundError:
         return LoraSource(name)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"{option}: {name!r} is no file or folder here, and the hub could not be asked for it: {str(error).splitlines()[0]}"
+            f"{option}: {name!r} is no file or folder here, and the hub has none that can be read: {str(error).splitlines()[0]}"
         ) from error
+    return _of_student(Path(folder), option)
 
 
 def load_lora(pipe: DiffusionPipeline, lora: LoraSource, adapter_name: str | None = None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import main
+from eval.digits.runs import find_run
 from eval.in_training import make_plan
 from pipelines.edm import EDMPipeline
 from trainers.config import Evaluation
@@ -284,6 +285,13 @@ def test_a_picture_that_was_removed_is_made_again(running, tmp_path, measured):
     (tmp_path / "run" / "images" / "draw0" / "000000" / "000003.png").unlink()
     assert running() == 0
     assert measured(tmp_path / "run")["images"] == before["images"]
+
+
+def test_copies_of_snapshots_are_no_snapshots(tmp_path):
+    for name in ("student", *(f"snapshots/step_000000{step}" for step in ("20", "40", "20_good", "20 (copy)"))):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "student.json").write_text('{"steps": 20}')
+    assert [run.model.name for run in find_run("x", tmp_path, "student").snapshots] == ["step_00000020", "step_00000040"]
 
 
 # LoRAs of EDM pipelines -----------------------------------------------------------------------------------------------

@@ -169,3 +169,46 @@ def test_what_a_student_says_of_how_it_was_made(student):
     card = (student / "student" / "README.md").read_text()
     assert f"- git_commit: {git_commit()}" in card
     assert json.loads((student / "student" / "student.json").read_text())["steps"] == 2
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(name, files): a repository in the cache of the hub, which does not answer."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def make(name: str, files: dict[str, Path], missing: tuple[str, ...] = ()) -> None:
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        for file, source in files.items():
+            place = folder / "snapshots" / ("0" * 40) / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, place)
+        for file in missing:
+            (folder / ".no_exist" / ("0" * 40)).mkdir(parents=True)
+            (folder / ".no_exist" / ("0" * 40) / file).touch()
+
+    return make
+
+
+def test_a_students_lora_from_the_hub(student, tiny, hub):
+    """It is known as one there, too."""
+    files = ["student.json", LORA_FILE, "scheduler/scheduler_config.json"]
+    hub("somebody/student", {file: student / "student" / file for file in files})
+    sampler = load_sampler(str(tiny["sd15"]), lora="somebody/student")
+    assert sampler.call["num_inference_steps"] == 1
+    assert torch.equal(drawn(sampler), drawn(load_sampler(str(student))))
+
+
+def test_a_hub_that_does_not_say_what_a_lora_is(style, hub):
+    hub("somebody/style", {LORA_FILE: style / LORA_FILE}, missing=("student.json",))
+    assert not find_lora("somebody/style", "--lora").student
+    hub("somebody/unknown", {LORA_FILE: style / LORA_FILE})
+    for name in ("somebody/unknown", "nobody/nothing"):
+        with pytest.raises(
+            FileNotFoundError, match=f"--lora: '{name}' is no file or folder here, and the hub could not be asked"
+        ):
+            find_lora(name, "--lora")

@@ -102,6 +102,14 @@ def test_what_is_not_for_edm_is_refused(objective, override, key, edm_recipe, ca
     run(config, "steps=1")
 
 
+@pytest.mark.parametrize("objective", ["vardiu", "diff_instruct"])
+def test_data_that_nothing_looks_at_are_refused(objective, edm_recipe, capsys):
+    config = edm_recipe(objective)
+    said = refusal(config, capsys, "data={name: digits}")
+    assert said == f"error: data has no effect for an EDM teacher and objective {objective!r}, which need no data; remove it"
+    assert not Path(config["output_dir"]).exists()
+
+
 @pytest.mark.parametrize("name", ["prompts", "captions", "teacher_samples"])
 def test_text_data_are_not_for_edm(name, edm_recipe, capsys):
     section = {"captions": "source: parquet, paths: [x.parquet]"}.get(name, "file: x.txt")
