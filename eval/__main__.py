@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipelines.errors import USER_ERRORS, UserError, message
 from pipelines.launch import end_processes
-from pipelines.paths import user_path
+from pipelines.paths import path_option, user_path
 
 from .idle import refuse_idle
 from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
@@ -55,7 +55,10 @@ def with_config(argv: list[str]) -> tuple[list[str], list[str]]:
     after = i + 1 if inline else i + 2
     if len(places) > 1 or after > len(rest):
         raise UserError("--config takes one file, once")
-    file = Path(path_option(name if inline else rest[i + 1]))
+    try:
+        file = Path(user_path(name if inline else rest[i + 1]))
+    except ValueError as error:
+        raise UserError(f"--config: {error}") from error
     return file_words(read_options(file), file, command[0]), rest[:i] + rest[after:]
 
 
@@ -99,14 +102,6 @@ def file_words(options: dict, file: Path, command: str) -> list[str]:
         else:
             words.append(f"{flag}={value}")  # in one word: a value may start with a dash
     return words
-
-
-def path_option(text: str) -> str:
-    """The type of options that are paths."""
-    try:
-        return user_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def named_path(text: str) -> str:

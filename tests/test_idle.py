@@ -264,5 +264,9 @@ def test_the_file_itself(teacher_file, monkeypatch, tmp_path):
     assert setup.parse(TeacherConfig, "", ["--config=~/teacher.yaml"]).steps == 5
 
 
+def test_a_file_in_no_home(capsys):
+    assert "this machine has no such home folder" in refusal(train_teacher.main, ["--config=~nobody_here/x.yaml"], capsys)
+
+
 def test_distill_knows_its_file_too(tmp_path, capsys):
     assert "no such file" in refusal(distill.main, [f"--config={tmp_path / 'none.yaml'}"], capsys)

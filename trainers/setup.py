@@ -23,7 +23,7 @@ from pipelines.errors import UserError
 from pipelines.images import ImageSet
 from pipelines.launch import check_processes
 from pipelines.launch_options import TRAINING, check_launch
-from pipelines.paths import user_path
+from pipelines.paths import path_option
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
@@ -49,7 +49,7 @@ def parse(model: type[R], description: str, argv: list[str] | None) -> R:
 def arguments(description: str, argv: list[str] | None) -> tuple[str, list[str]]:
     """--config FILE [a.b=value ...] -> (FILE, the overrides)."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, action="append", type=user_path, help="a YAML file; see configs/")
+    parser.add_argument("--config", required=True, action="append", type=path_option, help="a YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replace single values of it")
     args = parser.parse_args(argv)
     if len(args.config) > 1:

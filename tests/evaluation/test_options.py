@@ -247,6 +247,8 @@ def test_a_home_that_is_not_there(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["metrics", "--protocol", "custom", "--images", "~nobody_here/x", "--output", str(tmp_path)])
     assert "this machine has no such home folder" in capsys.readouterr().err
+    assert main(["metrics", "--config=~nobody_here/x.yaml"]) == 2
+    assert "--config: '~nobody_here/x.yaml': this machine has no such home folder" in capsys.readouterr().err
 
 
 # Pictures that are not its own ----------------------------------------------------------------------------------------
