@@ -59,7 +59,8 @@ def with_config(argv: list[str]) -> tuple[list[str], list[str]]:
         file = Path(user_path(name if inline else rest[i + 1]))
     except ValueError as error:
         raise UserError(f"--config: {error}") from error
-    return file_words(read_options(file), file, command[0]), rest[:i] + rest[after:]
+    rest = rest[:i] + rest[after:]
+    return file_words(read_options(file), file, command[0], options_in(rest)), rest
 
 
 def read_options(file: Path) -> dict:
@@ -81,8 +82,8 @@ def read_options(file: Path) -> dict:
     return options
 
 
-def file_words(options: dict, file: Path, command: str) -> list[str]:
-    """The words of a command line that say the same, for the options that the command has."""
+def file_words(options: dict, file: Path, command: str, given: set[str]) -> list[str]:
+    """The words of a command line that say the same, for the options that the command has and that are not `given` there."""
     known = {key_of(flag) for flag in OPTIONS}
     words: list[str] = []
     for key, value in options.items():
@@ -93,7 +94,7 @@ def file_words(options: dict, file: Path, command: str) -> list[str]:
         action = OPTIONS[flag].get("action")
         if (isinstance(value, bool) and action in (None, "extend")) or isinstance(value, dict):
             raise UserError(f"--config: {file}: {key} is {value!r}, expected a value; leave the line out for the default")
-        if key not in COMMANDS[command] or value is None or (value is False and action == "store_true"):
+        if key not in COMMANDS[command] or key in given or value is None or (value is False and action == "store_true"):
             continue
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag.removeprefix('--')}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.__main__ import main
+from eval.__main__ import _parser, main
 from eval.digits.runs import find_run
 from eval.in_training import make_plan
 from pipelines.edm import EDMPipeline
@@ -212,6 +212,14 @@ def test_an_option_of_the_file_that_the_file_makes_void(networks, sets, tmp_path
     assert "--batch-size has no effect without --model" in capsys.readouterr().err
     (tmp_path / "plain.yaml").write_text(common)
     assert main(["run", "--config", str(tmp_path / "plain.yaml"), "--images", str(sets.a)]) == 0
+
+
+def test_the_command_line_prevails(tmp_path, capsys):
+    """Also for an option that may be given several times."""
+    (tmp_path / "study.yaml").write_text("protocol: digits-10k\nteacher: t\nstudent: [a=x]\nseed: 3\n")
+    args = _parser().parse_args(["run", "--config", str(tmp_path / "study.yaml"), "--student", "b=y", "--output", "o"])
+    assert (args.student, args.teacher, args.seed) == (["b=y"], "t", 3)
+    assert (args.given, args.listed) == ({"student", "output"}, {"protocol", "teacher", "seed"})
 
 
 def test_points_read_a_file_too(tmp_path, capsys):
