@@ -78,7 +78,6 @@ def load(tmp_path):
         (POINTS, "fake_score.levels", ["objective.fake_score.levels.low=0.5"], ["objective.joint=false"]),
         (POINTS, "fake_score.levels", ["objective.fake_score.levels.low=0.5"], ["objective.fake_score.updates=2"]),
         (POINTS, "fake_score.levels", ["objective.fake_score.levels.low=0.5"], ["objective.fake_score.warmup_updates=2"]),
-        (PROMPTS, "negative_prompt", ["teacher.negative_prompt=ugly", "teacher.guidance_scale=1"], ["teacher.guidance_scale=3"]),
         (PROMPTS, "teacher.guidance_scale", [VARFLOW, CAPTIONS], ["teacher.guidance_scale=1"]),
         (PROMPTS, "column", ["data.column=text"], ["data.file=prompts.csv"]),
         (PROMPTS, "split", [CAPTIONS, "data.split=test"], ["data.source=hub"]),

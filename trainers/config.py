@@ -190,7 +190,6 @@ class TeacherConfig(Run):
 
 
 class Teacher(Strict):
-    idle = (Idle("negative_prompt", "guidance: a guidance_scale other than 1", lambda t: t.guidance_scale != 1),)
     path: UserPath | None = None  # a pipeline folder (EDM, Stable Diffusion), the output_dir of train_teacher, or a hub id
     # instead: nothing learned. density: the exact score of the mixture in `data`; samples: that of the noised data set itself
     exact: Literal["density", "samples"] | None = None
@@ -383,9 +382,6 @@ class DistillConfig(Run):
         *Run.idle,
         Idle(
             "teacher.guidance_scale", "an objective that follows the teacher's score; varflow matches data", lambda c: _scored(c)
-        ),
-        Idle(
-            "teacher.negative_prompt", "an objective that follows the teacher's score; varflow matches data", lambda c: _scored(c)
         ),
         *(
             Idle(f"data.{key}", "points that are drawn: teacher.exact=samples, or objective varflow", lambda c: _drawn(c))

@@ -74,6 +74,11 @@ def test_what_is_not_for_stable_diffusion_is_refused(objective, override, messag
     assert not (Path(config["output_dir"]) / "metrics.jsonl").exists()
 
 
+def test_a_negative_prompt_without_guidance_is_refused(recipe, capsys):
+    said = refusal(recipe("vardiu"), capsys, "teacher.negative_prompt=ugly", "teacher.guidance_scale=1")
+    assert said == "error: teacher.negative_prompt has no effect for a teacher without guidance (guidance_scale 1); remove it"
+
+
 @pytest.fixture
 def edm_recipe(edm, recipe):
     def make(objective: str) -> dict:
