@@ -12,51 +12,102 @@ from pathlib import Path
 
 from pipelines.errors import USER_ERRORS, UserError
 from pipelines.launch import end_processes, say
-from pipelines.reading import read_yaml
+from pipelines.paths import path_option, user_path
+from pipelines.reading import parse_yaml, read_text
 
+from .idle import refuse_idle
 from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads --config FILE, a YAML of the same options, before the command line, which goes before it."""
+    """Reads --config FILE, a YAML of the same options, before the command line, which goes before it. The result's `given` has
+    the options that stood on the command line itself, `listed` those of the file.
+    """
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         argv = list(sys.argv[1:] if argv is None else argv)
-        return super().parse_args(with_config(argv))
+        words, rest = with_config(argv)
+        args = super().parse_args(argv[:1] + words + rest)
+        args.given, args.listed = options_in(rest), options_in(words)
+        return args
 
 
-def with_config(argv: list[str]) -> list[str]:
-    """Options of a --config file, put before those of the command line, so that these prevail.
+def options_in(words: Sequence[str]) -> set[str]:
+    """Those of OPTIONS that stand in a command line."""
+    flags = {word.partition("=")[0] for word in words}
+    return {key_of(flag) for flag in OPTIONS if flag in flags or flag.replace("--", "--no-", 1) in flags}
 
-    A file describes a whole evaluation: of its options each command takes its own. ValueError for what is no option of any.
+
+def key_of(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def with_config(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(Options of a --config file as words, the words of the command line without the command and the file).
+
+    A file describes a whole evaluation: of its options each command takes its own. UserError for what is no option of any.
     """
-    files = [i for i, word in enumerate(argv) if word == "--config"]
-    if not files:
-        return argv
-    i = files[0]
-    if len(files) > 1 or i + 1 == len(argv):
+    command, rest = argv[:1], argv[1:]
+    places = [i for i, word in enumerate(rest) if word == "--config" or word.startswith("--config=")]
+    if not places or "config" not in COMMANDS.get(command[0], ()):
+        return [], rest
+    i = places[0]
+    _, inline, name = rest[i].partition("=")
+    after = i + 1 if inline else i + 2
+    if len(places) > 1 or after > len(rest):
         raise UserError("--config takes one file, once")
-    file = Path(argv[i + 1])
+    try:
+        file = Path(user_path(name if inline else rest[i + 1]))
+    except ValueError as error:
+        raise UserError(f"--config: {error}") from error
+    rest = rest[:i] + rest[after:]
+    return file_words(read_options(file), file, command[0], options_in(rest)), rest
+
+
+def read_options(file: Path) -> dict:
+    """`option: value` lines of a YAML file, each option once."""
+    import yaml
+
     if not file.is_file():
         raise FileNotFoundError(f"--config: no such file {str(file)!r}")
-    options = read_yaml(file, f"--config: {file}")
+    source = f"--config: {file}"
+    text = read_text(file, source)
+    options = parse_yaml(text, source)
     if not isinstance(options, dict):
         raise UserError(f"--config: {file} must hold `option: value` lines")
-    known = {name.removeprefix("--").replace("-", "_") for name in OPTIONS}
+    keys = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"--config: {file} has {twice!r} twice; keep one")
+    return options
+
+
+def file_words(options: dict, file: Path, command: str, given: set[str]) -> list[str]:
+    """The words of a command line that say the same, for the options that the command has and that are not `given` there."""
+    known = {key_of(flag) for flag in OPTIONS}
     words: list[str] = []
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise UserError(f"--config: {file} has an unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if key not in COMMANDS.get(argv[0], ()) or value is None or (value is False and key != "exact"):
+        flag = f"--{key.replace('_', '-')}"
+        action = OPTIONS[flag].get("action")
+        if (isinstance(value, bool) and action in (None, "extend")) or isinstance(value, dict):
+            raise UserError(f"--config: {file}: {key} is {value!r}, expected a value; leave the line out for the default")
+        if key not in COMMANDS[command] or key in given or value is None or (value is False and action == "store_true"):
             continue
-        if key == "exact":
-            words += ["--exact" if value else "--no-exact"]
-            continue
-        words += [f"--{key.replace('_', '-')}"]
-        words += [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    command, rest = argv[:1], argv[1:i] + argv[i + 2 :]
-    return command + words + rest
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")  # in one word: a value may start with a dash
+    return words
+
+
+def named_path(text: str) -> str:
+    """NAME=PATH or PATH."""
+    name, equals, path = text.partition("=")
+    return f"{name}={path_option(path)}" if equals else path_option(text)
 
 
 OPTIONS: dict[str, dict] = {
@@ -66,12 +117,16 @@ OPTIONS: dict[str, dict] = {
     "--num-images": {"type": int, "metavar": "N", "help": "other than the protocol's; needs --force"},
     "--draws": {"type": int, "metavar": "D", "help": "how many sets of seeds (default: the protocol's)"},
     "--force": {"action": "store_true", "help": "allow another number of images; every report says so"},
-    "--output": {"required": True, "metavar": "DIR", "help": "where results go"},
-    "--config": {"metavar": "FILE", "help": "a YAML file of these options; those on the command line prevail"},
+    "--output": {"type": path_option, "required": True, "metavar": "DIR", "help": "where results go"},
+    "--config": {
+        "type": path_option,
+        "metavar": "FILE",
+        "help": "a YAML file of these options; those on the command line prevail",
+    },
     # the model
-    "--model": {"metavar": "M", "help": "pipeline or student: a folder, a run's output_dir or a hub id"},
-    "--lora": {"metavar": "DIR", "help": "LoRA weights to put on it"},
-    "--base-model": {"metavar": "M", "help": "where a LoRA student's base model lies now"},
+    "--model": {"type": path_option, "metavar": "M", "help": "pipeline or student: a folder, a run's output_dir or a hub id"},
+    "--lora": {"type": path_option, "metavar": "L", "help": "a LoRA to put on it: a file, a folder, a student or a hub id"},
+    "--base-model": {"type": path_option, "metavar": "M", "help": "where a LoRA student's base model lies now"},
     "--steps": {"type": int, "metavar": "N", "help": "sampling steps (default: the pipeline's; a student's is 1)"},
     "--guidance-scale": {"type": float, "metavar": "W", "help": "default: the pipeline's; a student's is 1"},
     "--image-size": {"type": int, "metavar": "PX", "help": "height and width to ask for"},
@@ -82,34 +137,50 @@ OPTIONS: dict[str, dict] = {
         "action": argparse.BooleanOptionalAction,
         "help": "one image a call, so that bytes do not depend on the batch size (default: on a CPU)",
     },
-    "--teacher": {"metavar": "M", "help": "also time this model against --model"},
+    "--teacher": {"type": path_option, "metavar": "M", "help": "also time this model against --model"},
     "--teacher-steps": {"type": int, "default": 50, "metavar": "N"},
     "--student": {
         "action": "extend",
         "nargs": "+",
+        "type": named_path,
         "metavar": "NAME=RUN",
         "help": f"{DIGITS}: a name for the report and a run folder, or its student/ folder; repeat for several",
     },
     "--latency-batch": {"type": int, "default": 8, "metavar": "B", "help": "images at a time when timing"},
+    # a model of points
+    "--num-points": {"type": int, "default": 10_000, "metavar": "N"},
+    "--law": {
+        "type": path_option,
+        "metavar": "FILE",
+        "help": "a configuration with the mixture as `data` (default: the run's own)",
+    },
     # images that are there
-    "--images": {"metavar": "SRC", "help": "folder, .zip, .parquet or hub data set (owner/name:split)"},
+    "--images": {"type": path_option, "metavar": "SRC", "help": "folder, .zip, .parquet or hub data set (owner/name:split)"},
     "--image-column": {"metavar": "C", "help": "of --images, where it has several"},
-    "--reference": {"metavar": "SRC", "help": "real images, or statistics (a folder made by `reference`, EDM's .npz)"},
+    "--reference": {
+        "type": path_option,
+        "metavar": "SRC",
+        "help": "real images, or statistics (a folder made by `reference`, EDM's .npz)",
+    },
     "--reference-column": {"metavar": "C"},
-    "--captions": {"metavar": "FILE", "help": ".txt, .csv, .jsonl, .parquet, or COCO's captions_*.json"},
+    "--captions": {"type": path_option, "metavar": "FILE", "help": ".txt, .csv, .jsonl, .parquet, or COCO's captions_*.json"},
     "--caption-column": {"default": "caption", "metavar": "C"},
     # networks
-    "--weights-dir": {"metavar": "DIR", "help": "where weights are looked for first (or $ONE_STEP_WEIGHTS)"},
-    "--inception": {"metavar": "FILE", "help": "this TorchScript file (or .pth for legacy_pytorch) instead of the published one"},
-    "--clip": {"metavar": "PATH", "help": "the CLIP score's network, instead of the protocol's"},
-    "--clip-336": {"metavar": "DIR", "help": "CMMD's network"},
-    "--dinov2": {"metavar": "DIR", "help": "FD-DINOv2's network"},
-    "--clip-aesthetic": {"metavar": "DIR", "help": "the aesthetic score's CLIP"},
-    "--aesthetic": {"metavar": "FILE", "help": "the aesthetic score's last layers"},
+    "--weights-dir": {"type": path_option, "metavar": "DIR", "help": "where weights are looked for first (or $ONE_STEP_WEIGHTS)"},
+    "--inception": {
+        "type": path_option,
+        "metavar": "FILE",
+        "help": "this TorchScript file (or .pth for legacy_pytorch) instead of the published one",
+    },
+    "--clip": {"type": path_option, "metavar": "PATH", "help": "the CLIP score's network, instead of the protocol's"},
+    "--clip-336": {"type": path_option, "metavar": "DIR", "help": "CMMD's network"},
+    "--dinov2": {"type": path_option, "metavar": "DIR", "help": "FD-DINOv2's network"},
+    "--clip-aesthetic": {"type": path_option, "metavar": "DIR", "help": "the aesthetic score's CLIP"},
+    "--aesthetic": {"type": path_option, "metavar": "FILE", "help": "the aesthetic score's last layers"},
     "--feature-batch": {"type": int, "default": 64, "metavar": "B", "help": "images a network sees at a time"},
     "--workers": {"type": int, "default": 0, "metavar": "W", "help": "processes that decode images"},
     "--start-method": {"choices": ("fork", "spawn", "forkserver"), "help": "of those processes"},
-    "--baselines": {"metavar": "FILE", "help": "published numbers (default: docs/baselines.yaml)"},
+    "--baselines": {"type": path_option, "metavar": "FILE", "help": "published numbers (default: docs/baselines.yaml)"},
     # protocol custom
     "--size": {"type": int, "metavar": "PX", "help": "custom: the side images must have"},
     "--crop-to": {"type": int, "metavar": "PX", "help": "custom: largest centred square, Lanczos to this side"},
@@ -122,15 +193,19 @@ MODEL = ("model", "lora", "base_model", "steps", "guidance_scale", "image_size",
 NETWORKS = ("weights_dir", "inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic")
 READING = ("feature_batch", "workers", "start_method")
 CUSTOM = ("size", "crop_to", "inception_mode", "clip_model", "clip_prefix", "grayscale")
-COMMON = ("protocol", "metrics", "num_images", "draws", "force", "output", "config")
+COMMON = ("protocol", "force", "output", "config")
+SIZE = ("metrics", "num_images", "draws")
 CAPTIONS, REFERENCE = ("captions", "caption_column"), ("reference", "reference_column")
 TIMING, IMAGES = ("teacher", "teacher_steps", "latency_batch"), ("images", "image_column")
+MEASURE = (*COMMON, *SIZE, *IMAGES, *REFERENCE, *CAPTIONS, *NETWORKS, *READING, "baselines", *CUSTOM)
 COMMANDS = {
-    "run": (*COMMON, *MODEL, *TIMING, *IMAGES, *REFERENCE, *CAPTIONS, *NETWORKS, *READING, "baselines", *CUSTOM, "student"),
-    "metrics": (*COMMON, *IMAGES, *REFERENCE, *CAPTIONS, *NETWORKS, *READING, "baselines", *CUSTOM),
-    "generate": (*COMMON, *MODEL, *CAPTIONS, *CUSTOM),
-    "reference": (*COMMON, *REFERENCE, *NETWORKS, *READING, *CUSTOM),
+    "run": (*MEASURE, *MODEL, *TIMING, "student"),
+    "metrics": MEASURE,
+    "generate": (*COMMON, "num_images", "draws", *MODEL, *CAPTIONS),
+    "reference": (*COMMON, "metrics", *REFERENCE, *NETWORKS, *READING, *(key for key in CUSTOM if not key.startswith("clip"))),
+    "points": ("model", "num_points", "law", "seed", "output", "config"),
 }
+REQUIRED = {"points": ("model",)}  # beside those that every command needs
 HELP = {
     "run": "generate images, measure them, report",
     "metrics": "measure images that are there, report",
@@ -161,24 +236,20 @@ def _parser() -> Parser:
         command = commands.add_parser(name, help=HELP[name], description=HELP[name], allow_abbrev=False)
         for key in keys:
             flag = f"--{key.replace('_', '-')}"
-            command.add_argument(flag, **OPTIONS[flag])
-        defaults = {f.removeprefix("--").replace("-", "_"): o.get("default") for f, o in OPTIONS.items()}
+            required = {"required": True} if key in REQUIRED.get(name, ()) else {}
+            command.add_argument(flag, **OPTIONS[flag] | required)
+        defaults = {key_of(flag): option.get("default") for flag, option in OPTIONS.items()}
         command.set_defaults(function=FUNCTIONS[name], **{k: v for k, v in defaults.items() if k not in keys})
     compare = commands.add_parser("compare", help=HELP["compare"], description=HELP["compare"], allow_abbrev=False)
-    compare.add_argument("runs", nargs="+", metavar="DIR", help="--output folders of evaluations; NAME=DIR to name them")
-    compare.add_argument("--output", required=True, metavar="DIR")
+    compare.add_argument(
+        "runs", nargs="+", type=named_path, metavar="DIR", help="--output folders of evaluations; NAME=DIR to name them"
+    )
+    compare.add_argument("--output", **OPTIONS["--output"])
     compare.add_argument(
         "--force", action="store_true", help="put numbers side by side that are not comparable; the report says so"
     )
     compare.add_argument("--baselines", **OPTIONS["--baselines"])
     compare.set_defaults(function=_compare)
-    points = commands.add_parser("points", help=HELP["points"], description=HELP["points"], allow_abbrev=False)
-    points.add_argument("--model", required=True, **OPTIONS["--model"])
-    points.add_argument("--num-points", type=int, default=10_000, metavar="N")
-    points.add_argument("--law", metavar="FILE", help="a configuration with the mixture as `data` (default: the run's own)")
-    points.add_argument("--seed", type=int, default=0, metavar="S")
-    points.add_argument("--output", required=True, metavar="DIR")
-    points.set_defaults(function=_points)
     return parser
 
 
@@ -194,6 +265,7 @@ def _run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> int:
     from .run import check, run
 
+    refuse_idle(args)
     job = check(args)  # all that can be known to be wrong before minutes of work
     _require_writable(Path(args.output))
     content = run(job)
@@ -210,6 +282,7 @@ def _reference(args: argparse.Namespace) -> int:
 
     if not args.reference:
         raise UserError("--reference is needed: the real images, a folder, .zip, .parquet or hub data set")
+    refuse_idle(args, command="reference")
     _require_writable(Path(args.output))
     facts = make_reference(args)
     if "extractors" in facts:  # the main process
@@ -222,6 +295,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     if not args.model:
         raise UserError("--model is needed: a pipeline or student, a folder, a run's output_dir or a hub id")
+    refuse_idle(args, command="generate")
     _require_writable(Path(args.output))
     folder = make_only(args)
     if os.environ.get("RANK", "0") == "0":
@@ -266,6 +340,9 @@ def _digits(args: argparse.Namespace) -> int:
 
     if not args.teacher:
         raise UserError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
+    idle = sorted((args.given | args.listed) - {*COMMON, "num_images", "seed", "teacher", "student"})
+    if idle:
+        raise UserError(f"--{idle[0].replace('_', '-')} has no effect with protocol {DIGITS}; remove it")
     protocol = STUDIES[args.protocol].adjusted(args.num_images, args.seed, args.force)
     named = _named_students(args.student or [])
     teacher = find_run("teacher", Path(args.teacher), "teacher")
@@ -300,7 +377,7 @@ def _require_writable(folder: Path) -> None:
         raise OSError(f"--output {folder}: cannot write there ({reason}); name a folder you may write to") from error
 
 
-FUNCTIONS = {"run": _run, "metrics": _measure, "generate": _generate, "reference": _reference}
+FUNCTIONS = {"run": _run, "metrics": _measure, "generate": _generate, "reference": _reference, "points": _points}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,12 +23,25 @@ from .files import write_atomically
 from .sampler import Sampler
 
 PER_FOLDER = 1000
+MANIFEST = "generation.json"
 FORMAT = 2  # of how images are made from seeds, labels and prompts: a change of these rules needs another number
 CAUSES = {".weights": "dtype", ".tokens": "captions"}  # what differs because something else does, and is not said then
 
 
 def image_file(folder: Path, i: int) -> Path:
     return folder / f"{i // PER_FOLDER * PER_FOLDER:06d}" / f"{i:06d}.png"
+
+
+def names_of(indices: range) -> list[str]:
+    """The images of `indices` as they are named below their folder, in order."""
+    return [str(image_file(Path(), i)) for i in indices]
+
+
+def others_in(folder: Path, indices: range) -> list[str]:
+    """Files below the folder that generation did not write: a viewer's copies, hidden files, somebody's own."""
+    ours = {MANIFEST, *names_of(indices)}
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
+    return sorted(name for name in names if name not in ours)
 
 
 def generate(
@@ -83,7 +96,7 @@ def _write(file: Path, pixels) -> None:
 
 def _claim(folder: Path, manifest: dict[str, Any], model: dict[str, Any], first: bool) -> None:
     """Write generation.json, or refuse a folder whose images were made by something else. model: for readers; not compared."""
-    file = folder / "generation.json"
+    file = folder / MANIFEST
     remedy = "name another --output or remove them"
     if file.is_file():
         found = read_json(file, f"what made the images beside it is unknown: {remedy}")

@@ -34,7 +34,8 @@ class ImageFiles(Dataset):
     An item is a dict of uint8 (3, h, w), one for each view that is asked for: "image", prepared as the protocol says; "patch",
     299 pixels from the middle of the image as it is (a smaller image whole, as in DMD2's patch FID); "clip", the largest
     centred square resized (Lanczos) to protocol.clip_crop. FileNotFoundError and ValueError name the source or image at
-    fault. limit: only the first so many. option: what the user calls the source.
+    fault. limit: only the first so many. option: what the user calls the source. names: of a folder these files, whatever else
+    lies in it.
     """
 
     def __init__(
@@ -45,12 +46,15 @@ class ImageFiles(Dataset):
         column: str | None = None,
         limit: int | None = None,
         option: str = "--images",
+        names: Sequence[str] | None = None,
     ) -> None:
         self.source, self.protocol, self.views = source, protocol, tuple(views)
         self.rules = rules_of(protocol)
         self.rows: Any = None
         path = Path(source)
-        if path.is_dir() and (parquet := [f.name for f in path.glob("*.parquet") if not is_hidden(f.name)]):
+        if names is not None:
+            self.pictures, self.names = None, list(names)
+        elif path.is_dir() and (parquet := [f.name for f in path.glob("*.parquet") if not is_hidden(f.name)]):
             if pictures := [name for name in walk(path).files if is_picture(name)]:
                 raise UserError(f"{source} holds parquet files and pictures ({examples(pictures)}); name a folder of one kind")
             self.rows = _rows("parquet", [str(path / name) for name in sorted(parquet, key=natural)], source)
@@ -86,7 +90,7 @@ class ImageFiles(Dataset):
 
     def _file(self, i: int) -> Path | str | bytes:
         if self.rows is None:
-            return self.pictures.file(self.names[i])
+            return self.pictures.file(self.names[i]) if self.pictures else Path(self.source, self.names[i])
         return content_of(self.rows[i][self.column], self._where(i))
 
     def identity(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 
 from . import figures
 from .files import write_atomically
+from .idle import refuse_unread
 from .image_files import VIEWS
 from .measure import Plan, build, compute, plan
 from .one_pass import one_pass
@@ -44,6 +45,7 @@ def make_plan(options: Mapping[str, Any]) -> Plan:
     if "inception_score" in protocol.metrics and protocol.num_images < 10:
         raise UserError("evaluation.num_images: the inception score takes 10 parts, and more images")
     protocol.require_images(protocol.num_images, "evaluation.num_images")
+    refuse_unread(options, protocol.metrics, "evaluation.")
     return plan(protocol, {key: options[key] for key in NETWORKS}, weights_dir(options["weights_dir"]))
 
 

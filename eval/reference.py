@@ -61,6 +61,8 @@ def load_or_measure(
     """
     protocol, wanted = made.protocol, made.reference_extractors
     described = {key: extractors[key].describe() for key in wanted}
+    if column is not None and is_statistics(source):
+        raise UserError(f"{option}-column has no effect: {source} holds statistics; remove it")
     if is_statistics(source):
         dims = {key: extractors[key].outputs["features"] for key in wanted}
         stored = load(source, protocol, described, dims, made.raw)
@@ -68,6 +70,8 @@ def load_or_measure(
         return stored
     views = sorted({extractors[key].view for key in wanted})
     images = ImageFiles(source, protocol, views, column, option=option)
+    if column is not None and images.rows is None:
+        raise UserError(f"{option}-column has no effect: {source} has no columns; remove it")
     require_size(protocol, len(images), option, force)
     used = {key: without_logits(extractors[key]) for key in wanted}
     gathered = one_pass(images, used, made.raw, None, batch_size, workers, accelerator, "reference", start_method)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.reading import loading, read_json
 
 from .baselines import read_baselines
@@ -66,10 +67,6 @@ def chosen_protocol(args: Namespace) -> Protocol:
 
 def run(job: Job) -> dict[str, Any]:
     """Generate where there is a model, measure, write metrics.json and report.html. Returns metrics.json's content."""
-    from accelerate import Accelerator
-
-    from pipelines.launch import check_processes
-
     from . import reference as references
     from .image_files import ImageFiles
     from .measure import build, compute, over_draws
@@ -77,13 +74,14 @@ def run(job: Job) -> dict[str, Any]:
     from .report import write_report
     from .results import results
 
-    accelerator = Accelerator()
-    check_processes(accelerator)
+    accelerator = start()
     args, protocol, output = job.args, job.protocol, Path(job.args.output)
     first, started = accelerator.is_main_process, time.perf_counter()
     images = None
     if args.images:
         images = ImageFiles(args.images, protocol, job.plan.views, args.image_column, args.num_images)
+        if args.image_column and images.rows is None:
+            raise UserError(f"--image-column has no effect: {args.images} has no columns; remove it")
         protocol = _sized(protocol, len(images), args)
         protocol.require_images(len(images), f"--images {args.images}")
         if job.captions is not None and len(job.captions) != len(images):
@@ -91,6 +89,8 @@ def run(job: Job) -> dict[str, Any]:
     sampler = load_model(args, accelerator.device) if args.model else None
     if sampler is not None and sampler.takes == "prompt" and job.captions is None:
         raise UserError("--captions is needed: this model draws images from text")
+    if sampler is not None and sampler.takes != "prompt" and job.captions is not None and "clip_score" not in protocol.metrics:
+        raise UserError("--captions has no effect: this model takes no text, and no metric reads them; remove it")
     extractors = build(job.plan, accelerator.device)
     described = {key: e.describe() for key, e in extractors.items()}
     reference = None
@@ -100,8 +100,8 @@ def run(job: Job) -> dict[str, Any]:
     for draw in range(protocol.draws):
         part = images
         if sampler is not None:
-            folder = make_images(sampler, job, draw, accelerator)
-            part = ImageFiles(str(folder), protocol, job.plan.views)
+            folder, names = make_images(sampler, job, draw, accelerator)
+            part = ImageFiles(str(folder), protocol, job.plan.views, names=names)
             shown = shown or part
         begin = time.perf_counter()
         texts = job.captions.texts if job.captions is not None else None
@@ -126,6 +126,19 @@ def run(job: Job) -> dict[str, Any]:
     return content
 
 
+def start() -> Any:
+    """The accelerator of a command. UserError for a launch that it does not follow."""
+    from accelerate import Accelerator
+
+    from pipelines.launch import check_processes
+    from pipelines.launch_options import EVALUATION, check_launch
+
+    check_launch(EVALUATION)
+    accelerator = Accelerator()
+    check_processes(accelerator)
+    return accelerator
+
+
 def reading(args: Namespace) -> dict[str, Any]:
     """How the images of a reference are read."""
     names = {"column": "reference_column", "force": "force", "batch_size": "feature_batch", "workers": "workers"}
@@ -141,9 +154,11 @@ def load_model(args: Namespace, device: Any, teacher: bool = False) -> Any:
     return load_sampler(args.model, *options)
 
 
-def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> Path:
-    """The images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed."""
-    from .generate import generate
+def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> tuple[Path, list[str]]:
+    """The images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed. (Their folder, their names in it);
+    what else lies there is no image of this evaluation, and is said.
+    """
+    from .generate import generate, names_of, others_in
 
     n, args = job.protocol.num_images, job.args
     folder = Path(args.output) / "images" / f"draw{draw}"
@@ -151,7 +166,11 @@ def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> Path:
     exact = accelerator.device.type == "cpu" if args.exact is None else args.exact
     indices = range(draw * n, (draw + 1) * n)
     generate(sampler, folder, indices, args.seed, args.batch_size, texts, accelerator, f"draw {draw}", exact)
-    return folder
+    others = others_in(folder, indices) if accelerator.is_main_process else []
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        print(f"{folder}: left out, not of this evaluation: {printable(shown)} ({len(others)} file(s))", file=sys.stderr)
+    return folder, names_of(indices)
 
 
 def latencies(job: Job, sampler: Any) -> dict[str, Any]:
@@ -176,14 +195,9 @@ def make_reference(args: Namespace) -> dict[str, Any]:
         raise UserError(f"--metrics: none of {', '.join(protocol.metrics)} compares with real images")
     protocol = replace(protocol, metrics=compared)
     job_plan = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
-    from accelerate import Accelerator
-
-    from pipelines.launch import check_processes
-
     from .measure import build
 
-    accelerator = Accelerator()
-    check_processes(accelerator)
+    accelerator = start()
     extractors = build(job_plan, accelerator.device)
     reference = references.load_or_measure(args.reference, job_plan, extractors, accelerator, "--reference", **reading(args))
     if accelerator.is_main_process:
@@ -201,16 +215,13 @@ def make_only(args: Namespace) -> Path:
         captions = captions.first(protocol.num_images)
     if not protocol.num_images:
         raise UserError("--num-images is needed: protocol custom has no number of its own")
-    from accelerate import Accelerator
-
-    from pipelines.launch import check_processes
-
-    accelerator = Accelerator()
-    check_processes(accelerator)
+    accelerator = start()
     job = Job(args, protocol, Plan(protocol, {}, {}), captions)
     sampler = load_model(args, accelerator.device)
+    if sampler.takes != "prompt" and captions is not None:
+        raise UserError("--captions has no effect: this model takes no text; remove it")
     for draw in range(protocol.draws):
-        folder = make_images(sampler, job, draw, accelerator)
+        folder, _ = make_images(sampler, job, draw, accelerator)
     return folder.parent
 
 

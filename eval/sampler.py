@@ -16,6 +16,7 @@ from torch import Tensor
 from pipelines.edm import EDMPipeline, PointNet
 from pipelines.errors import UserError, shown
 from pipelines.identity import pipeline_identity, tokens_identity
+from pipelines.loras import LoraSource, find_lora, load_lora, load_scheduler
 from pipelines.reading import loading
 from pipelines.stable_diffusion import read_index
 from pipelines.students import load_student, read_info
@@ -86,26 +87,32 @@ def load_sampler(
     base_model: str | None = None,
     image_size: int | None = None,
 ) -> Sampler:
-    """model: a folder or hub id of a pipeline or student, or a run's output_dir; lora: a LoRA folder to put on it.
+    """model: a folder or hub id of a pipeline or student, or a run's output_dir; lora: a file, folder, run or hub id of a LoRA to
+    put on it; a student's comes with its scheduler and its one step, and another goes beside a student's own.
 
     A student is called as it was trained: one step, its own scheduler, no guidance. Others: steps and guidance_scale, or the
-    pipeline's own. FileNotFoundError or ValueError say what is wrong with the folder.
+    pipeline's own. FileNotFoundError or UserError say what is wrong with the folder, or which option would have no effect.
     """
     path, kwargs = Path(model), {"dtype": DTYPES[dtype]}
     folder = next((path / sub for sub in ("student", "teacher") if (path / sub).is_dir()), path)
     facts: dict[str, Any] = {"model": model, "lora": lora, "dtype": dtype}
     student = folder if (folder / "student.json").is_file() else None
-    if lora is not None and (Path(lora) / "student.json").is_file():
+    added = find_lora(lora, "--lora") if lora is not None else None
+    if added is not None and added.student:
         if student is not None:
             raise UserError(f"--lora: {lora!r} is a student, and so is --model {model!r}; give the model it was distilled from")
-        student, base_model = Path(lora), str(folder)
+        if base_model is not None:
+            raise UserError(f"--base-model has no effect with a student as --lora: its base model is --model {model!r}")
+        student, base_model, added = Path(added.folder), str(folder), None
     if student is not None:
         pipe, info = load_student(student, base_model, **kwargs), read_info(student, "student")
         facts["student"] = {k: info.get(k) for k in ("objective", "estimator", "steps", "train_seconds", "git_commit")}
+    elif base_model is not None:
+        raise UserError(f"--base-model has no effect: --model {model!r} is no student on a base model")
     else:
         pipe, info = _load_pipeline(folder, model, kwargs), {}
-        if lora is not None:
-            _load_lora(pipe, lora)
+    if added is not None:
+        _add_lora(pipe, added, lora, student)
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return Sampler(pipe, _takes(pipe), _call(pipe, info, steps, guidance_scale, image_size), facts)
@@ -132,12 +139,19 @@ def _index(source: str) -> dict[str, Any]:
         raise UserError(f"--model: {error}") from error
 
 
-def _load_lora(pipe: DiffusionPipeline, lora: str) -> None:
-    """Any LoRA file that diffusers reads; a scheduler stored beside it comes with it."""
-    if not hasattr(pipe, "load_lora_weights"):
-        raise UserError(f"--lora: a {type(pipe).__name__} takes no LoRA")
+def _add_lora(pipe: DiffusionPipeline, added: LoraSource, lora: str, student: Path | None) -> None:
+    """A LoRA that is no student's. A scheduler stored beside it comes with it, but a student keeps its own, and its adapter."""
+    if not hasattr(pipe, "load_lora_weights") or (student is not None and isinstance(pipe, EDMPipeline)):
+        raise UserError(f"--lora: a {type(pipe).__name__}{' of a student' if student else ''} takes no LoRA")
     with loading(f"--lora: {shown(lora, 300)} cannot be loaded"):
-        pipe.load_lora_weights(lora)
+        if isinstance(pipe, EDMPipeline):
+            pipe.load_lora_weights(lora)
+            return
+        load_lora(pipe, added, "added")
+    if student is None and added.scheduler is not None:
+        pipe.scheduler = load_scheduler(added.scheduler)
+    if student is not None and "student" in getattr(pipe.unet, "peft_config", {}):
+        pipe.set_adapters(["student", "added"])  # the second to be loaded would be the only one that acts
 
 
 def _takes(pipe: DiffusionPipeline) -> str:
@@ -169,6 +183,8 @@ def _call(pipe: DiffusionPipeline, info: dict[str, Any], steps, guidance_scale, 
             call["guidance_scale"] = known["guidance_scale"].default
     elif guidance_scale is not None:
         raise UserError(f"--guidance-scale: a {type(pipe).__name__} has none")
+    if image_size and "height" not in known:
+        raise UserError(f"--image-size has no effect: a {type(pipe).__name__} makes images of one size; remove it")
     size = image_size or info.get("image_size")
     if "height" in known and size:
         call |= {"height": size, "width": size}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.paths import user_path
 
 WEIGHTS_DIR = "ONE_STEP_WEIGHTS"  # environment variable
 OPEN_CLIP = "open_clip:"
@@ -95,7 +96,8 @@ def offline() -> bool:
 
 def weights_dir(given: str | os.PathLike | None = None) -> Path:
     """--weights-dir, else $ONE_STEP_WEIGHTS, else ~/.cache/one-step-distill."""
-    return Path(given or os.environ.get(WEIGHTS_DIR) or Path.home() / ".cache" / "one-step-distill")
+    named = os.environ.get(WEIGHTS_DIR)
+    return Path(given or (named and user_path(named)) or Path.home() / ".cache" / "one-step-distill")
 
 
 def find(key: str, given: str | None, folder: Path) -> Found:

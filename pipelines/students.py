@@ -20,6 +20,7 @@ from . import stable_diffusion
 from .edm import EDMPipeline, PointNet
 from .errors import UserError, shown
 from .identity import weights_sha256
+from .loras import LORA_FILE, LoraSource, load_lora
 from .reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
@@ -169,7 +170,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None], kind: str, info:
 
 
 def facts_list(info: dict[str, Any]) -> str:
-    return "\n".join(f"- {key}: {value}" for key, value in info.items())
+    def shown(value: Any) -> Any:
+        return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+
+    return "\n".join(f"- {key}: {shown(value)}" for key, value in info.items())
 
 
 def load_student(
@@ -212,7 +216,7 @@ def load_student(
     if not whole:
         check_base(pipe.unet, info, folder)
         with loading(incomplete, RESAVE):
-            pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+            load_lora(pipe, LoraSource(str(folder), LORA_FILE), "student")
     if scheduler is None:
         if not (folder / "scheduler" / "scheduler_config.json").is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no scheduler/scheduler_config.json; save the student again")

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
+from pipelines.loras import LORA_FILE
 from pipelines.reading import loading, refuse_single_file
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def to_kohya(weights: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
@@ -56,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with user_errors():
         refuse_single_file(args.student, "the student")
-        weights, rank, alpha = read_lora(args.student / WEIGHTS)
-        with loading(f"{str(args.student / WEIGHTS)!r} has layers that kohya's names do not know"):
+        weights, rank, alpha = read_lora(args.student / LORA_FILE)
+        with loading(f"{str(args.student / LORA_FILE)!r} has layers that kohya's names do not know"):
             kohya = to_kohya(weights, rank, alpha)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with loading(f"{str(args.output)!r} cannot be written"):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
+from pipelines.paths import path_option
 from pipelines.stable_diffusion import DTYPES, load_pipeline
 from pipelines.students import find_student, load_student, read_info
 
@@ -47,10 +48,10 @@ def grid(columns: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Ima
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", help="a run's output_dir, a student/ folder or a hub id")
+    parser.add_argument("student", type=path_option, help="a run's output_dir, a student/ folder or a hub id")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"))
-    parser.add_argument("--base-model", help="where the teacher lies now, if not where it was")
+    parser.add_argument("--output", type=lambda text: Path(path_option(text)), default=Path("samples.png"))
+    parser.add_argument("--base-model", type=path_option, help="where the teacher lies now, if not where it was")
     parser.add_argument("--teacher-steps", type=int, default=50)
     parser.add_argument("--teacher-guidance", type=float, default=7.5)
     parser.add_argument("--seed", type=int, default=0)

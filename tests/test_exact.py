@@ -25,7 +25,7 @@ from trainers.setup import scatter
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(f for f in (ROOT / "configs").glob("mog40_*.yaml") if f.stem != "mog40_teacher")
-THREE = "data={name: mixture, means: [[0, 0], [9, 1], [-3, 8]], std: 0.7, weights: [1, 2, 5], num_samples: 5000}"
+THREE = "data={name: mixture, means: [[0, 0], [9, 1], [-3, 8]], std: 0.7, weights: [1, 2, 5]}"
 SMALL = ["steps=3", "batch_size=6", "sample_every=2", "log_every=1", "checkpoint_every=null"]
 TINY = "{width: 13, layers: 3}"
 

@@ -6,7 +6,6 @@ out over all processes; stopped and started again, it goes on. The training comm
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections import Counter
 from pathlib import Path
@@ -23,12 +22,13 @@ from pipelines.errors import UserError, shown
 from pipelines.identity import network_identity, pipeline_identity, tokens_identity
 from pipelines.images import said_of
 from pipelines.launch import user_errors
-from pipelines.reading import loading, read_yaml
+from pipelines.reading import loading
 from pipelines.walk import say
 
 from . import setup, shards
 from .config import DistillConfig, TeacherConfig
 from .config_data import TEXT_DATA, Captions, Prompts, TeacherSamples
+from .config_file import read_raw
 from .draws import derive_seed
 from .sources import CaptionRows, PromptRows, image_batch, load_rows
 from .teachers import teacher_folder
@@ -183,12 +183,7 @@ def open_cache(config: DistillConfig | TeacherConfig, accelerator: Accelerator) 
 
 def kind_of(argv: list[str] | None) -> type[DistillConfig] | type[TeacherConfig]:
     """A teacher's configuration is one that names a pipeline to train further."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config")
-    file = Path(parser.parse_known_args(argv)[0].config or "")
-    content = read_yaml(file) if file.is_file() else None
-    of_teacher = isinstance(content, dict) and "pipeline" in content
-    return TeacherConfig if of_teacher else DistillConfig
+    return TeacherConfig if read_raw(*setup.arguments(__doc__, argv)).get("pipeline") is not None else DistillConfig
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pipelines import noise
 from pipelines.edm.layout import ARCHITECTURES
 
-from .config_data import TEXT_DATA, Data, PositiveFloat, PositiveInt, Prompts, Strict
+from .config_data import TEXT_DATA, Data, Idle, PositiveFloat, PositiveInt, Prompts, Strict, UserPath
 from .config_file import KINDS
 from .config_levels import Levels
 from .posteriors import COVARIANCES
@@ -32,6 +32,14 @@ class Network(Strict):
     attention_levels: list[int] = []
     patch_size: PositiveInt = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _levels_exist(self):
+        for level in self.attention_levels:
+            if not 0 <= level < len(self.channel_mult):
+                last = len(self.channel_mult) - 1
+                raise ValueError(f"attention_levels: there is no level {level}; channel_mult {self.channel_mult} has 0 to {last}")
+        return self
 
 
 class EDMNetwork(Strict):
@@ -81,6 +89,7 @@ class Optimizer(Strict):
     of its updates in each step. A decay ends with its last update. `<role>/lr` in metrics.jsonl is the rate of the latest one.
     """
 
+    idle = (Idle("final_ratio", "schedule linear or cosine", lambda o: o.schedule != "constant"),)
     lr: PositiveFloat
     bits: Literal[8, 32] = 32  # of each moment; 8 needs bitsandbytes
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -102,7 +111,8 @@ class Run(Strict):
     """What every training run has. batch_size is for one update over all processes; micro_batch_size is for one
     process and one backward pass (default: all of its share), so the loop accumulates as often as it takes."""
 
-    output_dir: str
+    idle = (Idle("num_samples", "sample_every", lambda run: run.sample_every),)
+    output_dir: UserPath
     seed: Annotated[int, Field(ge=0)] = 0
     steps: PositiveInt
     batch_size: PositiveInt
@@ -115,7 +125,7 @@ class Run(Strict):
     checkpoint_every: PositiveInt | None = None  # to resume from
     snapshot_every: PositiveInt | None = None  # loadable models, to measure progress
     keep_checkpoints: PositiveInt = 2
-    resume: str = "no"  # "no", "latest", or the path of a checkpoint
+    resume: UserPath = "no"  # "no", "latest", or the path of a checkpoint
     trackers: list[str] = []  # any that accelerate knows, e.g. tensorboard
     gradient_checkpointing: bool = False  # recompute each block in backward: about a third more time, a fraction of the memory
     compile: str | None = None  # a torch.compile backend, e.g. inductor, for the blocks that a network repeats
@@ -136,9 +146,17 @@ class Run(Strict):
 class TeacherConfig(Run):
     """`accelerate launch -m trainers.train_teacher`."""
 
+    idle = (
+        *Run.idle,
+        Idle(
+            "label_dropout",
+            "labels: set data.labels or data.label_column",
+            lambda c: c.pipeline or getattr(c.data, "labels", False) or getattr(c.data, "label_column", None),
+        ),
+    )
     data: Data
     network: NewNetwork | None = None  # a new network: small, by `architecture` one of the EDM paper's, by `width` one for points
-    pipeline: str | None = None  # or: a Stable Diffusion pipeline whose network is trained further, on captioned images
+    pipeline: UserPath | None = None  # or: a Stable Diffusion pipeline whose network is trained further, on captioned images
     sigma_data: PositiveFloat = 0.5
     levels: Levels
     weighting: Weight = "edm"
@@ -172,7 +190,7 @@ class TeacherConfig(Run):
 
 
 class Teacher(Strict):
-    path: str | None = None  # a pipeline folder (EDM, Stable Diffusion), the output_dir of train_teacher, or a hub id
+    path: UserPath | None = None  # a pipeline folder (EDM, Stable Diffusion), the output_dir of train_teacher, or a hub id
     # instead: nothing learned. density: the exact score of the mixture in `data`; samples: that of the noised data set itself
     exact: Literal["density", "samples"] | None = None
     guidance_scale: float = 1.0
@@ -273,6 +291,12 @@ class DiffInstructConfig(Strict):
     def _augmentation_fits(self):
         if self.joint and self.fake_score.augment:
             raise ValueError("fake_score.augment and joint exclude each other: in a joint update both see the same samples")
+        alone = not self.joint or self.fake_score.updates > 1 or self.fake_score.warmup_updates
+        if not alone and self.fake_score.levels != self.levels:
+            raise ValueError(
+                "fake_score.levels have no effect: every update is joint, at the objective's levels; give it the same, or set "
+                "joint=false, fake_score.updates above 1 or fake_score.warmup_updates"
+            )
         return self
 
 
@@ -340,20 +364,30 @@ class Evaluation(Strict):
     every: PositiveInt
     num_images: Annotated[int, Field(ge=2)] = 1000
     metrics: Annotated[list[str], Field(min_length=1)] = ["fid"]
-    reference: str | None = None  # images (folder, .zip, .parquet, hub) or statistics (python -m eval reference, EDM's .npz)
+    reference: UserPath | None = None  # images (folder, .zip, .parquet, hub) or statistics (python -m eval reference, EDM's .npz)
     protocol: str = "custom"  # how images are prepared; its number of images is not used
     inception_mode: Literal["clean", "legacy_tensorflow"] | None = None  # protocol custom only; None: clean
-    weights_dir: str | None = None  # None: $ONE_STEP_WEIGHTS, else ~/.cache/one-step-distill
-    inception: str | None = None  # files or folders instead of the published networks
-    clip: str | None = None
-    clip_336: str | None = None
-    dinov2: str | None = None
+    weights_dir: UserPath | None = None  # None: $ONE_STEP_WEIGHTS, else ~/.cache/one-step-distill
+    inception: UserPath | None = None  # files or folders instead of the published networks
+    clip: UserPath | None = None
+    clip_336: UserPath | None = None
+    dinov2: UserPath | None = None
     batch_size: PositiveInt = 64
 
 
 class DistillConfig(Run):
     """`accelerate launch -m trainers.distill`."""
 
+    idle = (
+        *Run.idle,
+        Idle(
+            "teacher.guidance_scale", "an objective that follows the teacher's score; varflow matches data", lambda c: _scored(c)
+        ),
+        *(
+            Idle(f"data.{key}", "points that are drawn: teacher.exact=samples, or objective varflow", lambda c: _drawn(c))
+            for key in ("num_samples", "seed")
+        ),
+    )
     teacher: Teacher
     student: Student
     objective: Annotated[DiffInstructConfig | VarFlowConfig | VarDiUConfig, Field(discriminator="name")]
@@ -378,3 +412,11 @@ class DistillConfig(Run):
         if self.objective.name == "varflow" and self.batch_size < 2:
             raise ValueError(f"batch_size: {self.batch_size}, expected at least 2; the energy distance needs pairs of samples")
         return self
+
+
+def _scored(config: DistillConfig) -> bool:
+    return config.objective.name != "varflow"
+
+
+def _drawn(config: DistillConfig) -> bool:
+    return config.objective.name == "varflow" or config.teacher.exact != "density"

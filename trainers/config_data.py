@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.paths import user_path
+
+UserPath = Annotated[str, AfterValidator(user_path)]  # of a file or folder, or what may stand in its place (a hub id)
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
+class Idle(NamedTuple):
+    """A key (a.b within its section) that has an effect only where acts(section); needs: what that is, in words."""
+
+    key: str
+    needs: str
+    acts: Callable[[Any], Any]
+
+
 class Strict(BaseModel):
+    """idle: keys that other settings can make void. There they must have their defaults: what would have no effect is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    idle: ClassVar[tuple[Idle, ...]] = ()
+
+    @model_validator(mode="after")
+    def _nothing_idle(self):
+        for rule in self.idle:
+            *parents, name = rule.key.split(".")
+            section = attrgetter(".".join(parents))(self) if parents else self
+            field = getattr(type(section), "model_fields", {}).get(name)  # None: this kind of section has no such key
+            if field is None or getattr(section, name) == field.get_default(call_default_factory=True) or rule.acts(self):
+                continue
+            default = "" if field.is_required() or field.default is None else f", or set it to its default, {field.default}"
+            raise ValueError(f"{rule.key} has no effect without {rule.needs}; remove it{default}")
+        return self
 
 
 class DigitsData(Strict):
@@ -48,12 +76,12 @@ class ColumnsData(Strict):
 
 class ParquetData(ColumnsData):
     name: Literal["parquet"]
-    files: Annotated[list[str], Field(min_length=1)]
+    files: Annotated[list[UserPath], Field(min_length=1)]
 
 
 class HubData(ColumnsData):
     name: Literal["hub"]
-    id: str
+    id: UserPath
     split: str = "train"
 
 
@@ -61,7 +89,7 @@ class FolderData(Strict):
     """A folder or zip file of pictures. labels: classes by EDM's dataset.json or by the folders directly below it."""
 
     name: Literal["folder"]
-    path: str
+    path: UserPath
     image_size: PositiveInt
     channels: Literal[1, 3] = 3
     labels: bool = False
@@ -102,15 +130,19 @@ class TextData(Strict):
     """What Stable Diffusion is distilled on. It is encoded once, into `cache`: a folder that several runs may share, and that
     another model or another image size may not use (default: <output_dir>/cache)."""
 
-    cache: str | None = None
+    cache: UserPath | None = None
     image_size: PositiveInt | None = None  # side of the square images in pixels; None: the teacher's own
+
+
+COLUMN = Idle("column", "a file with columns (.csv, .jsonl, .parquet)", lambda data: not data.file.endswith(".txt"))
 
 
 class Prompts(TextData):
     """A .txt with a prompt a line, or a column of a .csv, .jsonl or .parquet; a list of captions counts as that many prompts."""
 
+    idle = (COLUMN,)
     name: Literal["prompts"]
-    file: str
+    file: UserPath
     column: str = "caption"
 
 
@@ -118,9 +150,10 @@ class Captions(TextData):
     """Images with captions. paths: parquet files, webdataset .tar files, one folder (or zip file) of images with metadata.csv,
     .jsonl or .parquet (file_name, caption), or the hub id of a data set."""
 
+    idle = (Idle("split", "source hub", lambda data: data.source == "hub"),)
     name: Literal["captions"]
     source: Literal["parquet", "webdataset", "imagefolder", "hub"]
-    paths: Annotated[list[str], Field(min_length=1)]
+    paths: Annotated[list[UserPath], Field(min_length=1)]
     split: str = "train"
     image_column: str = "image"
     caption_column: str = "caption"
@@ -130,8 +163,9 @@ class Captions(TextData):
 class TeacherSamples(TextData):
     """Images that the teacher makes for prompts, with its own scheduler: data for those who have none."""
 
+    idle = (COLUMN,)
     name: Literal["teacher_samples"]
-    file: str
+    file: UserPath
     column: str = "caption"
     num_inference_steps: PositiveInt = 50
     guidance_scale: float = 7.5

@@ -36,19 +36,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_config(model: type[T], path: str, overrides: list[str]) -> T:
-    """Read `path`, apply `a.b=value` overrides (values are YAML), validate. ConfigError lists every fault at once."""
+    """Read `path`, apply `a.b=value` overrides, validate. ConfigError lists every fault at once."""
+    return validate(model, read_raw(path, overrides), path)
+
+
+def read_raw(path: str, overrides: list[str]) -> dict:
+    """The sections of a file, with overrides. ConfigError if that is no YAML of sections."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"--config: no such file {path!r}")
     try:
-        raw = parse_yaml(read_text(file, path), path, _UniqueKeyLoader)
+        text = read_text(file, path)
     except UserError as error:
         raise ConfigError(str(error)) from error
+    raw = _parse(text, path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not {type(raw).__name__}")
+    raw = dict(raw)
     for override in overrides:
         _apply(raw, override)
-    return validate(model, raw, path)
+    return raw
 
 
 def validate(model: type[T], raw: dict, source: str) -> T:
@@ -66,11 +73,24 @@ def _apply(raw: dict, override: str) -> None:
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+        child = node.get(parent, {})
+        if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        # a copy: YAML's `*anchor` gives the same section twice, and an override means one of them
+        node[parent] = node = dict(child)
+    node[last] = _value(text, f"override {override!r}")
+
+
+def _value(text: str, source: str) -> Any:
+    """What YAML says `text` is; where YAML would take a part of it for a comment, the text itself (`output_dir=run #2`)."""
+    value = _parse(text, source)
+    kept = sum(token.value.count("#") for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken))
+    return text if kept < text.count("#") else value
+
+
+def _parse(text: str, source: str) -> Any:
     try:
-        node[last] = parse_yaml(text, f"override {override!r}", _UniqueKeyLoader)
+        return parse_yaml(text, source, _UniqueKeyLoader)
     except UserError as error:
         raise ConfigError(str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -40,17 +41,20 @@ class Images:
 
 
 class Points:
-    """Points (n, d) of a Gaussian mixture, as images of d channels and one pixel."""
+    """Points (n, d) of a Gaussian mixture, as images of d channels and one pixel; drawn when the first are asked for."""
 
     has_x0 = True
     class_names = ()
 
     def __init__(self, mixture: GaussianMixture, num_samples: int, seed: int) -> None:
-        self.mixture, self.shape = mixture, mixture.shape
-        self.points = mixture.sample(num_samples, torch.Generator().manual_seed(seed)).float()
+        self.mixture, self.shape, self.num_samples, self.seed = mixture, mixture.shape, num_samples, seed
+
+    @cached_property
+    def points(self) -> Tensor:
+        return self.mixture.sample(self.num_samples, torch.Generator().manual_seed(self.seed)).float()
 
     def __len__(self) -> int:
-        return len(self.points)
+        return self.num_samples
 
     def rows(self, index: Tensor) -> tuple[Tensor, None]:
         return self.points[index], None

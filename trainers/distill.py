@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
-from pipelines.provenance import versions
+from pipelines.provenance import git_commit, versions
 
 from . import levels, setup
 from .config import DistillConfig, VarDiUConfig
@@ -74,6 +74,7 @@ def make_trainer(config: DistillConfig) -> Trainer:
         "device": str(accelerator.device),
         "threads": torch.get_num_threads(),
         "versions": versions(setup.PACKAGES),
+        "git_commit": git_commit(),
     }
     return Trainer(
         config,

@@ -168,3 +168,5 @@ def check(config: DistillConfig) -> None:
         "objective.fake_score.network": getattr(config.objective, "fake_score", None) and config.objective.fake_score.network,
     }
     refuse("an EDM teacher", settings)
+    if config.objective.name != "varflow":
+        refuse(f"an EDM teacher and objective {config.objective.name!r}, which need no data", {"data": config.data})

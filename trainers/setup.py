@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
 from torch import Tensor
 
 from pipelines import images
@@ -20,6 +22,8 @@ from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.errors import UserError
 from pipelines.images import ImageSet
 from pipelines.launch import check_processes
+from pipelines.launch_options import TRAINING, check_launch
+from pipelines.paths import path_option
 from pipelines.provenance import git_commit, versions
 
 from . import checkpoint
@@ -38,30 +42,43 @@ R = TypeVar("R", bound=Run)
 
 def parse(model: type[R], description: str, argv: list[str] | None) -> R:
     """--config FILE [a.b=value ...] -> a validated configuration."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="a YAML file; see configs/")
+    file, overrides = arguments(description, argv)
+    return load_config(model, file, overrides)
+
+
+def arguments(description: str, argv: list[str] | None) -> tuple[str, list[str]]:
+    """--config FILE [a.b=value ...] -> (FILE, the overrides)."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, action="append", type=path_option, help="a YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replace single values of it")
     args = parser.parse_args(argv)
-    return load_config(model, args.config, args.overrides)
+    if len(args.config) > 1:
+        raise UserError(f"--config takes one file; {len(args.config)} were given: {', '.join(args.config)}")
+    return args.config[0], args.overrides
 
 
 def make_accelerator(run: Run) -> Accelerator:
+    check_launch(TRAINING)
+    check_trackers(run.trackers)
     project = ProjectConfiguration(project_dir=run.output_dir)
     accelerator = Accelerator(log_with=run.trackers or None, project_config=project)
     check_processes(accelerator)
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"{accelerator.distributed_type.value} is not supported: a step differentiates several networks separately, which "
-            "its engine cannot follow. Use FSDP2, which shards the frozen network (configs/accelerate/fsdp2.yaml)"
-        )
     if sharded() and os.environ.get("FSDP_VERSION") != "2":
         raise UserError("FSDP: only version 2 is supported; set fsdp_config.fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise UserError(
-            f"mixed precision {accelerator.mixed_precision!r} is not supported: a run must stop at the first non-finite number, "
-            "and loss scaling makes such numbers on purpose. Use --mixed_precision bf16 or no"
-        )
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """UserError for trackers that accelerate does not know or, as it does in silence, would leave out: those not installed."""
+    known, installed = LoggerType.list(), [str(t) for t in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"trackers: accelerate knows no {name!r}; expected some of {', '.join(known)}")
+        if name != "all" and name not in installed:
+            raise UserError(
+                f"trackers: {name!r} is not installed; install its package, or leave it out of trackers "
+                f"(installed: {', '.join(installed) or 'none'})"
+            )
 
 
 def sharded() -> bool:
@@ -143,10 +160,22 @@ def build_unet(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", role))
         if isinstance(network, EDMNetwork):
+            _check_attention(network, sample_size)
             return EDMUNet(sample_size=sample_size, **shape, **network.options())
         if isinstance(network, PointNetwork):
             return PointNet(**shape, **network.options())
         return PatchUNet(sample_size=sample_size, **shape, **network.model_dump())
+
+
+def _check_attention(network: EDMNetwork, sample_size: int) -> None:
+    """UserError for a resolution that is asked for attention and that no level has."""
+    sides = [sample_size >> level for level in range(len(network.options()["channel_mult"]))]
+    for side in network.attention_resolutions or ():
+        if side not in sides:
+            raise UserError(
+                f"network.attention_resolutions: no level has {side}x{side} positions; "
+                f"those of images of {sample_size}x{sample_size} are {', '.join(map(str, sides))}"
+            )
 
 
 def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:

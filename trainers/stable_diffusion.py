@@ -146,6 +146,8 @@ def check(config: DistillConfig) -> None:
         "objective.fake_score.augment": augmented,
     }
     refuse("a Stable Diffusion teacher", refused)
+    if config.teacher.guidance_scale == 1:
+        refuse("a teacher without guidance (guidance_scale 1)", {"teacher.negative_prompt": config.teacher.negative_prompt})
     if not isinstance(config.data, TEXT_DATA):
         raise UserError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
     if o.name == "vardiu" and o.posterior.network in ("shared", "copy"):

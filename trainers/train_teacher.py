@@ -19,6 +19,7 @@ from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
 from pipelines.noise import EDMSchedule
+from pipelines.provenance import git_commit, versions
 from pipelines.students import save_model
 
 from . import augment, levels, setup
@@ -56,6 +57,7 @@ def run(config: TeacherConfig) -> None:
         config.augment,
     )
     facts = {"device": str(accelerator.device), "threads": torch.get_num_threads()}
+    facts |= {"versions": versions(setup.PACKAGES), "git_commit": git_commit()}
     facts |= {"objective": "denoising", "data": config.data.name} | teacher.facts
     trainer = Trainer(
         config,

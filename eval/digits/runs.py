@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,5 +43,6 @@ def find_run(name: str, path: Path, role: Role) -> Run:
         )
     folder = path if model != path else path.parent
     log = folder / "metrics.jsonl"
-    snapshots = [Run(name, f, read_info(f, role)) for f in sorted(folder.glob("snapshots/step_*"))]
+    saved = (f for f in folder.glob("snapshots/step_*") if re.fullmatch(r"step_\d{8,}", f.name))  # not somebody's copies of them
+    snapshots = [Run(name, f, read_info(f, role)) for f in sorted(saved)]
     return Run(name, model, read_info(model, role), read_metrics(log) if log.is_file() else [], snapshots)

@@ -11,18 +11,18 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import UserError
+from ..loras import LORA_FILE, find_lora, layers_by_network, layers_in, refuse_unfit
 from ..noise import EDMSchedule
 from ..reading import read_json
 from .patch_unet import PatchUNet
 from .point_net import PointNet
 from .scheduler import EDMScheduler
 from .unet import EDMUNet
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,30 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         **kwargs: Any,
     ) -> None:
         """An adapter for the U-Net. From a student's folder, its scheduler comes with it: the adapter means something at its one
-        noise level only. `unload_lora_weights` puts the scheduler back. kwargs: see diffusers' `load_lora_adapter`.
+        noise level only. `unload_lora_weights` puts the scheduler back. kwargs: see diffusers' `load_lora_adapter`. UserError for
+        weights that this network has not all of the layers for.
         """
         source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, dict):
-            kwargs.setdefault("weight_name", LORA_FILE)
-        before = set(getattr(self.unet, "peft_config", {}))
-        self.unet.load_lora_adapter(source, prefix="unet", adapter_name=adapter_name, use_safetensors=True, **kwargs)
-        if set(self.unet.peft_config if before or hasattr(self.unet, "peft_config") else {}) == before:
-            raise UserError(f"{source!r} holds no LoRA weights for a U-Net: expected keys that start with 'unet.'")
-        if not isinstance(source, dict) and (Path(source) / "scheduler" / "scheduler_config.json").is_file():
+        lora = None if isinstance(source, dict) else find_lora(source, "load_lora_weights")
+        if lora is None:
+            layers = layers_by_network(source).get("unet", set())
+        else:
+            name, source = kwargs.setdefault("weight_name", lora.file or LORA_FILE), lora.folder
+            if not Path(source).is_dir():
+                source = str(Path(hf_hub_download(source, name)).parent)
+            layers = layers_in(Path(source) / name)
+        unfit = f"{str(pretrained_model_name_or_path_or_dict)[:200]!r} does not fit this network"
+        if not layers:
+            raise UserError(f"{unfit}: it holds no LoRA weights for a U-Net: expected keys that start with 'unet.'")
+        known = {name for name, _ in self.unet.named_modules()}
+        refuse_unfit(unfit, sorted(layers - known), len(layers))
+        try:
+            self.unet.load_lora_adapter(source, prefix="unet", adapter_name=adapter_name, use_safetensors=True, **kwargs)
+        except RuntimeError as error:
+            raise UserError(f"{unfit}: {' '.join(str(error).split())[:300]}; it was made for another model") from error
+        if lora is not None and lora.scheduler is not None:
             self._teacher_scheduler = self._teacher_scheduler or self.scheduler
-            self.scheduler = EDMScheduler.from_pretrained(source, subfolder="scheduler")
+            self.scheduler = EDMScheduler.from_pretrained(lora.scheduler)
 
     def unload_lora_weights(self) -> None:
         super().unload_lora_weights()

@@ -116,6 +116,11 @@ def test_levels_of_a_teacher_trained_further(tiny, tmp_path, capsys):
     assert "error: sigma_min=90, sigma_max=80 must be in order" in capsys.readouterr().err
 
 
+def test_a_negative_prompt_without_guidance_is_refused(recipe, capsys):
+    said = refusal(recipe("vardiu"), capsys, "teacher.negative_prompt=ugly", "teacher.guidance_scale=1")
+    assert said == "error: teacher.negative_prompt has no effect for a teacher without guidance (guidance_scale 1); remove it"
+
+
 @pytest.fixture
 def edm_recipe(edm, recipe):
     def make(objective: str) -> dict:
@@ -142,6 +147,14 @@ def test_what_is_not_for_edm_is_refused(objective, override, key, edm_recipe, ca
     assert said == f"error: {key} has no effect for an EDM teacher; remove it"
     assert not Path(config["output_dir"]).exists()
     run(config, "steps=1")
+
+
+@pytest.mark.parametrize("objective", ["vardiu", "diff_instruct"])
+def test_data_that_nothing_looks_at_are_refused(objective, edm_recipe, capsys):
+    config = edm_recipe(objective)
+    said = refusal(config, capsys, "data={name: digits}")
+    assert said == f"error: data has no effect for an EDM teacher and objective {objective!r}, which need no data; remove it"
+    assert not Path(config["output_dir"]).exists()
 
 
 @pytest.mark.parametrize("name", ["prompts", "captions", "teacher_samples"])

@@ -1,0 +1,29 @@
+"""Paths as users write them in configurations and options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+
+def user_path(text: str) -> str:
+    """`text` with a leading ~ or ~user replaced, as a shell does it where it sees one. ValueError for a user whom this machine
+    does not know, and for a $VARIABLE that no shell has replaced: a folder of that name would be made in silence.
+    """
+    if os.path.exists(text):
+        return text
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"{text!r}: this machine has no such home folder; write the path out (./{text} for a name with ~)")
+    if variable := re.search(r"\$(\w+|\{\w+\})", path):
+        raise ValueError(f"{text!r}: {variable[0]} is not replaced here; write the path out, or let the shell do it")
+    return path
+
+
+def path_option(text: str) -> str:
+    """The same as the `type` of a command's option."""
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
