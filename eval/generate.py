@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from pipelines.atomic import write_atomically
 from pipelines.errors import UserError
 
-from .files import write_atomically
 from .sampler import Sampler
 
 PER_FOLDER = 1000

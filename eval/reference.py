@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.atomic import write_atomically
 from pipelines.errors import UserError
 
 from .extractors import Extractor
-from .files import write_atomically
 from .image_files import ImageFiles
 from .measure import Plan, without_logits
 from .one_pass import Gathered, one_pass

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from .errors import USER_ERRORS, UserError, message
+
+# What starts the processes of a command and waits for them: the first words of its command line.
+LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun"}
+LAUNCHERS |= {"accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run"}
+
+
+def follow_launcher() -> None:
+    """From now on the end of `accelerate launch` is a SIGTERM to this process. Of a single process the launcher passes no signal
+    on: stopped alone it would leave an orphan that trains to the end, unseen. Other parents, such as a shell, may go.
+    """
+    parent = os.getppid()
+    try:
+        command = psutil.Process(parent).cmdline()[:3]
+    except psutil.Error:
+        return
+    if not LAUNCHERS & {Path(word).name for word in command}:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check_processes(accelerator: Any) -> None:
@@ -31,6 +61,27 @@ def end_processes() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def on_main(accelerator: Any, act: Callable[[], Any]) -> None:
+    """act() on the main process alone, while the others wait. An error that a user can mend ends all of them: it is raised on
+    the main process, and the others leave with status 2 without a word.
+    """
+    error = None
+    if accelerator.is_main_process:
+        try:
+            act()
+        except USER_ERRORS as raised:
+            error = raised
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        (failed,) = broadcast_object_list([error is not None])
+        if failed and error is None:
+            end_processes()
+            raise SystemExit(2)
+    if error is not None:
+        raise error
 
 
 def fail(error: BaseException, prefix: str = "error") -> NoReturn:

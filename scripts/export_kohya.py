@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipelines.atomic import new_file
 from pipelines.errors import USER_ERRORS, UserError
 from pipelines.launch import fail
 
@@ -58,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     except USER_ERRORS as error:
         fail(error)
     kohya = to_kohya(weights, rank, alpha)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kohya, args.output, metadata={"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})
+    with new_file(args.output) as partial:
+        save_file(kohya, partial, metadata={"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})
     print(f"{args.output}: {len(kohya) // 3} layers of rank {rank}")
 
 

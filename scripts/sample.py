@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from pipelines.atomic import new_file
 from pipelines.errors import USER_ERRORS, UserError
 from pipelines.launch import fail
 from pipelines.stable_diffusion import DTYPES, load_pipeline
@@ -82,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         images, seconds = timed(pipe, args.prompt, z, **shape, **call)
         columns[f"{title}, {seconds:.2f} s"] = images
         print(f"{title}: {seconds:.3f} s an image")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    grid(columns, args.prompt).save(args.output)
+    with new_file(args.output) as partial:
+        grid(columns, args.prompt).save(partial)
     print(args.output)
 
 

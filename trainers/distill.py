@@ -84,7 +84,7 @@ def make_trainer(config: DistillConfig) -> Trainer:
         draws,
         preview=models.preview,
         export=lambda folder, info: models.export(folder, facts | info),
-        record=lambda: setup.record(config, accelerator),
+        record=lambda start: setup.record(config, accelerator, start),
         evaluate=build_evaluation(config, planned, models, accelerator) if planned else None,
         evaluate_every=config.evaluation.every if config.evaluation else 0,
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipelines.atomic import new_file, write_text
 from pipelines.denoiser import Condition
 from pipelines.errors import UserError
-
-from .setup import write_text
 
 SHARD_ROWS = 256
 # (row numbers) -> tensors of these rows: the condition's keys, and "latents" where there are images
@@ -71,9 +69,8 @@ def build(
                 encoded = encode(range(start, min(start + batch_size, rows.stop)))
                 parts.append({k: v.detach().cpu() for k, v in encoded.items()})
                 bar.update(len(next(iter(encoded.values()))) * accelerator.num_processes)
-            partial = folder / f".partial_{shard}"
-            save_file({k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}, partial)
-            os.replace(partial, shard_file(folder, shard))
+            with new_file(shard_file(folder, shard)) as partial:
+                save_file({k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}, partial)
         else:
             bar.update(len(rows) * accelerator.num_processes)
     bar.close()
