@@ -113,7 +113,7 @@ class Trainer:
         previous = {s: signal.signal(s, self._on_signal) for s in heeded}
         lock = FolderLock(self.output)
         try:
-            on_main(self.accelerator, lock.acquire)
+            on_main(self.accelerator, lambda: (lock.acquire(), resume.recover(self.output, self.primary)))
             self._begin(self.restore())
             self._warm_up()
             while self.step < self.run.steps and not self._stop_agreed:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipelines import atomic
 from pipelines.errors import UserError
 
 from . import checkpoint
@@ -183,7 +184,16 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 
-# What a branch that was left has made ---------------------------------------------------------------------------------------
+# What an earlier run has left -----------------------------------------------------------------------------------------------
+
+
+def recover(output: Path, primary: str) -> None:
+    """Undo what a killed run was making when it was killed."""
+    atomic.recover(output / primary)
+    for folder in (output / "checkpoints", output / "snapshots"):
+        for path in atomic.unfinished(folder):
+            if checkpoint.number_of(path.name) is not None:
+                atomic.recover(path)
 
 
 def leaves_a_branch(output: Path, start: Start) -> bool:
@@ -211,13 +221,11 @@ def set_aside(output: Path, step: int) -> list[Path]:
     """Rename the checkpoints, snapshots and samples of later steps to abandoned_...: `latest` must not find them, nor a
     measurement. Returns the new names.
     """
-    moved = []
-    for folder in ("checkpoints", "snapshots", "samples"):
-        for path in sorted((output / folder).glob(f"{checkpoint.PREFIX}*")):
-            number = checkpoint.number_of(path.stem)
-            if number is not None and number > step:
-                moved.append(path.rename(_free(path.with_name(f"abandoned_{path.name}"))))
-    return moved
+    made = [*checkpoint.list_checkpoints(output / "checkpoints"), *checkpoint.list_checkpoints(output / "snapshots")]
+    pictures = sorted((output / "samples").glob(f"{checkpoint.PREFIX}*.png"))
+    made += [p for p in pictures if checkpoint.number_of(p.stem) is not None and p.is_file() and not p.is_symlink()]
+    later = [path for path in made if checkpoint.number_of(path.stem) > step]
+    return [path.rename(_free(path.with_name(f"abandoned_{path.name}"))) for path in later]
 
 
 def _free(path: Path) -> Path:
