@@ -1,10 +1,40 @@
-"""Commands that may run in several processes leave their group however they end."""
+"""Commands under a launcher, in one process or several: they end with it, whole, and leave their group however they end."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
+import yaml
 from torch import distributed
 
 from eval.__main__ import main
-from trainers import setup
+from pipelines import launch
+from trainers import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+LAUNCHERS = {
+    "accelerate, 1 process": [*LAUNCH, "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--cpu"],
+    "accelerate, 2 processes": [*LAUNCH, "--config_file", str(ROOT / "configs" / "accelerate" / "cpu_2.yaml")],
+    "torchrun, 1 process": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "0"],
+}
+CONFIG = {
+    "data": {"name": "digits"},
+    "network": {"channels": 8, "num_blocks": 1, "patch_size": 2},
+    "levels": {"name": "log_uniform", "low": 0.3, "high": 3.0},
+    "optimizer": {"lr": 1e-3},
+    "steps": 1_000_000,
+    "batch_size": 6,
+    "log_every": 1,
+    "sampling_steps": 2,
+    "num_samples": 2,
+}
 
 
 @pytest.fixture
@@ -24,6 +54,64 @@ def test_evaluation_leaves_its_group(group, tmp_path, capsys):
 
 def test_a_run_that_fails_leaves_its_group(group, capsys):
     with pytest.raises(SystemExit, match="2"):
-        setup.fail(ValueError("steps: -3"))
+        launch.fail(ValueError("steps: -3"))
     assert "error: steps: -3" in capsys.readouterr().err
     assert not distributed.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number", "whom"),
+    [
+        ("accelerate, 1 process", signal.SIGTERM, "the launcher"),
+        ("accelerate, 1 process", signal.SIGKILL, "the launcher"),
+        ("accelerate, 1 process", signal.SIGINT, "everybody"),
+        ("accelerate, 2 processes", signal.SIGINT, "the launcher"),
+        ("accelerate, 2 processes", signal.SIGTERM, "everybody"),
+        ("torchrun, 1 process", signal.SIGTERM, "everybody"),
+    ],
+)
+def test_a_run_ends_with_its_launcher_and_is_saved(launcher, number, whom, tmp_path):
+    """`kill` of the launcher; Ctrl-C and a scheduler's SIGTERM, which go to all processes. The reader of stderr is gone, too."""
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run")}))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*LAUNCHERS[launcher], "-m", "trainers.train_teacher", "--config", str(tmp_path / "config.yml")]
+    reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    started = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=reader.stdin, start_new_session=True)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size > 1000):
+        assert started.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    processes = psutil.Process(started.pid).children(recursive=True)
+    reader.kill()
+    reader.communicate()
+    if whom == "everybody":
+        for process in [psutil.Process(started.pid), *processes]:
+            process.send_signal(number)
+    else:
+        started.send_signal(number)
+    started.wait(60)
+    assert not psutil.wait_procs(processes, timeout=60)[1]
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert steps == list(range(1, checkpoint.number_of(saved.name) + 1))
+    checkpoint.load(saved)
+    assert json.loads((tmp_path / "run" / "teacher" / "teacher.json").read_text())["steps"] == steps[-1]
+
+
+@pytest.mark.slow
+def test_a_run_does_not_end_with_its_shell(tmp_path):
+    """`nohup python -m trainers... &` and the window closed: the parent is gone, and it was no launcher."""
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run"), "steps": 3}))
+    run = f"nohup {sys.executable} -m trainers.train_teacher --config {tmp_path / 'config.yml'} 2> {tmp_path / 'log'} >&2 &"
+    shell = subprocess.Popen(["bash", "-c", f"{run} sleep 100"], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (children := [p for p in psutil.Process(shell.pid).children() if "trainers.train_teacher" in p.cmdline()]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(shell.pid, signal.SIGKILL)
+    children[0].send_signal(signal.SIGHUP)
+    shell.wait()
+    assert not psutil.wait_procs(children, timeout=120)[1]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
