@@ -42,7 +42,10 @@ def follow_launcher() -> None:
 
 
 def check_processes(accelerator: Any) -> None:
-    """UserError where several processes were started that do not know of each other: each would do all of the work."""
+    """UserError where several processes were started that do not know of each other: each would do all of the work. From here on
+    the process ends with its launcher.
+    """
+    follow_launcher()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(

@@ -1,5 +1,6 @@
 """Commands under a launcher, in one process or several: they end with it, whole, and leave their group however they end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 LAUNCHERS = {
     "accelerate, 1 process": [*LAUNCH, "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--cpu"],
     "accelerate, 2 processes": [*LAUNCH, "--config_file", str(ROOT / "configs" / "accelerate" / "cpu_2.yaml")],
-    "torchrun, 1 process": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "0"],
+    "torchrun, 1 process": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--standalone"],
 }
 CONFIG = {
     "data": {"name": "digits"},
@@ -35,6 +36,23 @@ CONFIG = {
     "sampling_steps": 2,
     "num_samples": 2,
 }
+
+
+def wait_until(happened, process: subprocess.Popen, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.1)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Whatever is left of what a test started, in a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+    process.wait()
 
 
 @pytest.fixture
@@ -78,21 +96,18 @@ def test_a_run_ends_with_its_launcher_and_is_saved(launcher, number, whom, tmp_p
     command = [*LAUNCHERS[launcher], "-m", "trainers.train_teacher", "--config", str(tmp_path / "config.yml")]
     reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     started = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=reader.stdin, start_new_session=True)
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.is_file() and metrics.stat().st_size > 1000):
-        assert started.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    processes = psutil.Process(started.pid).children(recursive=True)
-    reader.kill()
-    reader.communicate()
-    if whom == "everybody":
-        for process in [psutil.Process(started.pid), *processes]:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 1000, started)
+        processes = psutil.Process(started.pid).children(recursive=True)
+        reader.kill()
+        reader.communicate()
+        for process in [psutil.Process(started.pid), *(processes if whom == "everybody" else [])]:
             process.send_signal(number)
-    else:
-        started.send_signal(number)
-    started.wait(60)
-    assert not psutil.wait_procs(processes, timeout=60)[1]
+        started.wait(100)
+        assert not psutil.wait_procs(processes, timeout=100)[1]
+    finally:
+        end(started)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     (saved,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
     assert steps == list(range(1, checkpoint.number_of(saved.name) + 1))
@@ -103,15 +118,16 @@ def test_a_run_ends_with_its_launcher_and_is_saved(launcher, number, whom, tmp_p
 @pytest.mark.slow
 def test_a_run_does_not_end_with_its_shell(tmp_path):
     """`nohup python -m trainers... &` and the window closed: the parent is gone, and it was no launcher."""
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run"), "steps": 3}))
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run"), "steps": 30}))
     run = f"nohup {sys.executable} -m trainers.train_teacher --config {tmp_path / 'config.yml'} 2> {tmp_path / 'log'} >&2 &"
     shell = subprocess.Popen(["bash", "-c", f"{run} sleep 100"], cwd=ROOT, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (children := [p for p in psutil.Process(shell.pid).children() if "trainers.train_teacher" in p.cmdline()]):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(shell.pid, signal.SIGKILL)
-    children[0].send_signal(signal.SIGHUP)
-    shell.wait()
-    assert not psutil.wait_procs(children, timeout=120)[1]
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    try:
+        wait_until(lambda: (tmp_path / "run" / "config.yaml").is_file(), shell)
+        children = [p for p in psutil.Process(shell.pid).children() if "trainers.train_teacher" in p.cmdline()]
+        shell.kill()
+        children[0].send_signal(signal.SIGHUP)
+        shell.wait()
+        assert not psutil.wait_procs(children, timeout=100)[1]
+    finally:
+        end(shell)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 30

@@ -246,6 +246,20 @@ def test_a_resumed_run_with_nothing_new_says_only_from_where(train, tmp_path, mo
     assert f"changed: output_dir: 'run' -> {str(tmp_path / 'moved')!r}\n" in said
 
 
+def test_what_is_new_in_the_environment_is_said(train, tmp_path):
+    run = tmp_path / "run"
+    train(run, "checkpoint_every=2")
+    file = run / "environment.json"
+    about = json.loads(file.read_text())
+    about["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(about | {"processes": 8, "mixed_precision": "bf16"}))
+    said = train(run, "checkpoint_every=2", "resume=latest")
+    assert "changed: environment.processes: 8 -> 1\n" in said
+    assert "changed: environment.mixed_precision: 'bf16' -> 'no'\n" in said
+    assert "changed: environment.versions.torch: '1.0' -> " in said
+    assert said.count("changed: ") == 3
+
+
 def test_fewer_steps_than_are_done_are_refused(train, tmp_path):
     run = tmp_path / "run"
     train(run, "checkpoint_every=2")

@@ -1,6 +1,7 @@
 """Distil a teacher into a one-step student: `accelerate launch -m trainers.distill --config configs/X.yaml [a.b=value ...]`.
 
-Writes <output_dir>/{config.yaml, environment.json, metrics.jsonl, timings.jsonl, samples/, checkpoints/, student/}.
+Writes <output_dir>/{config.yaml, environment.json, history.jsonl, metrics.jsonl, timings.jsonl,
+samples/, checkpoints/, student/}.
 """
 
 from __future__ import annotations

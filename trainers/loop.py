@@ -47,7 +47,8 @@ class NonFiniteError(UserError):
 
 
 class Trainer:
-    """record(start) is called once, when the run is known to be able to start: before that nothing is written.
+    """record(start) is called once, when the run is known to be able to start: before that nothing is written. It returns what is
+    new in the run's environment.
 
     primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
 
@@ -67,7 +68,7 @@ class Trainer:
         draws: DrawSource,
         preview: Callable[[], Tensor],
         export: Callable[[Path, dict], None],
-        record: Callable[[Start], None],
+        record: Callable[[Start], list[str]],
         evaluate: Callable[[int], dict[str, float]] | None = None,
         evaluate_every: int = 0,
     ) -> None:
@@ -145,9 +146,9 @@ class Trainer:
             self.log.rewind(start.checkpoint, start.step)
 
         on_main(self.accelerator, prepare)
-        for line in resume.report(start, self.run, set_aside):
+        changed = [f"changed: {line}" for line in self.record(start)]
+        for line in (*resume.report(start, self.run, set_aside), *changed):
             self.log.say(line)
-        self.record(start)
 
     def _warm_up(self) -> None:
         """Before the first step: levels that are annealed, and the EMA, stay where they are until then."""

@@ -6,7 +6,6 @@ experiment are refused by name.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,12 +126,17 @@ def changes(before: dict[str, Any], run: Run) -> dict[str, list[Any]]:
         before = type(run).model_validate(before).model_dump(mode="json")
     except ValidationError:
         pass  # what is not valid any more differs in some key
-    old, new = _flat(before), _flat(json.loads(json.dumps(run.model_dump(mode="json"))))
-    keys = [k for k in (*new, *(k for k in old if k not in new)) if k != "resume"]
-    found = {k: [old.get(k, NOTHING), new.get(k, NOTHING)] for k in keys if old.get(k, NOTHING) != new.get(k, NOTHING)}
-    found = {k: pair for k, pair in found.items() if not _same_place(k, *pair)}
+    found = differences(before, run.model_dump(mode="json"))
+    found = {k: pair for k, pair in found.items() if k != "resume" and not _same_place(k, *pair)}
     renamed = {k.removesuffix("name") for k in found if k.endswith(".name")}  # another kind of section: its keys say no more
     return {k: pair for k, pair in found.items() if k.endswith(".name") or not any(k.startswith(r) for r in renamed)}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """Dotted key -> [value before, value now]."""
+    old, new = _flat(before), _flat(now)
+    pairs = {k: [old.get(k, NOTHING), new.get(k, NOTHING)] for k in (*new, *(k for k in old if k not in new))}
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def may_change(key: str) -> bool:

@@ -20,7 +20,7 @@ from pipelines.analytic import make_mixture
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.errors import UserError
 from pipelines.images import ImageSet
-from pipelines.launch import check_processes, follow_launcher, on_main
+from pipelines.launch import check_processes, on_main
 from pipelines.provenance import git_commit, versions
 
 from . import resume
@@ -49,7 +49,6 @@ def parse(model: type[R], description: str, argv: list[str] | None) -> R:
 
 
 def make_accelerator(run: Run) -> Accelerator:
-    follow_launcher()
     project = ProjectConfiguration(project_dir=run.output_dir)
     accelerator = Accelerator(log_with=run.trackers or None, project_config=project)
     check_processes(accelerator)
@@ -102,12 +101,15 @@ def _check_writable(run: Run, primary: str) -> None:
             raise UserError(fault.format(f"{str(file)!r} is no file that may be written"))
 
 
-def record(run: Run, accelerator: Accelerator, start: Start) -> None:
+def record(run: Run, accelerator: Accelerator, start: Start) -> list[str]:
     """Write config.yaml and environment.json as they are from now on and a line of history.jsonl, and start the trackers.
 
-    Called once a run is known to be able to start.
+    Called once a run is known to be able to start. Returns what has changed in the environment of a run that goes on.
     """
     folder, about = Path(run.output_dir), environment(accelerator)
+    before = resume.read_config(start.checkpoint.parent.parent / "environment.json") if start.checkpoint else None
+    changed = resume.lines(resume.differences({"environment": before}, {"environment": about})) if before else []
+    accelerator.wait_for_everyone()  # every process has read what is now written anew
     now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": start.step}
     now |= {"checkpoint": str(start.checkpoint) if start.checkpoint else None, "changed": start.changed, "environment": about}
 
@@ -119,6 +121,7 @@ def record(run: Run, accelerator: Accelerator, start: Start) -> None:
     on_main(accelerator, write)
     if run.trackers:
         accelerator.init_trackers("one-step-distill", config={"config": json.dumps(run.model_dump(mode="json"))})
+    return changed
 
 
 def environment(accelerator: Accelerator) -> dict:
