@@ -387,7 +387,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(fails_at, lab, tmp_pa
                 raise OSError(28, "No space left on device")
             replace(source, target)
 
-        monkeypatch.setattr(checkpoint.os, "replace", failing)
+        monkeypatch.setattr(os, "replace", failing)
     else:
         save, calls = checkpoint.save_file, []
 
