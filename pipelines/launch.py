@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -15,6 +17,10 @@ from typing import Any, NoReturn
 import psutil
 
 from .errors import USER_ERRORS, UserError, message
+
+# Python's last collection goes through all that torch and its friends have made: seconds of work in which a process that has been
+# asked to stop still seems to run, to free what ends with it anyway.
+atexit.register(gc.freeze)
 
 # What starts the processes of a command and waits for them: the first words of its command line.
 LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun"}
@@ -35,7 +41,7 @@ def follow_launcher() -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -146,8 +146,8 @@ class Trainer:
             self.log.rewind(start.checkpoint, start.step)
 
         on_main(self.accelerator, prepare)
-        changed = [f"changed: {line}" for line in self.record(start)]
-        for line in (*resume.report(start, self.run, set_aside), *changed):
+        environment = self.record(start)
+        for line in resume.report(start, self.run, environment, set_aside):
             self.log.say(line)
 
     def _warm_up(self) -> None:

@@ -206,18 +206,17 @@ def leaves_a_branch(output: Path, start: Start) -> bool:
     return newer or bool(start.changed)
 
 
-def report(start: Start, run: Run, moved: list[Path]) -> list[str]:
-    """What a run says of its start; nothing of a new run in a new folder."""
-    said = []
+def report(start: Start, run: Run, environment: list[str], moved: list[Path]) -> list[str]:
+    """What a run says of its start; nothing of a new run in a new folder. environment: what is new in that."""
+    said = [f"changed: {line}" for line in (*lines(start.changed), *environment)]
+    if moved:
+        names = ", ".join(f"{p.parent.name}/{p.name}" for p in moved[:SHOWN]) + (", ..." if len(moved) > SHOWN else "")
+        said.append(f"Of the branch that is left here, later steps are set aside: {names}. Remove them when you like.")
     if start.checkpoint is not None:
         said.append(f"Resumed from {start.checkpoint} at step {start.step}.")
     elif run.resume == "latest":
         what = "the run in it ended before its first" if start.again else "nothing to resume"
         said.append(f"No checkpoint in {run.output_dir!r} ({what}): starting at step 0.")
-    said += [f"changed: {line}" for line in lines(start.changed)]
-    if moved:
-        names = ", ".join(f"{p.parent.name}/{p.name}" for p in moved[:SHOWN]) + (", ..." if len(moved) > SHOWN else "")
-        said.append(f"Of the branch that is left here, later steps are set aside: {names}. Remove them when you like.")
     return said
 
 
