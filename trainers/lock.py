@@ -1,4 +1,4 @@
-"""One run at a time in an output_dir: two that write to the same files would mix without a word.
+"""One run at a time in an output_dir, one at a time that makes a cache: two that write to the same files would mix silently.
 
 The lock is the system's (flock), so it ends with the process, however that ends, and a file that is left over locks nobody out.
 Its content says who holds it, to whom it may concern.
@@ -24,10 +24,10 @@ UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class FolderLock:
-    """Held from `acquire` to `release` by one process on any machine that shares the folder."""
+    """Held from `acquire` to `release` by one process on any machine that shares the folder. key: what the user calls it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.file, self.stream = folder, folder / NAME, None
+    def __init__(self, folder: Path, key: str = "output_dir") -> None:
+        self.folder, self.key, self.file, self.stream = folder, key, folder / NAME, None
 
     def acquire(self) -> None:
         """UserError if another process holds it. On a file system without locks a warning, and no lock."""
@@ -38,7 +38,7 @@ class FolderLock:
                 stream = self.file.open("a+")
                 while not _lock(stream, fcntl.LOCK_EX):
                     if time.monotonic() > patience:
-                        raise in_use(self.folder, _holder(stream))
+                        raise in_use(self.key, self.folder, _holder(stream))
                     time.sleep(0.05)
                 if self.file.exists() and os.path.samestat(os.fstat(stream.fileno()), self.file.stat()):
                     break
@@ -65,15 +65,14 @@ def check_unlocked(folder: Path) -> None:
     try:
         with (folder / NAME).open("r") as stream:
             if not _lock(stream, fcntl.LOCK_SH):
-                raise in_use(folder, _holder(stream))
+                raise in_use("output_dir", folder, _holder(stream))
     except OSError:
         return  # no such file; or no locks, of which acquire warns
 
 
-def in_use(folder: Path, holder: str) -> UserError:
+def in_use(key: str, folder: Path, holder: str) -> UserError:
     return UserError(
-        f"output_dir {str(folder)!r} is in use by another run ({holder}); wait until it has ended, stop it, or name another "
-        "folder"
+        f"{key} {str(folder)!r} is in use by another run ({holder}); wait until it has ended, stop it, or name another folder"
     )
 
 

@@ -27,6 +27,8 @@ from pipelines.atomic import new_file, write_text
 from pipelines.denoiser import Condition
 from pipelines.errors import UserError
 
+from .lock import FolderLock
+
 SHARD_ROWS = 256
 # (row numbers) -> tensors of these rows: the condition's keys, and "latents" where there are images
 Encode = Callable[[range], dict[str, Tensor]]
@@ -49,15 +51,34 @@ def build(
     batch_size: int = 16,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
-    """Make the shards that are missing, each process its own. CacheError if the folder holds a cache of something else."""
+    """Make the shards that are missing, each process its own. CacheError if the folder holds a cache of something else, UserError
+    if another command is making it.
+    """
     check_identity(folder, identity)
     if (folder / "cache.json").is_file():
         return
     accelerator.wait_for_everyone()  # all have looked before the first one writes
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "identity.json", json.dumps(identity, indent=1) + "\n")
-    accelerator.wait_for_everyone()
+    lock = FolderLock(folder, "data.cache")
+    try:
+        if accelerator.is_main_process:
+            lock.acquire()
+            for half in folder.glob(".partial_*"):  # of a build that was killed
+                half.unlink()
+            write_text(folder / "identity.json", json.dumps(identity, indent=1) + "\n")
+        accelerator.wait_for_everyone()
+        _encode_missing(folder, num_rows, encode, accelerator, batch_size, shard_rows)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_text(folder / "cache.json", json.dumps({"rows": num_rows, "shard_rows": shard_rows}) + "\n")
+        accelerator.wait_for_everyone()
+    finally:
+        lock.release()
+
+
+def _encode_missing(
+    folder: Path, num_rows: int, encode: Encode, accelerator: Accelerator, batch_size: int, shard_rows: int
+) -> None:
+    """This process's share of the shards that are not there."""
     shards = range(-(-num_rows // shard_rows))
     mine = shards[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=num_rows, desc="encoding", unit="row", disable=not accelerator.is_main_process)
@@ -74,10 +95,6 @@ def build(
         else:
             bar.update(len(rows) * accelerator.num_processes)
     bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_text(folder / "cache.json", json.dumps({"rows": num_rows, "shard_rows": shard_rows}) + "\n")
-    accelerator.wait_for_everyone()
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
