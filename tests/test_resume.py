@@ -99,7 +99,8 @@ def test_a_configuration_of_the_user_is_not_overwritten(train, tmp_path):
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "config.yaml").write_text("# mine\n")
-    for resume in ("no", "latest"):
+    train(tmp_path / "other", "checkpoint_every=2")
+    for resume in ("no", "latest", tmp_path / "other" / "checkpoints" / "step_00000002"):
         said = train(folder, f"resume={resume}")
         assert f"{str(folder / 'config.yaml')!r} is of no run, and this run would overwrite it" in said
     assert everything(folder) == {"config.yaml": b"# mine\n"}
@@ -279,8 +280,11 @@ def test_a_checkpoint_of_an_older_version_is_compared_with_its_runs_configuratio
             del manifest[name]
         (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "\n  seed: 0 -> 1\n" in train(run, "checkpoint_every=2", "resume=latest", "seed=1")
+    shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "alone")
     assert "changed: steps: 4 -> 5\n" in train(run, "checkpoint_every=2", "resume=latest", "steps=5")
     assert steps(run) == [1, 2, 3, 4, 5]
+    said = train(tmp_path / "new", f"resume={tmp_path / 'alone'}", "seed=1", "steps=5")
+    assert f"WARNING: {tmp_path / 'alone'} does not hold the configuration that wrote it: nothing could be compared." in said
 
 
 # Branches ---------------------------------------------------------------------------------------------------------------------

@@ -291,6 +291,7 @@ class Trainer:
             state = {
                 "step": self.step,
                 "warmup_done": self.warmup_done,
+                "updates_done": dict(self.updates_done),
                 "ema_updates": self.ema.updates,
                 "seconds": self.seconds,
                 "calls": dict(self.calls),
@@ -314,7 +315,7 @@ class Trainer:
         checkpoint.restore_tensors(mine["ema"], tensors["ema"], source)
         checkpoint.restore_optimizers(self.optimizers, self.networks, tensors["optimizers"], source)
         self.step, self.warmup_done, self.seconds = state["step"], state["warmup_done"], state["seconds"]
-        self.updates_done = self._updates_after(self.warmup_done, self.step)
+        self.updates_done = Counter(state.get("updates_done") or self._updates_after(self.warmup_done, self.step))
         self.ema.updates, self.calls = state["ema_updates"], Counter(state["calls"])
         self.log.resume(state["log"], self.step)
         return start

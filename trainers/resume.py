@@ -34,12 +34,15 @@ NOTHING = "nothing"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: at `checkpoint`, or at step 0; changed: key -> [before, now]; again: in the remains of a run."""
+    """Where a run starts: at `checkpoint`, or at step 0; changed: key -> [before, now]; again: in the remains of a run;
+    compared: whether the configuration that it goes on from is known.
+    """
 
     checkpoint: Path | None = None
     step: int = 0
     changed: dict[str, list[Any]] = field(default_factory=dict)
     again: bool = False
+    compared: bool = True
 
 
 def plan(run: Run, primary: str) -> Start:
@@ -48,6 +51,11 @@ def plan(run: Run, primary: str) -> Start:
     primary: the name of the folder that the model goes to. Nothing is written.
     """
     output = Path(run.output_dir)
+    if (output / "config.yaml").exists() and not (output / "environment.json").exists():
+        raise UserError(
+            f"output_dir {run.output_dir!r}: {str(output / 'config.yaml')!r} is of no run, and this run would overwrite it; name "
+            "another folder"
+        )
     saved = checkpoint.list_checkpoints(output / "checkpoints")
     if run.resume not in ("no", "latest"):
         return _go_on(run, checkpoint.named(run.resume, "resume"), explicit=True)
@@ -79,7 +87,7 @@ def _go_on(run: Run, path: Path, explicit: bool) -> Start:
             )
     if run.steps < step:
         raise UserError(f"steps: {run.steps}, but {str(path)!r} is at step {step}; give more, or resume an earlier checkpoint")
-    return Start(path, step, changed)
+    return Start(path, step, changed, compared=before is not None)
 
 
 def _check_unused(run: Run, primary: str, saved: list[Path]) -> None:
@@ -96,10 +104,6 @@ def _check_unused(run: Run, primary: str, saved: list[Path]) -> None:
         raise UserError(
             f"{folder} already holds a run that ended before its first checkpoint; resume=latest starts it again, or name "
             "another folder"
-        )
-    if (output / "config.yaml").exists() and not (output / "environment.json").exists():
-        raise UserError(
-            f"{folder}: {str(output / 'config.yaml')!r} is of no run, and this run would overwrite it; name another folder"
         )
 
 
@@ -208,7 +212,9 @@ def leaves_a_branch(output: Path, start: Start) -> bool:
 
 def report(start: Start, run: Run, environment: list[str], moved: list[Path]) -> list[str]:
     """What a run says of its start; nothing of a new run in a new folder. environment: what is new in that."""
-    said = [f"changed: {line}" for line in (*lines(start.changed), *environment)]
+    said = [f"changed: {line}" for line in (*lines(start.changed), *environment)] if run.resume != "no" else []
+    if not start.compared:
+        said.append(f"WARNING: {start.checkpoint} does not hold the configuration that wrote it: nothing could be compared.")
     if moved:
         names = ", ".join(f"{p.parent.name}/{p.name}" for p in moved[:SHOWN]) + (", ..." if len(moved) > SHOWN else "")
         said.append(f"Of the branch that is left here, later steps are set aside: {names}. Remove them when you like.")

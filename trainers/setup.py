@@ -73,8 +73,8 @@ def sharded() -> bool:
 
 
 def check_output(run: Run, accelerator: Accelerator) -> None:
-    """Refuse a batch that these processes cannot share, an output_dir that cannot be written, that is in use or that holds another
-    run, and a checkpoint to resume from that does not fit, before anything is loaded. Writes nothing.
+    """Refuse a batch that these processes cannot share, an output_dir that cannot be written, is in use or holds another run, and
+    a checkpoint to resume from that does not fit, before anything is loaded. Writes nothing.
     """
     split(run.batch_size, accelerator.num_processes, run.micro_batch_size)
     folder = Path(run.output_dir)
