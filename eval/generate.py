@@ -15,11 +15,11 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from pipelines.atomic import write_atomically
 from pipelines.errors import UserError
 from pipelines.identity import differences, sha256_of
 from pipelines.reading import read_json
 
-from .files import write_atomically
 from .sampler import Sampler
 
 PER_FOLDER = 1000

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from pipelines.atomic import write_atomically
 from pipelines.errors import UserError
 
 from . import figures
-from .files import write_atomically
 from .idle import refuse_unread
 from .image_files import VIEWS
 from .measure import Plan, build, compute, plan

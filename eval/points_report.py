@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pipelines.analytic import GaussianMixture, make_mixture
+from pipelines.atomic import write_atomically
 from pipelines.edm import PointNet
 from pipelines.errors import UserError
 from pipelines.provenance import git_commit, versions
 from pipelines.reading import loading, read_yaml
 
-from .files import write_atomically
 from .point_figures import scatter_chart
 from .points import BLOCK, evaluate
 from .sampler import load_sampler

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.atomic import write_atomically
 from pipelines.errors import UserError
 from pipelines.identity import differences
 from pipelines.reading import BY_FILES, loading, read_json, reason_of
 
 from .extractors import Extractor
-from .files import write_atomically
 from .image_files import ImageFiles
 from .measure import Plan, without_logits
 from .one_pass import Gathered, one_pass

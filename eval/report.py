@@ -13,9 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pipelines.atomic import write_atomically
+
 from . import figures
 from .baselines import Row, read_baselines
-from .files import write_atomically
 from .html import STYLE, data_uri
 from .protocols import LOWER_IS_BETTER
 from .results import TITLES, comparable

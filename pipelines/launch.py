@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 from .errors import USER_ERRORS, UserError, message
 
+# Python's last collection goes through all that torch and its friends have made: seconds of work in which a process that has been
+# asked to stop still seems to run, to free what ends with it anyway.
+atexit.register(gc.freeze)
+
+# What starts the processes of a command and waits for them: the first words of its command line.
+LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun"}
+LAUNCHERS |= {"accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run"}
+
+
+def follow_launcher() -> None:
+    """From now on the end of `accelerate launch` is a SIGTERM to this process. Of a single process the launcher passes no signal
+    on: stopped alone it would leave an orphan that trains to the end, unseen. Other parents, such as a shell, may go.
+    """
+    parent = os.getppid()
+    try:
+        command = psutil.Process(parent).cmdline()[:3]
+    except psutil.Error:
+        return
+    if not LAUNCHERS & {Path(word).name for word in command}:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
 
 def check_processes(accelerator: Any) -> None:
-    """UserError where several processes were started that do not know of each other: each would do all of the work."""
+    """UserError where several processes were started that do not know of each other: each would do all of the work. From here on
+    the process ends with its launcher.
+    """
+    follow_launcher()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(
@@ -54,6 +93,27 @@ def _is_first_to_say(text: str) -> bool:
         return store.add(f"said/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}", 1) == 1
     except (RuntimeError, AttributeError):  # whoever kept it has ended: better twice than never
         return True
+
+
+def on_main(accelerator: Any, act: Callable[[], Any]) -> None:
+    """act() on the main process alone, while the others wait. An error that a user can mend ends all of them: it is raised on
+    the main process, and the others leave with status 2 without a word.
+    """
+    error = None
+    if accelerator.is_main_process:
+        try:
+            act()
+        except USER_ERRORS as raised:
+            error = raised
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        (failed,) = broadcast_object_list([error is not None])
+        if failed and error is None:
+            end_processes()
+            raise SystemExit(2)
+    if error is not None:
+        raise error
 
 
 def fail(error: BaseException, prefix: str = "error") -> NoReturn:

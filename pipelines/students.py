@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from . import stable_diffusion
+from . import atomic, stable_diffusion
 from .edm import EDMPipeline, PointNet
 from .errors import UserError, shown
 from .identity import weights_sha256
@@ -159,14 +157,10 @@ def save_stable_diffusion(
 
 def replace_folder(folder: Path, write: Callable[[Path], None], kind: str, info: dict[str, Any], card: str) -> None:
     """Put what `write` makes, <kind>.json and README.md in place of `folder`, at once."""
-    partial = folder.with_name(f".partial_{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    (partial / f"{kind}.json").write_text(json.dumps(info, indent=1) + "\n")
-    (partial / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with atomic.new_folder(folder) as partial:
+        write(partial)
+        (partial / f"{kind}.json").write_text(json.dumps(info, indent=1) + "\n")
+        (partial / "README.md").write_text(card)
 
 
 def facts_list(info: dict[str, Any]) -> str:

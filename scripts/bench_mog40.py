@@ -26,6 +26,7 @@ from torch import Tensor
 from eval import points
 from eval.point_figures import curves_chart, scatter_chart
 from pipelines.analytic import make_mixture
+from pipelines.atomic import new_file
 from pipelines.edm import EDMPipeline
 from pipelines.identity import pipeline_identity
 from pipelines.provenance import git_commit, versions
@@ -199,7 +200,8 @@ def published(name: str, seed: int, seconds: float, folder: Path) -> list[dict[s
                 with torch.no_grad():
                     x = baseline.sample(z)
                 rows.append(measured(x, step=step, seconds=spent))
-        save_file({"x": x}, folder / f"{name}_{seed}.safetensors")
+        with new_file(folder / f"{name}_{seed}.safetensors") as partial:
+            save_file({"x": x}, partial)
         return rows
 
     return kept(folder / f"{name}_{seed}.json", {"seconds": seconds, "samples": SAMPLES, "snapshots": SNAPSHOTS}, curve)

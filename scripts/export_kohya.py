@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipelines.atomic import new_file
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
 from pipelines.loras import LORA_FILE
@@ -58,9 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         weights, rank, alpha = read_lora(args.student / LORA_FILE)
         with loading(f"{str(args.student / LORA_FILE)!r} has layers that kohya's names do not know"):
             kohya = to_kohya(weights, rank, alpha)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with loading(f"{str(args.output)!r} cannot be written"):
-            save_file(kohya, args.output, metadata={"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})
+        with new_file(args.output) as partial:
+            save_file(kohya, partial, metadata={"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})
     print(f"{args.output}: {len(kohya) // 3} layers of rank {rank}")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eval.frechet import GaussianStats, frechet_distance
+from pipelines.atomic import new_file
 from pipelines.images import ImageSet, to_unit
 
 
@@ -92,7 +93,8 @@ class Judge:
                 return F.cross_entropy(self.net.train()(x)[1], labels[rest:][rows])
 
             train(self.net, loss, len(pixels) - rest, steps, 128, 5e-3, "classifier")
-            save_file(self.net.state_dict(), file, self.identity)
+            with new_file(file) as partial:
+                save_file(self.net.state_dict(), partial, self.identity)
         features, classes = self.net.read(pixels)
         self.real = GaussianStats.of(features[rest:])
         self.held_out_features = features[:rest]

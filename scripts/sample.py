@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from pipelines.atomic import new_file
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
 from pipelines.paths import path_option
@@ -87,8 +88,8 @@ def draw(args: argparse.Namespace) -> None:
         images, seconds = timed(pipe, args.prompt, z, **shape, **call)
         columns[f"{title}, {seconds:.2f} s"] = images
         print(f"{title}: {seconds:.3f} s an image")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    grid(columns, args.prompt).save(args.output)
+    with new_file(args.output) as partial:
+        grid(columns, args.prompt).save(partial)
     print(args.output)
 
 

@@ -21,9 +21,9 @@ from eval.digits.protocol import PROTOCOLS
 from eval.digits.report import FILES, write_report
 from eval.digits.runs import Run, find_run
 from eval.figures import grid, panels
-from eval.files import write_atomically
 from eval.metrics import class_balance
 from eval.training_log import curves, ess_by_level, read_metrics
+from pipelines.atomic import write_atomically
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
 from pipelines.errors import UserError
 from pipelines.images import load_digits

@@ -1,18 +1,59 @@
-"""Commands that may run in several processes leave their group however they end."""
+"""Commands under a launcher, in one process or several: they end with it, whole, and leave their group however they end."""
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 from torch import distributed
 
 from eval.__main__ import main
 from pipelines import launch
 from pipelines.errors import UserError
+from trainers import checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+LAUNCHERS = {
+    "accelerate, 1 process": [*LAUNCH, "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--cpu"],
+    "accelerate, 2 processes": [*LAUNCH, "--config_file", str(ROOT / "configs" / "accelerate" / "cpu_2.yaml")],
+    "torchrun, 1 process": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--standalone"],
+}
+CONFIG = {
+    "data": {"name": "digits"},
+    "network": {"channels": 8, "num_blocks": 1, "patch_size": 2},
+    "levels": {"name": "log_uniform", "low": 0.3, "high": 3.0},
+    "optimizer": {"lr": 1e-3},
+    "steps": 1_000_000,
+    "batch_size": 6,
+    "log_every": 1,
+    "sampling_steps": 2,
+    "num_samples": 2,
+}
+
+
+def wait_until(happened, process: subprocess.Popen, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.1)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Whatever is left of what a test started, in a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+    process.wait()
 
 
 @pytest.fixture
@@ -69,3 +110,59 @@ def test_two_processes_print_an_error_once(fault, tmp_path):
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(said) == 1, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number", "whom"),
+    [
+        ("accelerate, 1 process", signal.SIGTERM, "the launcher"),
+        ("accelerate, 1 process", signal.SIGKILL, "the launcher"),
+        ("accelerate, 1 process", signal.SIGINT, "everybody"),
+        ("accelerate, 2 processes", signal.SIGINT, "the launcher"),
+        ("accelerate, 2 processes", signal.SIGTERM, "everybody"),
+        ("torchrun, 1 process", signal.SIGTERM, "everybody"),
+    ],
+)
+def test_a_run_ends_with_its_launcher_and_is_saved(launcher, number, whom, tmp_path):
+    """`kill` of the launcher; Ctrl-C and a scheduler's SIGTERM, which go to all processes. The reader of stderr is gone, too."""
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run")}))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*LAUNCHERS[launcher], "-m", "trainers.train_teacher", "--config", str(tmp_path / "config.yml")]
+    reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    started = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=reader.stdin, start_new_session=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 1000, started)
+        processes = psutil.Process(started.pid).children(recursive=True)
+        reader.kill()
+        reader.communicate()
+        for process in [psutil.Process(started.pid), *(processes if whom == "everybody" else [])]:
+            process.send_signal(number)
+        started.wait(100)
+        assert not psutil.wait_procs(processes, timeout=100)[1]
+    finally:
+        end(started)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert steps == list(range(1, checkpoint.number_of(saved.name) + 1))
+    checkpoint.load(saved)
+    assert json.loads((tmp_path / "run" / "teacher" / "teacher.json").read_text())["steps"] == steps[-1]
+
+
+@pytest.mark.slow
+def test_a_run_does_not_end_with_its_shell(tmp_path):
+    """`nohup python -m trainers... &` and the window closed: the parent is gone, and it was no launcher."""
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run"), "steps": 30}))
+    run = f"nohup {sys.executable} -m trainers.train_teacher --config {tmp_path / 'config.yml'} 2> {tmp_path / 'log'} >&2 &"
+    shell = subprocess.Popen(["bash", "-c", f"{run} sleep 100"], cwd=ROOT, start_new_session=True)
+    try:
+        wait_until(lambda: (tmp_path / "run" / "config.yaml").is_file(), shell)
+        children = [p for p in psutil.Process(shell.pid).children() if "trainers.train_teacher" in p.cmdline()]
+        shell.kill()
+        children[0].send_signal(signal.SIGHUP)
+        shell.wait()
+        assert not psutil.wait_procs(children, timeout=100)[1]
+    finally:
+        end(shell)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 30

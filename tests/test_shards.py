@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.identity import weights_sha256
 from trainers.data import Tensors, without
 from trainers.draws import DrawSource
+from trainers.lock import FolderLock
 from trainers.shards import Cached, CacheError, build
 
 ROWS, SHARD, BATCH = 19, 7, 3  # shards of 7, 7 and 5 rows, encoded 3, 3, 1 | 3, 3, 1 | 3, 2 at a time
@@ -121,6 +123,28 @@ def test_what_a_kill_left_half_written_is_written_again(tmp_path, whole):
     make(folder)
     assert files(folder) == whole
     assert not (folder / ".partial_1").exists()
+
+
+def test_a_cache_that_another_command_is_making_is_refused(tmp_path):
+    """Its halves stay; it is a wait of seconds to hours, which the user decides on."""
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    (tmp_path / ".partial_1").write_bytes(b"half")
+    with pytest.raises(UserError, match=f"data.cache '{tmp_path}' is in use by another run .process [0-9]+ on .*; wait until"):
+        make(tmp_path)
+    assert (tmp_path / ".partial_1").exists()
+    lock.release()
+    make(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_shards_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        make(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert {oct(f.stat().st_mode & 0o777) for f in (tmp_path / "cache").iterdir()} == {"0o640"}
 
 
 def processes(count: int, run: Callable[[SimpleNamespace], None]) -> list[BaseException]:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipelines import noise
 from pipelines.edm.layout import ARCHITECTURES
@@ -129,6 +129,21 @@ class Run(Strict):
     trackers: list[str] = []  # any that accelerate knows, e.g. tensorboard
     gradient_checkpointing: bool = False  # recompute each block in backward: about a third more time, a fraction of the memory
     compile: str | None = None  # a torch.compile backend, e.g. inductor, for the blocks that a network repeats
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _resume_as_yaml_reads_it(cls, value: Any) -> Any:
+        """YAML reads `no` and `off` as false, `yes` and `on` as true, and an empty value as null."""
+        if value is True or value is None:
+            raise ValueError("give latest, no or the folder of a checkpoint")
+        return "no" if value is False else value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compile_as_yaml_reads_it(cls, value: Any) -> Any:
+        if value is True:
+            raise ValueError("give a backend, e.g. inductor, or no")
+        return None if value is False else value
 
     @model_validator(mode="after")
     def _one_average(self):

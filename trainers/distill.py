@@ -1,6 +1,7 @@
 """Distil a teacher into a one-step student: `accelerate launch -m trainers.distill --config configs/X.yaml [a.b=value ...]`.
 
-Writes <output_dir>/{config.yaml, environment.json, metrics.jsonl, timings.jsonl, samples/, checkpoints/, student/}.
+Writes <output_dir>/{config.yaml, environment.json, history.jsonl, metrics.jsonl, timings.jsonl,
+samples/, checkpoints/, student/}.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def make_trainer(config: DistillConfig) -> Trainer:
         draws,
         preview=models.preview,
         export=lambda folder, info: models.export(folder, facts | info),
-        record=lambda: setup.record(config, accelerator),
+        record=lambda start: setup.record(config, accelerator, start),
         evaluate=build_evaluation(config, planned, models, accelerator) if planned else None,
         evaluate_every=config.evaluation.every if config.evaluation else 0,
     )

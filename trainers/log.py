@@ -7,14 +7,34 @@ run that was never stopped.
 from __future__ import annotations
 
 import json
-import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from pipelines import atomic
+from pipelines.launch import on_main
+
 from .objectives.base import HealthCheck
+
+LOGS = ("metrics.jsonl", "timings.jsonl")
+
+
+class Terminal:
+    """sys.stderr, which may go away (a closed window, a pipe's reader that was stopped too) without taking the run with it."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(sys.stderr, name)
 
 
 class RunLog:
@@ -23,19 +43,30 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, folder: Path, steps: int, health: tuple[HealthCheck, ...]) -> None:
         self.accelerator, self.folder, self.health = accelerator, folder, health
         self.sums: dict[str, tuple[float, int]] = {}
-        self.bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", dynamic_ncols=True)
+        self.terminal = Terminal()
+        shown = accelerator.is_main_process
+        self.bar = tqdm(total=steps, disable=not shown, unit="step", dynamic_ncols=True, file=self.terminal)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in LOGS]
 
     @property
     def state(self) -> dict[str, tuple[float, int]]:
         return dict(self.sums)
 
     def resume(self, state: dict[str, list], step: int) -> None:
-        """Take up the running means, and forget the lines a killed run wrote after its last checkpoint."""
+        """Take up the running means."""
         self.sums = {name: (total, count) for name, (total, count) in state.items()}
-        if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "timings.jsonl"):
-                _keep_until(self.folder / name, step)
         self.bar.update(step - self.bar.n)
+
+    def rewind(self, checkpoint: Path | None, step: int) -> None:
+        """The files as they were at this step: as the checkpoint holds them, or without the lines written later."""
+        for file in self.files:
+            held = checkpoint and checkpoint / file.name
+            source = held if held and held.is_file() else file
+            if source.is_file():
+                atomic.write_text(file, "".join(f"{line}\n" for line in _until(source, step)))
 
     def add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -50,9 +81,8 @@ class RunLog:
             for name, value in metrics.items():
                 if name.endswith(f"/{check.metric}") and value < check.minimum:
                     self.warn(f"step {step}: {name} = {value:.3g} is below {check.minimum:g}: {check.message}")
-        if self.accelerator.is_main_process:
-            _append(self.folder / "metrics.jsonl", {"step": step} | metrics)
-            _append(self.folder / "timings.jsonl", {"step": step, "seconds": round(seconds, 3)})
+        rows = ({"step": step} | metrics, {"step": step, "seconds": round(seconds, 3)})
+        on_main(self.accelerator, lambda: [atomic.append_line(f, json.dumps(r)) for f, r in zip(self.files, rows, strict=True)])
         self.accelerator.log(metrics | {"seconds": seconds}, step=step)
         brief = {n: v for n, v in metrics.items() if "norm" not in n and "@" not in n}
         shown = {n if "loss" in n else n.split("/")[-1]: f"{v:.3g}" for n, v in brief.items()}
@@ -60,29 +90,20 @@ class RunLog:
 
     def warn(self, message: str) -> None:
         if self.accelerator.is_main_process:
-            self.bar.write(f"WARNING: {message}", file=sys.stderr)
+            self.bar.write(f"WARNING: {message}", file=self.terminal)
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
-            self.bar.write(message, file=sys.stderr)
+            self.bar.write(message, file=self.terminal)
 
 
-def _append(file: Path, line: dict) -> None:
-    with file.open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
-
-
-def _keep_until(file: Path, step: int) -> None:
-    """Rewrite a JSON-lines file without the lines after `step` and without a half-written last line."""
-    if not file.exists():
-        return
+def _until(file: Path, step: int) -> list[str]:
+    """The lines up to `step`, without one that a killed process was writing."""
     kept = []
     for line in file.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except ValueError:
-            continue  # the line a killed process was writing
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(partial, file)
+            continue
+    return kept

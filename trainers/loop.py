@@ -24,16 +24,22 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from pipelines import atomic
 from pipelines.errors import UserError
+from pipelines.launch import on_main
 
-from . import checkpoint
+from . import checkpoint, resume
 from .config import Optimizer as OptimizerConfig
 from .config import Run
 from .draws import DrawSource
 from .ema import Ema, constant_decay, halflife_decay, trained_parameters
+from .lock import FolderLock
 from .log import RunLog
 from .objectives.base import Draw, LossTerms, Objective, Phase
 from .optimizers import build_optimizer, learning_rate
+from .resume import Start
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # asked to stop; interrupted; the terminal was closed
 
 
 class NonFiniteError(UserError):
@@ -41,7 +47,8 @@ class NonFiniteError(UserError):
 
 
 class Trainer:
-    """record() is called once, when the run is known to be able to start: before that nothing is written.
+    """record(start) is called once, when the run is known to be able to start: before that nothing is written. It returns what is
+    new in the run's environment.
 
     primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
 
@@ -61,7 +68,7 @@ class Trainer:
         draws: DrawSource,
         preview: Callable[[], Tensor],
         export: Callable[[Path, dict], None],
-        record: Callable[[], None],
+        record: Callable[[Start], list[str]],
         evaluate: Callable[[int], dict[str, float]] | None = None,
         evaluate_every: int = 0,
     ) -> None:
@@ -103,10 +110,12 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to run.steps. Returns False if a signal ended the run early, after saving; True if it is complete."""
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        heeded = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP, and so do we then
+        previous = {s: signal.signal(s, self._on_signal) for s in heeded}
+        lock = FolderLock(self.output)
         try:
-            self.restore()
-            self.record()
+            on_main(self.accelerator, lambda: (lock.acquire(), resume.recover(self.output, self.primary)))
+            self._begin(self.restore())
             self._warm_up()
             while self.step < self.run.steps and not self._stop_agreed:
                 self.one_step()
@@ -118,10 +127,28 @@ class Trainer:
             if not complete:
                 self.log.say(f"Stopped by a signal at step {self.step}; saved. Continue with resume=latest.")
             return complete
+        except atomic.WriteError as error:
+            raise atomic.WriteError(f"{error}. The run stopped at step {self.step}; {self._last_checkpoint()}.") from error
         finally:
             self.log.bar.close()
+            lock.release()
             for s, handler in previous.items():
                 signal.signal(s, handler)
+
+    def _begin(self, start: Start) -> None:
+        """Bring the folder to where the run starts, and say what that is."""
+        self.accelerator.wait_for_everyone()  # every process has read what it goes on from
+        set_aside: list[Path] = []
+
+        def prepare() -> None:
+            if resume.leaves_a_branch(self.output, start):
+                set_aside.extend(resume.set_aside(self.output, start.step))
+            self.log.rewind(start.checkpoint, start.step)
+
+        on_main(self.accelerator, prepare)
+        environment = self.record(start)
+        for line in resume.report(start, self.run, environment, set_aside):
+            self.log.say(line)
 
     def _warm_up(self) -> None:
         """Before the first step: levels that are annealed, and the EMA, stay where they are until then."""
@@ -239,12 +266,15 @@ class Trainer:
     def _check_finite(self, phase: Phase, values: dict[str, float]) -> None:
         bad = {name: v for name, v in values.items() if not math.isfinite(v) and (name == "loss" or "grad_norm" in name)}
         if bad:
-            saved = checkpoint.list_checkpoints(self.output / "checkpoints")
-            last = f"the last checkpoint is {str(saved[-1])!r}" if saved else "no checkpoint has been written"
             raise NonFiniteError(
                 f"phase {phase.name!r} at step {self.step}: {', '.join(f'{n} = {v}' for n, v in bad.items())}. No weight was "
-                f"changed; {last}. Lower the learning rate or the clip threshold, or raise the lowest noise level."
+                f"changed; {self._last_checkpoint()}. Lower the learning rate or the clip threshold and go on with "
+                "resume=latest, or start a new run with a higher lowest noise level."
             )
+
+    def _last_checkpoint(self) -> str:
+        saved = checkpoint.list_checkpoints(self.output / "checkpoints")
+        return f"the last checkpoint is {str(saved[-1])!r}" if saved else "no checkpoint has been written"
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
@@ -257,50 +287,56 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
+        def save() -> None:
             state = {
                 "step": self.step,
                 "warmup_done": self.warmup_done,
+                "updates_done": dict(self.updates_done),
                 "ema_updates": self.ema.updates,
                 "seconds": self.seconds,
                 "calls": dict(self.calls),
                 "log": self.log.state,
             }
-            folder = self.output / "checkpoints"
-            checkpoint.save(folder, self.step, self._tensors(), state, self.run.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+            folder, config = self.output / "checkpoints", self.run.model_dump(mode="json")
+            checkpoint.save(folder, self.step, self._tensors(), state, config, self.log.files, self.run.keep_checkpoints)
 
-    def restore(self) -> None:
-        """Take up what run.resume means, if anything."""
-        path = find_checkpoint(self.run)
-        if path is None:
-            self.log.resume({}, step=0)
-            return
-        tensors, state = checkpoint.load(path)
+        on_main(self.accelerator, save)
+
+    def restore(self) -> Start:
+        """Take up what run.resume means, if anything. Nothing is written."""
+        start = resume.plan(self.run, self.primary)
+        if start.checkpoint is None:
+            return start
+        path, source = start.checkpoint, str(start.checkpoint)
+        tensors, state = checkpoint.load(path, explicit=self.run.resume != "latest")
         mine = self._tensors()
-        checkpoint.restore_tensors(mine["networks"], tensors["networks"], str(path))
-        checkpoint.restore_tensors(mine["objective"], tensors.get("objective", {}), str(path))
-        checkpoint.restore_tensors(mine["ema"], tensors["ema"], str(path))
-        checkpoint.restore_optimizers(self.optimizers, self.networks, tensors["optimizers"], str(path))
+        checkpoint.restore_tensors(mine["networks"], tensors["networks"], source)
+        checkpoint.restore_tensors(mine["objective"], tensors.get("objective", {}), source)
+        checkpoint.restore_tensors(mine["ema"], tensors["ema"], source)
+        checkpoint.restore_optimizers(self.optimizers, self.networks, tensors["optimizers"], source)
         self.step, self.warmup_done, self.seconds = state["step"], state["warmup_done"], state["seconds"]
-        self.updates_done = self._updates_after(self.warmup_done, self.step)
+        self.updates_done = Counter(state.get("updates_done") or self._updates_after(self.warmup_done, self.step))
         self.ema.updates, self.calls = state["ema_updates"], Counter(state["calls"])
         self.log.resume(state["log"], self.step)
-        self.log.say(f"Resumed from {path} at step {self.step}.")
+        return start
 
     def _preview(self, file: Path) -> None:
         with self.ema.swapped():
             drawn = self.preview()
-        if self.accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_image(drawn, file, nrow=max(1, round(len(drawn) ** 0.5)))
+
+        def write() -> None:
+            with atomic.new_file(file) as partial:
+                save_image(drawn, partial, nrow=max(1, round(len(drawn) ** 0.5)))
+
+        on_main(self.accelerator, write)
 
     def _export(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:
+        def export() -> None:
             calls = {role: n * self.accelerator.num_processes for role, n in sorted(self.calls.items())}
             with self.ema.swapped():
                 self.export(folder, {"steps": self.step, "train_seconds": round(self.seconds, 2), "calls": calls})
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, export)
 
     # Small things ----------------------------------------------------------------------------------------------------
 
@@ -322,9 +358,15 @@ class Trainer:
         return count
 
     def _on_signal(self, number: int, frame) -> None:
-        self._stop_requested = True
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        self.log.say(f"{signal.Signals(number).name}: finishing the step and saving; once more stops at once.")
+        """The first signal ends the run after its step. A second Ctrl-C ends it at once; a second SIGTERM does not, since several
+        may pass on the same one (a scheduler and a launcher, say).
+        """
+        first, self._stop_requested = not self._stop_requested, True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        if first:
+            once_more = "; once more stops at once" if number == signal.SIGINT else ""
+            self.log.say(f"{signal.Signals(number).name}: finishing the step and saving{once_more}.")
 
 
 def compile_blocks(networks: Iterable[nn.Module], backend: str) -> None:
@@ -334,18 +376,6 @@ def compile_blocks(networks: Iterable[nn.Module], backend: str) -> None:
     for module in dict.fromkeys(m for network in networks for m in network.modules()):
         if hasattr(module, "compile_repeated_blocks"):
             module.compile_repeated_blocks(backend=backend)
-
-
-def find_checkpoint(run: Run) -> Path | None:
-    """What run.resume means: None to start afresh, or the folder of a checkpoint. FileNotFoundError if it is not there."""
-    if run.resume == "no":
-        return None
-    if run.resume == "latest":
-        saved = checkpoint.list_checkpoints(Path(run.output_dir) / "checkpoints")
-        return saved[-1] if saved else None
-    if not Path(run.resume).is_dir():
-        raise FileNotFoundError(f"resume: no such checkpoint folder {run.resume!r}; give 'latest', 'no' or a folder")
-    return Path(run.resume)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,22 +17,24 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 from torch import Tensor
 
-from pipelines import images
+from pipelines import atomic, images
 from pipelines.analytic import make_mixture
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.errors import UserError
 from pipelines.images import ImageSet
-from pipelines.launch import check_processes
+from pipelines.launch import check_processes, on_main
 from pipelines.launch_options import TRAINING, check_launch
 from pipelines.paths import path_option
 from pipelines.provenance import git_commit, versions
 
-from . import checkpoint
-from .config import Data, EDMNetwork, Network, PointNetwork, Run
+from . import resume
+from .config import Data, EDMNetwork, Network, PointNetwork, Run, TeacherConfig
 from .config_file import load_config
 from .data import Images, Points
 from .draws import derive_seed, split
-from .loop import find_checkpoint
+from .lock import check_unlocked
+from .log import LOGS
+from .resume import Start
 
 PACKAGES = ("one-step-distill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
 
@@ -87,32 +90,55 @@ def sharded() -> bool:
 
 
 def check_output(run: Run, accelerator: Accelerator) -> None:
-    """Refuse an output_dir that cannot be written or that holds another run, and a batch that these processes cannot share.
-    Writes nothing.
+    """Refuse a batch that these processes cannot share, an output_dir that cannot be written, is in use or holds another run, and
+    a checkpoint to resume from that does not fit, before anything is loaded. Writes nothing.
     """
     split(run.batch_size, accelerator.num_processes, run.micro_batch_size)
     folder = Path(run.output_dir)
-    find_checkpoint(run)  # a resume path that is not there is an error now, not after the data are loaded
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "may not be written" if existing.is_dir() else "is a file"
-        raise UserError(f"output_dir {run.output_dir!r} cannot be written: {str(existing)!r} {reason}; name another folder")
-    used = (folder / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(folder / "checkpoints"))
-    if used and run.resume == "no":
-        raise UserError(
-            f"output_dir {run.output_dir!r} already holds a run; continue it with resume=latest or name another folder"
-        )
+    primary = "teacher" if isinstance(run, TeacherConfig) else "student"
+    _check_writable(run, primary)
+    check_unlocked(folder)
+    resume.plan(run, primary)
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
 
 
-def record(run: Run, accelerator: Accelerator) -> None:
-    """Write config.yaml and environment.json, and start the trackers; called once a run is known to be able to start."""
-    if accelerator.is_main_process:
-        folder = Path(run.output_dir)
-        write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
-        write_text(folder / "environment.json", json.dumps(environment(accelerator), indent=1) + "\n")
+def _check_writable(run: Run, primary: str) -> None:
+    folder, fault = Path(run.output_dir), f"output_dir {run.output_dir!r} cannot be written: {{}}; name another folder"
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        what = "is a link to nothing" if not existing.exists() else "is a file"
+        raise UserError(fault.format(f"{str(existing)!r} {what}"))
+    for part in (existing, *(folder / name for name in ("checkpoints", "samples", "snapshots", primary))):
+        if os.path.lexists(part) and not part.is_dir():
+            raise UserError(fault.format(f"{str(part)!r} is to be a folder, and is none"))
+        if part.is_dir() and not os.access(part, os.W_OK | os.X_OK):
+            raise UserError(fault.format(f"{str(part)!r} may not be written"))
+    for file in (folder / name for name in (*LOGS, "history.jsonl")):
+        if os.path.lexists(file) and not (file.is_file() and os.access(file, os.W_OK)):
+            raise UserError(fault.format(f"{str(file)!r} is no file that may be written"))
+
+
+def record(run: Run, accelerator: Accelerator, start: Start) -> list[str]:
+    """Write config.yaml and environment.json as they are from now on and a line of history.jsonl, and start the trackers.
+
+    Called once a run is known to be able to start. Returns what has changed in the environment of a run that goes on.
+    """
+    folder, about = Path(run.output_dir), environment(accelerator)
+    before = resume.read_config(start.checkpoint.parent.parent / "environment.json") if start.checkpoint else None
+    changed = resume.lines(resume.differences({"environment": before}, {"environment": about})) if before else []
+    accelerator.wait_for_everyone()  # every process has read what is now written anew
+    now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": start.step}
+    now |= {"checkpoint": str(start.checkpoint) if start.checkpoint else None, "changed": start.changed, "environment": about}
+
+    def write() -> None:
+        atomic.write_text(folder / "environment.json", json.dumps(about, indent=1) + "\n")
+        atomic.write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+        atomic.append_line(folder / "history.jsonl", json.dumps(now))
+
+    on_main(accelerator, write)
     if run.trackers:
         accelerator.init_trackers("one-step-distill", config={"config": json.dumps(run.model_dump(mode="json"))})
+    return changed
 
 
 def environment(accelerator: Accelerator) -> dict:
@@ -202,10 +228,3 @@ def scatter(points: Tensor, spread: float, side: int = 256) -> Tensor:
     plane = points[:, [0, min(1, points.shape[1] - 1)]].double().cpu()
     counts = torch.histogramdd(plane, side, range=[-3 * spread, 3 * spread] * 2).hist.log1p()
     return (1 - counts / counts.max().clamp_min(1e-12)).T.flip(0)[None, None].float()
-
-
-def write_text(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial_{file.name}")
-    partial.write_text(text)
-    os.replace(partial, file)

@@ -11,7 +11,6 @@ again, it goes on where it was stopped. The training commands build it themselve
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from pipelines.atomic import new_file, write_text
 from pipelines.denoiser import Condition
 from pipelines.errors import UserError
 from pipelines.identity import differences
 from pipelines.reading import read_json
 
-from .setup import write_text
+from .lock import FolderLock
 
 SHARD_ROWS = 256
 # in another dtype the same weights have another hash, and other prompts other tokens: only the cause is said
@@ -54,15 +54,34 @@ def build(
     batch_size: int = 16,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
-    """Make the shards that are missing, each process its own. CacheError if the folder holds a cache of something else."""
+    """Make the shards that are missing, each process its own. CacheError if the folder holds a cache of something else, UserError
+    if another command is making it.
+    """
     check_identity(folder, identity)
     if (folder / "cache.json").is_file():
         return
     accelerator.wait_for_everyone()  # all have looked before the first one writes
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "identity.json", json.dumps(identity, indent=1) + "\n")
-    accelerator.wait_for_everyone()
+    lock = FolderLock(folder, "data.cache")
+    try:
+        if accelerator.is_main_process:
+            lock.acquire()
+            for half in folder.glob(".partial_*"):  # of a build that was killed
+                half.unlink()
+            write_text(folder / "identity.json", json.dumps(identity, indent=1) + "\n")
+        accelerator.wait_for_everyone()
+        _encode_missing(folder, num_rows, encode, accelerator, batch_size, shard_rows)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_text(folder / "cache.json", json.dumps({"rows": num_rows, "shard_rows": shard_rows}) + "\n")
+        accelerator.wait_for_everyone()
+    finally:
+        lock.release()
+
+
+def _encode_missing(
+    folder: Path, num_rows: int, encode: Encode, accelerator: Accelerator, batch_size: int, shard_rows: int
+) -> None:
+    """This process's share of the shards that are not there."""
     shards = range(-(-num_rows // shard_rows))
     mine = shards[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=num_rows, desc="encoding", unit="row", disable=not accelerator.is_main_process)
@@ -74,16 +93,11 @@ def build(
                 encoded = encode(range(start, min(start + batch_size, rows.stop)))
                 parts.append({k: v.detach().cpu() for k, v in encoded.items()})
                 bar.update(len(next(iter(encoded.values()))) * accelerator.num_processes)
-            partial = folder / f".partial_{shard}"
-            save_file({k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}, partial)
-            os.replace(partial, shard_file(folder, shard))
+            with new_file(shard_file(folder, shard)) as partial:
+                save_file({k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}, partial)
         else:
             bar.update(len(rows) * accelerator.num_processes)
     bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_text(folder / "cache.json", json.dumps({"rows": num_rows, "shard_rows": shard_rows}) + "\n")
-    accelerator.wait_for_everyone()
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def run(config: TeacherConfig) -> None:
         draws,
         teacher.preview,
         export=lambda folder, info: save_model(folder, teacher.pipeline, "teacher", facts | info),
-        record=lambda: setup.record(config, accelerator),
+        record=lambda start: setup.record(config, accelerator, start),
     )
     trainer.fit()
     accelerator.end_training()

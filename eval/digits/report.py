@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from pipelines.atomic import write_atomically
+
 from .. import figures
-from ..files import write_atomically
 from ..training_log import curves, ess_by_level
 from .evaluate import Evaluation, Measured
 from .page import page

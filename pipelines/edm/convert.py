@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import re
-import shutil
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..atomic import new_folder
 from .convert_points import finite, is_point_network, point_network
 from .layout import PRECONDITIONING, STYLES, check_layout, decoder_layers, encoder_layers, state_shapes
 from .pickles import DAMAGE, Instance, SnapshotError
@@ -84,13 +83,8 @@ def convert(source: str | Path, output: str | Path) -> Converted:
     except DAMAGE as error:
         raise SnapshotError(f"the file is damaged or holds another network ({type(error).__name__}: {error})") from error
     count = sum(math.prod(w.shape) for key, w in weights.items() if key != "map_noise.freqs")
-    partial = output.with_name(f".partial_{output.name}_{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(output) as partial:
         write(partial, name, unet, scheduler, weights)
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Converted(unet, scheduler, count, left_out)
 
 
