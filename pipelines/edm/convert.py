@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,32 +55,38 @@ def convert(source: str | Path, output: str | Path, preconditioning: str | None 
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{str(output)!r} exists already; name another folder, or remove it")
     try:
-        snapshot, _ = open_snapshot(source)
-        assumed = None
-        if is_point_network(snapshot.tensors):
-            if preconditioning is not None:
-                raise SnapshotError(f"a network of points, which has no preconditioning {preconditioning!r}; leave it out")
-            name, left_out = "PointNet", ()
-            unet, scheduler, weights = point_network(snapshot.tensors)
-        else:
-            name = "EDMUNet"
-            chosen, assumed = choose_preconditioning(snapshot, preconditioning)
-            unet, left_out = describe(snapshot)
-            tensors, scheduler = renamed(snapshot, unet), describe_scheduler(snapshot, unet, chosen)
-            weights = arrays(unet, tensors)
+        with np.errstate(all="ignore"):  # what overflows is found and said
+            name, unet, scheduler, weights, left_out, assumed = read(source, preconditioning)
     except SnapshotError:
         raise
     except DAMAGE as error:
         raise SnapshotError(f"the file is damaged or holds another network ({reason(error)})") from error
     count = sum(math.prod(w.shape) for key, w in weights.items() if key != "map_noise.freqs")
     partial = output.with_name(f".partial_{output.name}_{os.getpid()}")
+    parents = [p for p in partial.parents if not p.exists()]
     try:
         partial.mkdir(parents=True)
         write(partial, name, unet, scheduler, weights)
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in parents if not output.exists() else ():
+            with suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
     return Converted(unet, scheduler, count, left_out, assumed)
+
+
+def read(source: Path, preconditioning: str | None) -> tuple[str, dict, dict, dict[str, np.ndarray], tuple[str, ...], str | None]:
+    """(class of the network, its configuration, the scheduler's, weights, what is left out, what is assumed)."""
+    snapshot = open_snapshot(source)
+    if is_point_network(snapshot.tensors):
+        if preconditioning is not None:
+            raise SnapshotError(f"a network of points, which has no preconditioning {preconditioning!r}; leave it out")
+        return "PointNet", *point_network(snapshot.tensors), (), None
+    chosen, assumed = choose_preconditioning(snapshot, preconditioning)
+    unet, left_out = describe(snapshot)
+    tensors, scheduler = renamed(snapshot, unet), describe_scheduler(snapshot, unet, chosen)
+    return "EDMUNet", unet, scheduler, arrays(unet, tensors), left_out, assumed
 
 
 # Writing ----------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ def describe(snapshot: Snapshot) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(EDMUNet's configuration, what of the file is left out). SnapshotError where the file contradicts itself."""
     tensors = snapshot.tensors
     if any("aux_up" in name for name in (*tensors, *snapshot.objects)):
-        raise SnapshotError("decoder_type 'skip' is not supported: no published network has it")
+        raise SnapshotError(
+            "decoder_type 'skip' is not supported: its output is a sum over all levels, without the one last layer that posteriors "
+            "and second decoders read; no published network has it"
+        )
 
     def shape(name: str, dimensions: int = 4) -> tuple[int, ...]:
         if name not in tensors:

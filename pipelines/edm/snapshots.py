@@ -31,8 +31,8 @@ class Snapshot:
     objects: dict[str, Instance] = field(default_factory=dict)
 
 
-def open_snapshot(source: Path) -> tuple[Snapshot, int]:
-    """(what the file holds, its size). Tensors are views of the file, which stays open as long as they live."""
+def open_snapshot(source: Path) -> Snapshot:
+    """What the file holds. Tensors are views of the file, which stays open as long as they live."""
     if source.is_dir():
         raise SnapshotError(f"is a folder; {FIX}")
     if not source.is_file():
@@ -46,7 +46,7 @@ def open_snapshot(source: Path) -> tuple[Snapshot, int]:
         raise SnapshotError(f"{other}; {FIX}")
     snapshot = state_dict(read_torch_zip(source, data)) if data[:4] == ZIP else read_pickled(data)
     check_tensors(snapshot.tensors, len(data))
-    return snapshot, len(data)
+    return snapshot
 
 
 def what_else(head: bytes) -> str | None:

@@ -489,6 +489,15 @@ def test_points_have_no_preconditioning(refused):
     refused(saved(points()), "a network of points, which has no preconditioning 'vp'", "p.pth", ("--preconditioning", "vp"))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300, -1e300])
+def test_numbers_that_overflow(refused, small, value):
+    """Said in one line, without numpy's warnings."""
+    name = "enc.2x2_down.conv0.resample_filter"
+    wide = {key: tensor.double() for key, tensor in small.state_dict().items()}
+    refused(saved(wide | {f"model.{name}": torch.full((1, 1, 2, 2), value, dtype=torch.float64)}), f"{name} is not", "bad.pth")
+    refused(saved(wide | {"model.u": torch.full((1001,), value, dtype=torch.float64)}), "channels in", "bad.pth")
+
+
 # Zip files -----------------------------------------------------------------------------------------------------------------
 
 
@@ -682,6 +691,16 @@ def test_a_folder(server, tmp_path):
         2,
         f"error: {tmp_path}: is a folder; expected a .pkl of NVlabs' EDM or of SiD, or a .pth of FastGen\n",
     )
+
+
+def test_a_disk_that_is_full(tmp_path, small):
+    """As a limit on the size of a file: neither the folder nor those that it was to lie in are left."""
+    (tmp_path / "net.pkl").write_bytes(small.dump())
+    command = f"ulimit -f 4; exec {sys.executable} -m scripts.convert_edm {tmp_path}/net.pkl {tmp_path}/made/by/out"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "File too large" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["net.pkl"]
 
 
 # Many damaged files --------------------------------------------------------------------------------------------------------
