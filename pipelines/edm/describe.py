@@ -23,7 +23,7 @@ def describe(snapshot: Snapshot) -> tuple[dict[str, Any], tuple[str, ...]]:
     tensors = snapshot.tensors
     if any("aux_up" in name for name in (*tensors, *snapshot.objects)):
         raise SnapshotError(
-            "decoder_type 'skip' is not supported: its output is a sum over all levels, without the one last layer that posteriors "
+            "decoder_type 'skip' is not supported: its output is a sum over all levels, without the last layer that posteriors "
             "and second decoders read; no published network has it"
         )
 
