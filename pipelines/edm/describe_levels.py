@@ -38,8 +38,7 @@ def choose_preconditioning(snapshot: Snapshot, asked: str | None) -> tuple[str, 
 
 def describe_scheduler(snapshot: Snapshot, unet: dict[str, Any], name: str) -> dict[str, Any]:
     """EDMScheduler's configuration: strict JSON, so that the infinite sigma_max of EDM becomes the paper's."""
-    state = snapshot.network.state if snapshot.network else {}
-    settings = {key: state.get(key, default) for key, default in PRECONDITIONING[name].items()}
+    settings = {key: held(snapshot, key, default) for key, default in PRECONDITIONING[name].items()}
     if name == "iddpm" and not snapshot.network:
         settings["M"] = len(table(snapshot)) - 1
     for key, value in settings.items():
@@ -66,9 +65,17 @@ def describe_scheduler(snapshot: Snapshot, unet: dict[str, Any], name: str) -> d
     return settings | {"preconditioning": name} | own | sampling
 
 
+def held(snapshot: Snapshot, key: str, default: float) -> Any:
+    """What the network says of itself; the default stands in for it where the file holds tensors alone."""
+    if snapshot.network is None:
+        return default
+    if key not in snapshot.network.state:
+        raise SnapshotError(f"the network has no {key}, which every {snapshot.network.class_name} has")
+    return snapshot.network.state[key]
+
+
 def known_levels(snapshot: Snapshot, name: str, settings: dict[str, Any]) -> tuple[float, float]:
     """sigma_min and sigma_max of the network. SnapshotError where they are none, or others than its settings give."""
-    state = snapshot.network.state if snapshot.network else {}
     if name == "vp":
         usual = tuple(vp_sigma(t, settings) for t in (settings["epsilon_t"], 1.0))
         if usual[1] > 1e17:
@@ -78,7 +85,7 @@ def known_levels(snapshot: Snapshot, name: str, settings: dict[str, Any]) -> tup
         usual = float(u[-2]), float(u[0])
     else:
         usual = OWN_LIMITS[name]
-    low, high = (state.get(key, value) for key, value in zip(("sigma_min", "sigma_max"), usual, strict=True))
+    low, high = held(snapshot, "sigma_min", usual[0]), held(snapshot, "sigma_max", usual[1])
     for key, value in (("sigma_min", low), ("sigma_max", high)):
         infinite = is_number(value) and math.isinf(value) and (key, name) != ("sigma_max", "edm")
         if not is_number(value) or math.isnan(value) or value < 0 or infinite:
@@ -87,7 +94,7 @@ def known_levels(snapshot: Snapshot, name: str, settings: dict[str, Any]) -> tup
         raise SnapshotError(f"sigma_min {low:g} is not below sigma_max {high:g}")
     # squares: at epsilon_t VP's is so small that float32 moves it by a multiple of EPS
     if name in ("vp", "iddpm") and not all(
-        abs(held**2 - value**2) <= 4 * EPS + 1e-5 * value**2 for held, value in zip((low, high), usual, strict=True)
+        abs(found**2 - value**2) <= 4 * EPS + 1e-5 * value**2 for found, value in zip((low, high), usual, strict=True)
     ):
         given = ", ".join(settings)
         raise SnapshotError(f"sigma_min {low:g} and sigma_max {high:g}, where {given} give {usual[0]:g} and {usual[1]:g}")

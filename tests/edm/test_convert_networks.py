@@ -187,6 +187,25 @@ def changed(root, key, value):
     return root
 
 
+@pytest.mark.parametrize(("precond", "key"), [("EDMPrecond", "sigma_data"), ("VEPrecond", "sigma_max"), ("VPPrecond", "M")])
+def test_settings_that_are_missing(tmp_path, small, precond, key):
+    """No default stands in for what a network must say."""
+    ref = small(precond)
+    tree = ref.tree
+
+    def without(make):
+        root = tree(make)
+        del root.state[key]
+        return root
+
+    ref.tree = without
+    try:
+        with pytest.raises(SnapshotError, match=f"the network has no {key}, which every {precond} has"):
+            converted(ref, tmp_path)
+    finally:
+        del ref.tree
+
+
 @pytest.mark.parametrize("wrong", [{"sigma_data": 0.0}, {"sigma_data": NAN}, {"preconditioning": "vp", "beta_d": 0.0}])
 def test_a_scheduler_refuses_them_too(wrong):
     with pytest.raises(UserError, match=list(wrong)[-1]):

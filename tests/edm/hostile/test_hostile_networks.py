@@ -70,14 +70,8 @@ def test_one_storage_for_all_tensors(refused):
     """4,000 views of four megabytes would be 16 GB of weights."""
     base = torch.zeros(1_000_000)
     refused(saved({f"enc.{i}": base for i in range(4_000)}), "some are the same numbers; expected each once", "bad.pth")
-    refused(
-        saved(
-            {f"net.{2 * i}.weight": base[: 4 * 1].view(2, 2) for i in range(9)}
-            | {f"net.{2 * i}.bias": base[:2] for i in range(9)}
-        ),
-        "'net",
-        "bad.pth",
-    )
+    layers = {f"net.{2 * i}.weight": base.view(1000, 1000) for i in range(900)}
+    refused(saved(layers | {f"net.{2 * i}.bias": base[:1000] for i in range(900)}), "expected each once", "bad.pth")
 
 
 @pytest.mark.parametrize(
@@ -112,10 +106,10 @@ def test_state_dicts(refused, tensors, match):
 
 
 def points(**changes) -> dict:
-    made = {
-        f"net.{2 * i}.{k}": torch.ones((5, 4) if i == 0 else (2, 5) if i == 3 else (5, 5)) for i in range(4) for k in ("weight",)
-    }
-    made |= {f"net.{2 * i}.bias": torch.ones(2 if i == 3 else 5) for i in range(4)}
+    """Two coordinates, five wide, with changes by names in which _ stands for a dot."""
+    shapes = [(5, 4), (5, 5), (5, 5), (2, 5)]
+    made = {f"net.{2 * i}.weight": torch.ones(shape) for i, shape in enumerate(shapes)}
+    made |= {f"net.{2 * i}.bias": torch.ones(shape[0]) for i, shape in enumerate(shapes)}
     return made | {key.replace("_", "."): value for key, value in changes.items()}
 
 
@@ -127,7 +121,7 @@ def points(**changes) -> dict:
         ({"net_2_bias": torch.ones(5, dtype=torch.long)}, "holds int64; expected floating point"),
         ({"net_2_bias": torch.full((5,), 1e300, dtype=torch.float64)}, "numbers beyond float32"),
         ({"net_2_bias": torch.full((5,), -math.inf)}, "NaN or infinite"),
-        ({"net_2_bias": torch.ones(1).expand(5)}, "reaches outside its storage|more than once".split("|")[0]),
+        ({"net_2_bias": torch.ones(1).expand(5)}, "reaches outside its storage"),
     ],
 )
 def test_networks_of_points(refused, changes, match):
