@@ -47,7 +47,7 @@ def describe(snapshot: Snapshot) -> tuple[dict[str, Any], tuple[str, ...]]:
     while f"dec.{size}x{size}_block{blocks + 1}.conv0.weight" in tensors:
         blocks += 1
     if blocks * len(sizes) > len(tensors):
-        raise SnapshotError(f"{len(tensors)} tensors are too few for {len(sizes)} levels of {blocks} blocks")
+        raise SnapshotError(f"{len(tensors):,} tensors are too few for {len(sizes)} levels of {blocks:,} blocks")
     last = "out_conv.weight" if architecture == "adm" else f"dec.{size}x{size}_aux_conv.weight"
     # the last block of a level, on its way up, is there in every network, and has attention if any has
     ends = {s: f"dec.{s}x{s}_block{blocks}" for s in sizes}

@@ -283,7 +283,6 @@ class _Machine:
         if type(function) is not Global or function.name not in self.calls or type(arguments) is not tuple:
             called = f"{function.name!r} on {shown(arguments)}" if type(function) is Global else shown(function)
             raise SnapshotError(f"byte {at}: {called} is called, which no snapshot does; nothing has been executed")
-        self.budget.spend(len(arguments))
         self.stack.append(self.calls[function.name](*arguments))
 
     def build(self, at: int) -> None:

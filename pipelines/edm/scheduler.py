@@ -51,8 +51,9 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         if preconditioning not in PRECONDITIONERS:
             raise UserError(f"scheduler.preconditioning is {preconditioning!r}; expected one of {', '.join(PRECONDITIONERS)}")
         check_preconditioning(preconditioning, self.config)
-        own = network_sigma_min is not None or network_sigma_max is not None
-        if own and preconditioning not in ("edm", "ve"):
+        if network_sigma_min is None and network_sigma_max is None:
+            return
+        if preconditioning not in ("edm", "ve"):
             raise UserError(f"scheduler.network_sigma_min and _max have no effect for {preconditioning}; remove them")
         low, high = self.preconditioner().sigma_range
         if not 0 <= low <= high:

@@ -98,6 +98,8 @@ def read_pickled(data: memoryview) -> Snapshot:
     network = value.get("ema") if type(value) is dict else value
     if type(network) is not Instance:
         held = listed(value) if type(value) is dict else type(value).__name__
+        if type(value) is dict and "ema" in value:
+            raise SnapshotError(f"'ema' is {shown(network)}; expected a network")
         raise SnapshotError(f"the file holds {held}; expected a network under 'ema'")
     if network.class_name not in PRECONDITIONERS:
         raise SnapshotError(f"the network is a {named(network)}; expected one of {', '.join(PRECONDITIONERS)}")

@@ -196,6 +196,17 @@ def test_a_folder(server, tmp_path):
     )
 
 
+def test_a_file_whose_name_has_escapes(server, tmp_path):
+    file = tmp_path / "net\x1b[31m\n.pkl"
+    file.write_bytes(POINTER)
+    server.stdin.write(json.dumps([str(file), str(tmp_path / "out")]) + "\n")
+    server.stdin.flush()
+    status, said = json.loads(server.stdout.readline())
+    assert status == 2
+    assert said.removesuffix("\n").isprintable()
+    assert r"net\x1b[31m\n.pkl: this is a Git LFS pointer" in said
+
+
 def test_a_disk_that_is_full(tmp_path, small):
     """As a limit on the size of a file: neither the folder nor those that it was to lie in are left."""
     (tmp_path / "net.pkl").write_bytes(small.dump())

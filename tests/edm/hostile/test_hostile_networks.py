@@ -105,6 +105,15 @@ def test_state_dicts(refused, tensors, match):
     refused(saved(tensors), match, "bad.pth")
 
 
+def test_levels_and_blocks_that_are_not_there(refused):
+    """Names for thirteen levels of 3,000 blocks, of which few have a tensor."""
+    sizes = [4096 >> level for level in range(13)]
+    held = {f"dec.4096x4096_block{i}.conv0.weight": torch.zeros(1, 1, 1, 1) for i in range(3_001)}
+    held |= {f"dec.{s}x{s}_block3000.conv0.weight": torch.zeros(1, 1, 1, 1) for s in sizes}
+    held |= {"enc.4096x4096_conv.weight": torch.zeros(1, 1, 1, 1), "map_layer0.weight": torch.zeros(1, 1)}
+    refused(saved(held), "3,015 tensors are too few for 13 levels of 3,000 blocks", "bad.pth")
+
+
 def points(**changes) -> dict:
     """Two coordinates, five wide, with changes by names in which _ stands for a dot."""
     shapes = [(5, 4), (5, 5), (5, 5), (2, 5)]

@@ -152,7 +152,7 @@ def test_nested_lists_and_dictionaries(refused, where):
         (whole(tensor(shape=long(1 << 2030) + b"\x85")), "a whole number of 255 bytes"),
         (whole(b"\x8b" + struct.pack("<i", 1 << 20) + bytes(1 << 20)), "pickle opcode LONG4 is not something"),
         (whole(b"\x8b\xff\xff\xff\xff"), "pickle opcode LONG4 is not something"),
-        (whole(b"N" + put(0xFFFFFFFF)), "the file holds 'ema'; expected a network"),
+        (whole(b"N" + put(0xFFFFFFFF)), "'ema' is None; expected a network"),
         (whole(b"N" + put(0xFFFFFFFF) + get(0xFFFFFFFE)), "damaged pickle"),
         (b"\x80\x05\x95" + b"\xff" * 8 + b"N.", "the file holds NoneType"),
         (whole(b"\x8e" + struct.pack("<Q", 1 << 63)), "the file ends here, where 9223372036854775808 more bytes should be"),
@@ -172,7 +172,7 @@ def test_nested_lists_and_dictionaries(refused, where):
         (whole(b"}C\x01aNs"), "with the key a memoryview"),
         (whole(b"}]Ns"), "with the key a list"),
         (whole(b"}\x8a\x0a" + bytes(9) + b"\x01Ns"), "expected strings and small whole numbers"),
-        (whole(b"(K\x01K\x02K\x03K\x04K\x05K\x06K\x07K\x08K\x09t" + b"\x85" * 3), "the file holds 'ema'"),
+        (whole(b"(K\x01K\x02K\x03K\x04K\x05K\x06K\x07K\x08K\x09t" + b"\x85" * 3), "'ema' is a tuple; expected a network"),
     ],
 )
 def test_bombs(refused, content, match):
@@ -252,6 +252,24 @@ def test_tensors_that_are_none(refused, changes, match):
 def test_names_in_messages(refused, content, match):
     """Escaped, on one line, cut."""
     refused(content, match)
+
+
+def module(class_name: str = "M", **state: bytes) -> bytes:
+    return instance(text(class_name), mapping(**state))
+
+
+def test_modules_that_share_their_parameters(refused):
+    """Five hundred modules with the same two thousand names: a million to visit."""
+    names = b"}(" + b"".join(text(f"p{i}") + b"N" for i in range(2_000)) + b"u" + put(70_000)
+    children = b"".join(text(f"m{i}") + module(_parameters=get(70_000)) for i in range(500))
+    refused(network(_parameters=names, _modules=b"}(" + children + b"u"), "a network of more than 100,000 modules and tensors")
+
+
+def test_modules_within_modules(refused):
+    made = MODULES
+    for _ in range(80):
+        made = module(_modules=mapping(a=made))
+    refused(network(_modules=mapping(model=made)), "modules within modules without end")
 
 
 def test_many_names_of_many_digits(refused):
