@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,15 +37,16 @@ def new_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".partial_{secrets.token_hex(4)}_{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = _new_file_mode(partial)
-        yield partial
-        partial.chmod(mode)
-        os.replace(partial, path)
+        with _parents(path):
+            try:
+                mode = _new_file_mode(partial)
+                yield partial
+                partial.chmod(mode)
+                os.replace(partial, path)
+            finally:
+                _remove(partial)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from error
-    finally:
-        _remove(partial)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -81,22 +82,24 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     partial, replaced = _partial(path), _replaced(path)
     try:
-        _remove(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        mode = partial.stat().st_mode & 0o666
-        for file in (f for f in partial.rglob("*") if f.is_file()):
-            file.chmod(mode)
-            _fsync(file)
-        if path.is_dir():
-            _remove(replaced)
-            os.replace(path, replaced)
-        os.replace(partial, path)
-        _fsync(path.parent)
+        with _parents(path):
+            try:
+                _remove(partial)
+                partial.mkdir()
+                yield partial
+                mode = partial.stat().st_mode & 0o666
+                for file in (f for f in partial.rglob("*") if f.is_file()):
+                    file.chmod(mode)
+                    _fsync(file)
+                if path.is_dir():
+                    _remove(replaced)
+                    os.replace(path, replaced)
+                os.replace(partial, path)
+                _fsync(path.parent)
+            finally:
+                recover(path)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from error
-    finally:
-        recover(path)
 
 
 def recover(path: Path) -> None:
@@ -120,6 +123,19 @@ def cannot_write(path: Path, error: OSError | SafetensorError) -> WriteError:
     reason = os.strerror(number) if number else str(error)
     remedy = next((f"; {text}" for text, numbers in REMEDIES.items() if number in numbers), "")
     return WriteError(f"cannot write {str(path)!r}: {reason}{remedy}")
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """The folders above `path`, made where they are missing; those are gone again if `path` has not come to be."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in [] if os.path.lexists(path) else made:
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
 
 
 def _partial(path: Path) -> Path:

@@ -59,6 +59,7 @@ class EDM(Continuous):
     """Unit variance in and out at every level, for any alpha; c_noise = ln(sigma / alpha) / 4."""
 
     sigma_data: float = 0.5
+    sigma_range: tuple[float, float] = Continuous.sigma_range
 
     def inputs(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         c_in, _, _ = edm_coefficients(level, self.sigma_data)

@@ -2,13 +2,15 @@
 
     python -m scripts.convert_edm edm-cifar10-32x32-uncond-vp.pkl outputs/edm_cifar10
 
-Nothing in the file is executed: it is read as data, and refused if it holds anything that such a network does not. VarDiU's
-network of points (.pth) is read too.
+Nothing in the file is executed: it is read as data, and refused if it holds anything that such a network does not. A .pth holds
+tensors alone: --preconditioning says what its network was trained with, if that is not edm. VarDiU's network of points (.pth) is
+read too.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from pipelines.edm.convert import convert
@@ -20,9 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("snapshot", type=Path)
     parser.add_argument("output", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--preconditioning", choices=["edm", "vp", "ve", "iddpm"], help="of a .pth, which cannot say")
     args = parser.parse_args(argv)
-    with user_errors(f"error: {printable(str(args.snapshot), 300)}"):
-        made = convert(args.snapshot, args.output)
+    source = printable(str(args.snapshot), 300).replace("\n", "\\n")
+    with user_errors(f"error: {source}"):
+        made = convert(args.snapshot, args.output, args.preconditioning)
+    if made.assumed:
+        print(f"warning: {made.assumed}", file=sys.stderr)
     print(f"{args.output}: {made.parameters:,} parameters")
     for title, settings in (("network", made.unet), ("scheduler", made.scheduler)):
         print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))

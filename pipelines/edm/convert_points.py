@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .pickles import SnapshotError
+from .bounds import SnapshotError, listed
 from .torch_pickles import Array
 
-LINEAR = re.compile(r"net\.(\d+)\.(weight|bias)")
+LINEAR = re.compile(r"net\.([0-9]+)\.(weight|bias)")
 # the spread of the forty modes and the levels that the published network was trained on
 SCHEDULER = {
     "preconditioning": "sample",  # it predicts x0 from x_t and sigma as they are
@@ -33,7 +33,10 @@ def point_network(tensors: Mapping[str, Array]) -> tuple[dict[str, Any], dict[st
     count = len(tensors) // 2
     expected = [f"net.{2 * i}.{kind}" for i in range(count) for kind in ("weight", "bias")]
     if sorted(tensors) != sorted(expected) or count < 3:
-        raise SnapshotError(f"the file holds {', '.join(sorted(tensors))}; expected a weight and a bias of net.0, net.2, ...")
+        raise SnapshotError(f"the file holds {listed(sorted(tensors))}; expected a weight and a bias of net.0, net.2, ...")
+    for name in expected:
+        if len(tensors[name].shape) != (2 if name.endswith("weight") else 1):
+            raise SnapshotError(f"tensor {name!r} is {tensors[name].shape}; expected that of a linear layer")
     values = {name: finite(name, tensors[name]).astype(np.float32) for name in expected}
     width, d = values["net.0.weight"].shape[0], values[f"net.{2 * count - 2}.weight"].shape[0]
     for i in range(count):
@@ -58,7 +61,12 @@ def point_network(tensors: Mapping[str, Array]) -> tuple[dict[str, Any], dict[st
 
 
 def finite(name: str, tensor: Array) -> np.ndarray:
+    """The numbers of a tensor, none NaN or infinite."""
+    if tensor.storage.dtype.kind != "f":
+        raise SnapshotError(f"tensor {name!r} holds {tensor.storage.dtype}; expected floating point numbers")
     value = tensor.numpy()
     if not np.isfinite(value).all():
         raise SnapshotError(f"tensor {name!r} holds NaN or infinite values")
+    if value.dtype.itemsize > 4 and np.abs(value).max() > np.finfo(np.float32).max:
+        raise SnapshotError(f"tensor {name!r} holds numbers beyond float32")
     return value

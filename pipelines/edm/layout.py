@@ -47,6 +47,16 @@ PRECONDITIONING = {
     "sample": {},
     "iddpm": {"C_1": 0.001, "C_2": 0.008, "M": 1000},
 }
+# least and most of each; float32 has no such noise levels, or no square of such a number, beyond
+SETTINGS = {
+    "sigma_data": (1e-6, 1e6),
+    "beta_d": (1e-3, 150),
+    "beta_min": (0, 50),
+    "epsilon_t": (1e-9, 0.5),
+    "C_1": (1e-6, 0.99),
+    "C_2": (0, 10),
+    "M": (2, 100_000),
+}
 ARCHITECTURES = {
     "ddpmpp": {"architecture": "song", **CIFAR},
     "ncsnpp": {"architecture": "song", **CIFAR, **RESIDUAL},
@@ -73,8 +83,9 @@ def encoder_layers(config: Mapping[str, Any]) -> list[Layer]:
         resolution = config["sample_size"] >> level
         name = f"{resolution}x{resolution}_"
         if level == 0:
-            layers.append(Layer(f"{name}conv", "conv", c, width))
-            c = width
+            # "adm" starts at the width of its first level, "song" at model_channels
+            layers.append(Layer(f"{name}conv", "conv", c, width * mult if config["architecture"] == "adm" else width))
+            c = layers[0].c_out
         else:
             layers.append(Layer(f"{name}down", "block", c, c, resample="down"))
             if config["encoder_type"] == "skip":
@@ -93,7 +104,7 @@ def decoder_layers(config: Mapping[str, Any]) -> list[Layer]:
     layers: list[Layer] = []
     style, width, mults = STYLES[config["architecture"]], config["model_channels"], config["channel_mult"]
     skips = [layer.c_out for layer in encoder_layers(config) if not layer.kind.startswith("aux")]
-    c = width * mults[-1]
+    c = skips[-1]  # model_channels * channel_mult[-1], if there are blocks on the way down
     for level, mult in reversed(list(enumerate(mults))):
         resolution = config["sample_size"] >> level
         name = f"{resolution}x{resolution}_"
@@ -111,6 +122,11 @@ def decoder_layers(config: Mapping[str, Any]) -> list[Layer]:
             )
             c = width * mult
     return layers
+
+
+def groups(channels: int) -> int:
+    """Of a group norm: at most 32, of at least 4 channels."""
+    return min(32, channels // 4)
 
 
 def has_projection(layer: Layer, style: Style) -> bool:
@@ -178,10 +194,51 @@ def check_layout(config: Mapping[str, Any]) -> None:
             given = list(config[key]) if isinstance(value, list) else config[key]
             if given != value:
                 raise UserError(f"{key} is {given!r}; architecture 'adm' has {value!r}")
-    factor = 2 ** (len(config["channel_mult"]) - 1)
-    if config["sample_size"] % factor:
-        raise UserError(f"sample_size {config['sample_size']} must be a multiple of 2^(levels-1) = {factor}")
-    if len(config["resample_filter"]) % 2:
-        raise UserError(f"resample_filter {list(config['resample_filter'])} must have an even number of taps")
-    if config["model_channels"] % 4:
-        raise UserError(f"model_channels {config['model_channels']} must be a multiple of 4")
+    check_sizes(config)
+    check_widths(config)
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Up must undo down: with an even number of taps s -> s / 2 -> s, with an odd one s -> (s + 1) / 2 -> s."""
+    size, taps, levels = config["sample_size"], list(config["resample_filter"]), len(config["channel_mult"])
+    if not taps or not math.isfinite(sum(taps)) or abs(sum(taps)) < 1e-3 * max(map(abs, taps)):
+        raise UserError(f"resample_filter {taps} must be numbers whose sum is not 0: it is divided by it")
+    odd = len(taps) % 2
+    for _ in range(levels - 1):
+        if size % 2 != odd or size < 2:
+            if odd:
+                needed = f"must have an even number of taps: with an odd one no size but 2^k + 1 can be halved {levels - 1} times"
+                raise UserError(f"resample_filter {taps} {needed}, and sample_size is {config['sample_size']}")
+            factor = 2 ** (levels - 1)
+            raise UserError(f"sample_size {config['sample_size']} must be a multiple of 2^(levels-1) = {factor}")
+        size = (size + odd) // 2
+
+
+def check_widths(config: Mapping[str, Any]) -> None:
+    """Groups of norms and heads of attention must divide their channels; sines and cosines come in pairs."""
+    width, style = config["model_channels"], STYLES[config["architecture"]]
+    if width * config["channel_mult_noise"] % 2:
+        raise UserError(f"model_channels {width} times channel_mult_noise {config['channel_mult_noise']} must be even")
+    for layer in [*encoder_layers(config), *decoder_layers(config)]:
+        if layer.kind != "block":
+            continue
+        for c in (layer.c_in, layer.c_out):
+            if c < 4 or c % groups(c):
+                four = "model_channels {} must be a multiple of 4" if width % 4 else "model_channels {}"
+                cannot = f"a norm of {layer.name} has {c} channels, which cannot be in {max(1, groups(c))} groups of 4 or more"
+                raise UserError(f"{four.format(width)}: with channel_mult {list(config['channel_mult'])}, {cannot}")
+        if layer.heads and layer.c_out % layer.heads:
+            raise UserError(
+                f"model_channels {width}: {layer.c_out} channels of {layer.name} cannot be in {layer.heads} heads; "
+                f"expected a multiple of {style.head_channels}"
+            )
+
+
+def check_preconditioning(name: str, settings: Mapping[str, Any]) -> None:
+    """UserError for settings (PRECONDITIONING) with which nothing can be denoised, naming the key."""
+    for key in PRECONDITIONING[name]:
+        value, (least, most) = settings[key], SETTINGS[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:  # NaN too
+            raise UserError(f"{key} is {value!r}; expected a number from {least:g} to {most:g}")
+        if key == "M" and value != int(value):
+            raise UserError(f"M is {value!r}; expected a whole number")

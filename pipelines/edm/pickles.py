@@ -3,6 +3,12 @@
 A pickle is a program for a small stack machine. This is such a machine whose only values are numbers, strings, bytes, tuples,
 lists, dicts, sets, and what the caller's own functions make. Where a program asks for a class, it gets its name; where it calls
 one, only the names that the caller lists are known (torch_pickles.py). All else is refused with its name and offset.
+
+Why not pickle.Unpickler with stand-ins for the names: it copies every tensor out of the file, allocates its memo by the largest
+index that a file names, hashes any tuple as a key (a deep one ends the process), and sets attributes on stand-ins. Here a step is
+an opcode or an item that it touches, and they are counted (bounds.py); keys are strings and small integers, so that hashing
+neither recurses nor collides; tensors stay views of the file; nothing that a file holds is walked through, printed or compared
+as a whole.
 """
 
 from __future__ import annotations
@@ -14,15 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
+from .bounds import DAMAGE, INTEGER_BYTES, KEY, NAME, Budget, SnapshotError, reason, shown
 
 MARK = object()
-# what reading damaged bytes comes to in Python
-DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-
-class SnapshotError(UserError):
-    """A file that is not what it should be; nothing in it has been executed."""
 
 
 class Global(NamedTuple):
@@ -44,13 +44,14 @@ def read_pickle(
     names: Container[str] = (),
     persistent: Callable[[Any], Any] | None = None,
     start: int = 0,
+    budget: Budget | None = None,
 ) -> tuple[Any, int]:
     """(the value of the pickle that begins at `start`, where it ends).
 
     calls: what the names that are called stand for; names: others that may be mentioned; persistent: what a persistent id stands
-    for. SnapshotError names what is not known, and its offset.
+    for; budget: shared by the pickles of one file. SnapshotError names what is not known, and its offset.
     """
-    return _Machine(data, calls, names, persistent, start).run()
+    return _Machine(data, calls, names, persistent, start, budget or Budget()).run()
 
 
 class _Machine:
@@ -61,8 +62,9 @@ class _Machine:
         names: Container[str],
         persistent_value: Callable[[Any], Any] | None,
         start: int,
+        budget: Budget,
     ) -> None:
-        self.data, self.calls, self.names, self.position = data, calls, names, start
+        self.data, self.calls, self.names, self.position, self.budget = data, calls, names, start, budget
         self.persistent_value = persistent_value
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -76,12 +78,13 @@ class _Machine:
             if name == "stop":
                 return self.pop(), self.position
             try:
+                self.budget.spend(1)
                 getattr(self, name)(at)
             except SnapshotError as error:
                 said = str(error)
                 raise SnapshotError(said if said.startswith("byte ") else f"byte {at}: {said}") from None
             except DAMAGE as error:
-                raise SnapshotError(f"byte {at}: damaged pickle ({type(error).__name__}: {error})") from error
+                raise SnapshotError(f"byte {at}: damaged pickle ({reason(error)})") from error
 
     # Bytes and the stack -------------------------------------------------------------------------------------------------
 
@@ -96,10 +99,11 @@ class _Machine:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def line(self) -> str:
-        end = self.position
-        while self.data[end] != 10:
-            end += 1
-        return bytes(self.take(end + 1 - self.position)[:-1]).decode("ascii")
+        """Up to the next line break, which must be near: only names are written so."""
+        length = bytes(self.data[self.position : self.position + 201]).find(b"\n")
+        if length < 0:
+            raise SnapshotError("a name without an end")
+        return bytes(self.take(length + 1)[:-1]).decode("ascii")
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is MARK:
@@ -144,7 +148,9 @@ class _Machine:
         self.stack.append(self.number("<H"))
 
     def long1(self, at: int) -> None:
-        self.stack.append(int.from_bytes(self.take(self.number("<B")), "little", signed=True))
+        if (size := self.number("<B")) > INTEGER_BYTES:
+            raise SnapshotError(f"a whole number of {size} bytes; expected {INTEGER_BYTES} at most")
+        self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
 
     def float8(self, at: int) -> None:
         self.stack.append(self.number(">d"))
@@ -168,7 +174,9 @@ class _Machine:
         self.stack.append(self.take(self.number("<Q")))
 
     def _text(self, size: str) -> None:
-        self.stack.append(str(self.take(self.number(size)), "utf-8"))
+        held = self.take(self.number(size))
+        self.budget.read(len(held))
+        self.stack.append(str(held, "utf-8"))
 
     def empty_tuple(self, at: int) -> None:
         self.stack.append(())
@@ -208,16 +216,16 @@ class _Machine:
         self._top(list, at).extend(items)
 
     def set_item(self, at: int) -> None:
-        value, key = self.pop(), self.pop()
+        value, key = self.pop(), _key(self.pop())
         self._top(dict, at)[key] = value
 
     def set_items(self, at: int) -> None:
         items = self.pop_mark()
-        self._top(dict, at).update(zip(items[::2], items[1::2], strict=True))
+        self._top(dict, at).update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
     def add_items(self, at: int) -> None:
         items = self.pop_mark()
-        self._top(set, at).update(items)
+        self._top(set, at).update(map(_key, items))
 
     def _top(self, kind: type, at: int) -> Any:
         if type(self.stack[-1]) is not kind:
@@ -253,11 +261,14 @@ class _Machine:
 
     def name_from_stack(self, at: int) -> None:
         name, module = self.pop(), self.pop()
+        if type(name) is not str or type(module) is not str or len(name) + len(module) > 200:
+            raise SnapshotError(f"the name of a class is {shown(module)}, {shown(name)}; expected two short strings")
         self._global(f"{module}.{name}", at)
 
     def _global(self, name: str, at: int) -> None:
         if name not in self.calls and name not in self.names:
-            raise SnapshotError(f"byte {at}: the file asks for {name!r}, which no snapshot needs; nothing has been executed")
+            asked = repr(name) if NAME.fullmatch(name) else shown(name)
+            raise SnapshotError(f"byte {at}: the file asks for {asked}, which no snapshot needs; nothing has been executed")
         self.stack.append(Global(name))
 
     def reduce(self, at: int) -> None:
@@ -269,8 +280,9 @@ class _Machine:
         self._call(cls, arguments, at)
 
     def _call(self, function: Any, arguments: Any, at: int) -> None:
-        if not isinstance(function, Global) or function.name not in self.calls or not isinstance(arguments, tuple):
-            raise SnapshotError(f"byte {at}: {function!r} is called, which no snapshot does; nothing has been executed")
+        if type(function) is not Global or function.name not in self.calls or type(arguments) is not tuple:
+            called = f"{function.name!r} on {shown(arguments)}" if type(function) is Global else shown(function)
+            raise SnapshotError(f"byte {at}: {called} is called, which no snapshot does; nothing has been executed")
         self.stack.append(self.calls[function.name](*arguments))
 
     def build(self, at: int) -> None:
@@ -278,9 +290,10 @@ class _Machine:
         of a state dict.
         """
         state, target = self.pop(), self.pop()
-        native = isinstance(target, np.dtype) and isinstance(state, tuple) and state[1:2] in (("<",), ("|",))
-        versions = type(target) is dict and isinstance(state, dict) and set(state) == {"_metadata"}
-        if isinstance(target, Instance) and isinstance(state, dict) and not target.state:
+        native = isinstance(target, np.dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",))
+        versions = type(target) is dict and type(state) is dict and state.keys() == {"_metadata"}
+        if type(target) is Instance and type(state) is dict and not target.state:
+            self.budget.spend(len(state))
             target.state.update(state)
         elif not native and not versions:
             raise SnapshotError(f"byte {at}: attributes are set on {type(target).__name__}, which no snapshot does")
@@ -341,6 +354,13 @@ OPCODES = {
         "Q": "persistent",
     }.items()
 }
+
+
+def _key(value: Any) -> str | int:
+    """What may be a dictionary's key or in a set."""
+    if type(value) is str or (type(value) is int and -KEY < value < KEY):
+        return value
+    raise SnapshotError(f"a dictionary or set with the key {shown(value)}; expected strings and small whole numbers")
 
 
 def _opcode_name(code: int) -> str:

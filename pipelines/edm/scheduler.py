@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from diffusers import SchedulerMixin
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..preconditioning import IDDPM, PRECONDITIONERS, VP, Preconditioner
-from .layout import PRECONDITIONING
+from .layout import PRECONDITIONING, check_preconditioning
 
 
 class EDMScheduler(SchedulerMixin, ConfigMixin):
@@ -23,6 +24,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
     level is sigma_max. num_inference_steps is the default number of steps.
     preconditioning: edm, vp, ve or iddpm (Table 1); sample: the network takes x_t and sigma as they are and predicts x0.
     beta_d, beta_min, epsilon_t are vp's, C_1 and C_2 iddpm's, M of both.
+    network_sigma_min/max: the levels that an edm or ve network was made for, where they are not those of its preconditioning.
     """
 
     @register_to_config
@@ -41,15 +43,30 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         C_1: float = IDDPM.C_1,
         C_2: float = IDDPM.C_2,
         M: int = VP.M,
+        network_sigma_min: float | None = None,
+        network_sigma_max: float | None = None,
     ) -> None:
         if sampler not in ("heun", "renoise"):
             raise UserError(f"scheduler.sampler is {sampler!r}; expected 'heun' or 'renoise'")
         if preconditioning not in PRECONDITIONERS:
             raise UserError(f"scheduler.preconditioning is {preconditioning!r}; expected one of {', '.join(PRECONDITIONERS)}")
+        check_preconditioning(preconditioning, self.config)
+        if network_sigma_min is None and network_sigma_max is None:
+            return
+        if preconditioning not in ("edm", "ve"):
+            raise UserError(f"scheduler.network_sigma_min and _max have no effect for {preconditioning}; remove them")
+        low, high = self.preconditioner().sigma_range
+        if not 0 <= low <= high:
+            raise UserError(f"scheduler.network_sigma_min {low:g} is not below network_sigma_max {high:g}")
 
     def preconditioner(self) -> Preconditioner:
-        name = self.config.preconditioning
-        return PRECONDITIONERS[name](**{key: self.config[key] for key in PRECONDITIONING[name]})
+        c = self.config
+        made = PRECONDITIONERS[c.preconditioning](**{key: c[key] for key in PRECONDITIONING[c.preconditioning]})
+        low, high = c.network_sigma_min, c.network_sigma_max
+        if low is None and high is None:
+            return made
+        usual = made.sigma_range
+        return replace(made, sigma_range=(usual[0] if low is None else low, usual[1] if high is None else high))
 
     def sigmas(
         self,
@@ -104,5 +121,5 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
 
     def _knows(self, sigma: float) -> bool:
         low, high = self.preconditioner().sigma_range
-        slack = 1 + 1e-6  # a bound that was read from a file may be rounded
+        slack = 1 + 1e-4  # a bound that was read from a file may be rounded otherwise than here
         return low / slack <= sigma <= high * slack

@@ -18,18 +18,17 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from .features import Decoder, EncoderDecoder, Features, channels_last, refuse_augment_labels
-from .layout import STYLES, Layer, Style, check_layout, decoder_layers, encoder_layers, has_projection
+from .layout import STYLES, Layer, Style, check_layout, decoder_layers, encoder_layers, groups, has_projection
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """At most 32 groups of at least 4 channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps)
+    return nn.GroupNorm(groups(channels), channels, eps)
 
 
 class Resample(nn.Module):
-    """Doubles or halves the resolution with a separable filter of even length; padding: of zeros, None for what keeps s / 2."""
+    """Doubles or halves the resolution with a separable filter (layout.check_sizes); padding: of zeros, None for what fits."""
 
-    def __init__(self, taps: tuple[int, ...], up: bool, padding: int | None = None) -> None:
+    def __init__(self, taps: tuple[float, ...], up: bool, padding: int | None = None) -> None:
         super().__init__()
         self.up, self.box = up, tuple(taps) == (1, 1)
         self.padding = (len(taps) - 1) // 2 if padding is None else padding
@@ -50,7 +49,7 @@ class UNetBlock(nn.Module):
     """norm, silu, [resample,] conv0; + embedding; norm, silu, dropout, conv1; + skip; [self-attention]."""
 
     def __init__(
-        self, layer: Layer, style: Style, embedding_channels: int, dropout: float, resample_filter: tuple[int, ...]
+        self, layer: Layer, style: Style, embedding_channels: int, dropout: float, resample_filter: tuple[float, ...]
     ) -> None:
         super().__init__()
         c, self.in_channels, self.out_channels, self.style = layer.c_out, layer.c_in, layer.c_out, style
@@ -92,7 +91,7 @@ class UNetBlock(nn.Module):
         return (self.proj(out) + x) * self.style.skip_scale
 
 
-def side_layer(layer: Layer, resample_filter: tuple[int, ...]) -> nn.Module:
+def side_layer(layer: Layer, resample_filter: tuple[float, ...]) -> nn.Module:
     """Of an encoder: what is no block."""
     if layer.kind == "aux_down":
         return Resample(resample_filter, up=False)
@@ -157,9 +156,9 @@ class EDMUNetDecoder(Decoder):
 class EDMUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """F(x, c_noise, class_labels, augment_labels): the raw network inside a preconditioner (preconditioning.py).
 
-    x (b, in_channels, s, s), s a multiple of 2^(levels-1); timestep (b,) is c_noise; class_labels either (b,) integers in
-    [0, num_classes], where num_classes is the null label (also used when they are None), or (b, num_classes) floats;
-    augment_labels (b, augment_dim), zero when None. Output (b, out_channels, s, s).
+    x (b, in_channels, s, s), s = sample_size or another that can be halved as often; timestep (b,) is c_noise; class_labels
+    either (b,) integers in [0, num_classes], where num_classes is the null label (also used when they are None), or
+    (b, num_classes) floats; augment_labels (b, augment_dim), zero when None. Output (b, out_channels, s, s).
 
     model_channels and the lists mean what they do in the EDM paper: level i has model_channels * channel_mult[i] channels and
     resolution sample_size / 2^i, with self-attention where that is one of attention_resolutions.
@@ -187,7 +186,7 @@ class EDMUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
         dropout: float = 0.0,
         embedding_type: str = "positional",
         encoder_type: str = "standard",
-        resample_filter: tuple[int, ...] = (1, 1),
+        resample_filter: tuple[float, ...] = (1, 1),
     ) -> None:
         super().__init__()
         check_layout(self.config)

@@ -58,14 +58,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 DEFAULTS = {"img_channels": 3, "label_dim": 0, "augment_dim": 0, "channel_mult_noise": 1, "embedding_type": "positional"}
-DEFAULTS |= {"encoder_type": "standard", "resample_filter": [1, 1], "dropout": 0.1}
+DEFAULTS |= {"encoder_type": "standard", "resample_filter": [1, 1], "dropout": 0.1, "channel_mult_emb": 4}
+# of the preconditioners: NVlabs' defaults; limits of VP and iDDPM follow from them
+SETTINGS = {
+    "EDMPrecond": {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5},
+    "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5},
+    "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100},
+    "iDDPMPrecond": {"C_1": 0.001, "C_2": 0.008, "M": 1000},
+}
 
 
 class Reference:
     """tensors: every parameter and buffer by NVlabs' names; objects: class and attributes of every module by name."""
 
     def __init__(self, precond: str, kwargs: dict[str, Any], seed: int = 3) -> None:
-        self.precond, self.kwargs, self.k = precond, dict(kwargs), DEFAULTS | kwargs
+        self.precond, self.kwargs, self.k = precond, dict(kwargs), DEFAULTS | SETTINGS[precond] | kwargs
         self.generator = torch.Generator().manual_seed(seed)
         self.tensors: dict[str, Tensor] = {}
         self.objects: dict[str, tuple[str, dict[str, Any]]] = {"model": (self.k["model_type"], {})}
@@ -88,24 +95,26 @@ class Reference:
         """sigma (b,); labels (b, label_dim); all float64, the noise embedding's input rounded where NVlabs' is."""
         s = sigma.view(-1, 1, 1, 1)
         if self.precond == "EDMPrecond":
-            out = self.network(x / (0.25 + s**2).sqrt(), sigma.log() / 4, labels, augment)
-            return 0.25 / (s**2 + 0.25) * x + 0.5 * s / (s**2 + 0.25).sqrt() * out
+            d = self.k["sigma_data"]
+            out = self.network(x / (d**2 + s**2).sqrt(), sigma.log() / 4, labels, augment)
+            return d**2 / (s**2 + d**2) * x + d * s / (s**2 + d**2).sqrt() * out
         if self.precond == "VEPrecond":
             return x + s * self.network(x, (sigma / 2).log(), labels, augment)
         if self.precond == "VPPrecond":
-            t = ((0.1**2 + 2 * 19.9 * (1 + sigma**2).log()).sqrt() - 0.1) / 19.9
-            return x - s * self.network(x / (s**2 + 1).sqrt(), 999 * t, labels, augment)
+            slope, least, steps = self.k["beta_d"], self.k["beta_min"], self.k["M"] - 1
+            t = ((least**2 + 2 * slope * (1 + sigma**2).log()).sqrt() - least) / slope
+            return x - s * self.network(x / (s**2 + 1).sqrt(), steps * t, labels, augment)
         levels = self.iddpm_levels()
         nearest = (sigma[:, None] - levels.double()).abs().argmin(1)
-        out = self.network(x / (s**2 + 1).sqrt(), (999 - nearest).double(), labels, augment)
+        out = self.network(x / (s**2 + 1).sqrt(), (self.k["M"] - 1 - nearest).double(), labels, augment)
         return x - s * out[:, : x.shape[1]]
 
     def iddpm_levels(self) -> Tensor:
         if "u" not in self.tensors:
-            one, least = np.float32(1), np.float32(0.001)  # in single precision, as theirs
-            bar = np.sin(np.arange(1001, dtype=np.float32) * np.float32(0.5 * math.pi / 1000 / 1.008)) ** 2
-            u = np.zeros(1001, np.float32)
-            for j in range(1000, 0, -1):
+            one, least, m = np.float32(1), np.float32(self.k["C_1"]), self.k["M"]  # in single precision, as theirs
+            bar = np.sin(np.arange(m + 1, dtype=np.float32) * np.float32(0.5 * math.pi / m / (1 + self.k["C_2"]))) ** 2
+            u = np.zeros(m + 1, np.float32)
+            for j in range(m, 0, -1):
                 u[j - 1] = np.sqrt((u[j] ** 2 + one) / max(bar[j - 1] / bar[j], least) - one)
             self.tensors["u"] = torch.from_numpy(u)
         return self.tensors["u"]
@@ -114,7 +123,7 @@ class Reference:
 
     def network(self, x: Tensor, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         k, width = self.k, self.k["model_channels"]
-        n, emb = width * k["channel_mult_noise"], width * 4
+        n, emb = width * k["channel_mult_noise"], width * k["channel_mult_emb"]
         half = n // 2
         if k["embedding_type"] == "fourier":
             freqs = 2 * math.pi * self.tensor("map_noise.freqs", half, scale=2.0)
@@ -142,7 +151,7 @@ class Reference:
         for level, size in enumerate(sizes):
             name, c = f"enc.{size}x{size}_", h.shape[1]
             if level == 0:
-                h = self.conv(f"{name}conv", h, width)
+                h = self.conv(f"{name}conv", h, width * (1 if self.song else k["channel_mult"][0]))
                 skips.append(h)
             else:
                 h = self.block(f"{name}down", h, e, c, down=True)
@@ -224,9 +233,10 @@ class Reference:
         f = torch.tensor(self.k["resample_filter"], dtype=torch.float32)
         return (f[:, None] * f / f.sum() ** 2)[None, None]
 
-    def sliding(self, x: Tensor) -> Tensor:
+    def sliding(self, x: Tensor, mirrored: bool = False) -> Tensor:
         """All complete windows of x times the filter, as a sum of shifted images."""
         f, n = self.kernel()[0, 0].double(), len(self.k["resample_filter"])
+        f = f.flip(0, 1) if mirrored else f
         h, w = x.shape[2] - n + 1, x.shape[3] - n + 1
         return sum(f[i, j] * x[:, :, i : i + h, j : j + w] for i in range(n) for j in range(n))
 
@@ -241,21 +251,22 @@ class Reference:
         b, c, h, w = x.shape
         spread = x.new_zeros(b, c, 2 * h - 1, 2 * w - 1)
         spread[:, :, ::2, ::2] = x
-        return 4 * self.sliding(torch.nn.functional.pad(spread, [len(self.k["resample_filter"]) - 1 - border] * 4))
+        # each number of x spreads the filter over its surroundings: seen from there it is mirrored
+        return 4 * self.sliding(torch.nn.functional.pad(spread, [len(self.k["resample_filter"]) - 1 - border] * 4), True)
 
     # The file -------------------------------------------------------------------------------------------------------------
 
     def tree(self, convert: Callable[[Tensor], Any]) -> Any:
         """The network as the module objects that a snapshot holds."""
         buffers = ("freqs", "resample_filter", "u")
-        top = {"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5}
-        if self.precond == "VPPrecond":
-            top = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "sigma_min": 2**-10, "sigma_max": 152.167}
-        if self.precond == "VEPrecond":
-            top = {"sigma_min": 0.02, "sigma_max": 100}
+        top = {key: self.k[key] for key in SETTINGS[self.precond]}
+        if self.precond == "VPPrecond":  # sigma(t), Table 1, in single precision
+            t = np.array([self.k["epsilon_t"], 1], np.float32)
+            low, high = np.sqrt(np.exp(np.float32(0.5 * self.k["beta_d"]) * t**2 + np.float32(self.k["beta_min"]) * t) - 1)
+            top |= {"sigma_min": float(low), "sigma_max": float(high)}
         if self.precond == "iDDPMPrecond":
             u = self.iddpm_levels()
-            top = {"C_1": 0.001, "C_2": 0.008, "M": 1000, "sigma_min": float(u[999]), "sigma_max": float(u[0])}
+            top |= {"sigma_min": float(u[-2]), "sigma_max": float(u[0])}
         given = {"img_channels": 3, "label_dim": 0} | self.kwargs
         shell = {
             "img_resolution": given["img_resolution"],
