@@ -62,6 +62,7 @@ def convert(source: str | Path, output: str | Path, preconditioning: str | None 
     count = sum(math.prod(w.shape) for key, w in weights.items() if key != "map_noise.freqs")
     with new_folder(output) as partial:
         write(partial, name, unet, scheduler, weights)
+    return Converted(unet, scheduler, count, left_out, assumed)
 
 
 def read(source: Path, preconditioning: str | None) -> tuple[str, dict, dict, dict[str, np.ndarray], tuple[str, ...], str | None]:
