@@ -16,7 +16,7 @@ from pipelines.noise import EDMSchedule
 from scripts.bench_covariances import log_density_of_data
 from scripts.bench_images import METHODS, SETTINGS, overrides, smoothed, summary
 from scripts.bench_memory import PeakMemory, distillation, student_alone
-from scripts.jobs import Job, kept, run_all
+from scripts.jobs import Job, PartError, kept, run_all
 from scripts.judge import Judge
 from trainers import train_teacher
 from trainers.config import DistillConfig, TeacherConfig
@@ -140,7 +140,7 @@ def test_a_run_that_fails_ends_all_or_itself(tmp_path):
         made[0].command, made[1].command = [sys.executable, "-c", "raise SystemExit('diverged')"], [sys.executable, "-c", wait]
         return made
 
-    with pytest.raises(RuntimeError, match=r"bad failed with exit status 1(.|\n)*diverged"):
+    with pytest.raises(PartError, match=r"bad failed with exit status 1(.|\n)*diverged"):
         run_all(jobs(tmp_path / "strict"), 2, threads=1)
     assert not (tmp_path / "strict" / "written").exists()
     failed = run_all(jobs(tmp_path / "tolerant"), 2, threads=1, keep_going=True)

@@ -551,5 +551,5 @@ def test_churn_that_makes_no_sense(wrong):
 def test_float_labels_are_for_networks_that_take_them(randomise):
     unet = randomise(PatchUNet(**SMALL, num_classes=3)).float().eval()
     pipeline = quiet(EDMPipeline(unet, EDMScheduler(sampler="renoise", sigma_max=3.0)))
-    with pytest.raises(UserError, match=r"class_labels of a PatchUNet are \(2,\) integers; got torch.float32"):
+    with pytest.raises(ValueError, match=r"class_labels of a PatchUNet are \(2,\) integers; got torch.float32"):
         pipeline(2, class_labels=torch.eye(3)[:2])

@@ -39,15 +39,20 @@ COMMANDS: dict[str, tuple[Callable, object, str, list[str]]] = {
     "cache": (cache.main, cache.setup, "make_accelerator", ["--config", "configs/sd15_vardiu.yaml"]),
     "eval run": (evaluation.main, evaluation, "get_protocol", ["run", "--protocol", "custom", *OUT]),
     "eval metrics": (evaluation.main, evaluation, "with_config", ["metrics", "--protocol", "custom", *OUT]),
-    "eval generate": (evaluation.main, evaluation, "_require_writable", ["generate", "--protocol", "x", "--model", "y", *OUT]),
+    "eval generate": (
+        evaluation.main,
+        evaluation,
+        "_require_writable",
+        ["generate", "--protocol", "custom", "--model", "y", *OUT],
+    ),
     "eval reference": (
         evaluation.main,
         evaluation,
         "_require_writable",
-        ["reference", "--protocol", "x", "--reference", "y", *OUT],
+        ["reference", "--protocol", "custom", "--reference", "y", *OUT],
     ),
     "eval compare": (evaluation.main, evaluation, "_compare", ["compare", "x", *OUT]),
-    "eval points": (evaluation.main, evaluation, "_points", ["points", "--model", "x", *OUT]),
+    "eval points": (evaluation.main, evaluation, "with_config", ["points", "--model", "x", *OUT]),
     "sample": (sample.main, sample, "draw", ["x", "--prompt", "y"]),
     "export_kohya": (export_kohya.main, export_kohya, "read_lora", ["x", "{tmp}/y.safetensors"]),
     "convert_edm": (convert_edm.main, convert_edm, "convert", ["x.pkl", "{tmp}/y"]),
@@ -213,7 +218,7 @@ def test_a_byte_order_mark_is_accepted_everywhere(tmp_path):
     assert load_config(DistillConfig, str(student), []) == load_config(DistillConfig, "configs/digits_vardiu.yaml", [])
     options = tmp_path / "eval.yaml"
     options.write_bytes(BOM + b"protocol: custom\n")
-    assert evaluation.with_config(["metrics", "--config", str(options)]) == ["metrics", "--protocol", "custom"]
+    assert evaluation.with_config(["metrics", "--config", str(options)]) == (["--protocol=custom"], [])
     for name, text in (("a.txt", "a cat\n"), ("a.csv", "caption\na cat\n"), ("a.jsonl", '{"caption": "a cat"}\n')):
         (tmp_path / name).write_bytes(BOM + text.encode())
         assert read_rows(str(tmp_path / name), "caption", "data.file", "data.column") == ["a cat"]

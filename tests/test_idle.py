@@ -67,10 +67,8 @@ def load(tmp_path):
 @pytest.mark.parametrize(
     ("config", "key", "void", "acts"),
     [
-        (TEACHER, "num_samples", ["num_samples=9"], ["sample_every=2"]),
         (TEACHER, "final_ratio", ["optimizer.final_ratio=0.1"], ["optimizer.schedule=cosine"]),
         (TEACHER, "label_dropout", ["label_dropout=0.3"], ["data.labels=true"]),
-        (POINTS, "num_samples", ["num_samples=9"], ["sample_every=2"]),
         (POINTS, "final_ratio", ["student.optimizer.final_ratio=0.1"], ["student.optimizer.schedule=linear"]),
         (POINTS, "data.num_samples", ["data.num_samples=99"], ["teacher.exact=samples"]),
         (POINTS, "data.seed", ["data.seed=3"], ["teacher.exact=samples"]),
@@ -92,9 +90,10 @@ def test_a_setting_without_effect_is_refused(config, key, void, acts, load):
 
 def test_the_message_says_what_to_do(load):
     with pytest.raises(
-        ConfigError, match="num_samples has no effect without sample_every; remove it, or set it to its default, 64"
+        ConfigError,
+        match=r"final_ratio has no effect without schedule linear or cosine; remove it, or set it to its default, 0\.0",
     ):
-        load(POINTS, "num_samples=9")
+        load(POINTS, "student.optimizer.final_ratio=0.5")
 
 
 @pytest.mark.parametrize("level", [1, -1, 7])

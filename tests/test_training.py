@@ -630,7 +630,7 @@ def test_an_ema_without_decay_holds_no_copy():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_at_its_ends(schedule):
-    config = Optimizer(lr=0.6, warmup_steps=4, schedule=schedule, final_ratio=0.25)
+    config = Optimizer(lr=0.6, warmup_steps=4, schedule=schedule, final_ratio=0.0 if schedule == "constant" else 0.25)
     rates = [learning_rate(config, step, 100) for step in range(101)]
     at_half = {"constant": 1.0, "linear": 0.625, "cosine": 0.625}[schedule]
     assert rates[50] == pytest.approx(0.6 * at_half)

@@ -528,11 +528,11 @@ DATA = {
     "classes": (lambda p: {"name": "digits", "labels": True}, "data: 10 classes, the teacher has 0"),
     "no classes": (
         lambda p: folder_of(p, ("a.png", "L", 8)) | {"labels": True},
-        "has images outside sub-folders, so it has no classes",
+        "has no classes: 1 images lie outside sub-folders (a.png)",
     ),
-    "empty folder": (lambda p: folder_of(p), "data.path: no images (.png"),
-    "no folder": (lambda p: folder_of(p) | {"path": "gone"}, "data.path: no such folder 'gone'"),
-    "corrupt image": (corrupt, "bad.png': cannot identify image file"),
+    "empty folder": (lambda p: folder_of(p), "data.path: no pictures in"),
+    "no folder": (lambda p: folder_of(p) | {"path": "gone"}, "data.path: no such folder or .zip 'gone'"),
+    "corrupt image": (corrupt, "cannot be decoded: it begins as no picture"),
     "no parquet file": (lambda p: GONE, "data.files: no such file 'gone.parquet'"),
     "no column": (parquet, "data.image_column: no column 'image'; the data set has label"),
 }

@@ -111,7 +111,6 @@ class Run(Strict):
     """What every training run has. batch_size is for one update over all processes; micro_batch_size is for one
     process and one backward pass (default: all of its share), so the loop accumulates as often as it takes."""
 
-    idle = (Idle("num_samples", "sample_every", lambda run: run.sample_every),)
     output_dir: UserPath
     seed: Annotated[int, Field(ge=0)] = 0
     steps: PositiveInt
@@ -162,7 +161,6 @@ class TeacherConfig(Run):
     """`accelerate launch -m trainers.train_teacher`."""
 
     idle = (
-        *Run.idle,
         Idle(
             "label_dropout",
             "labels: set data.labels or data.label_column",
@@ -394,7 +392,6 @@ class DistillConfig(Run):
     """`accelerate launch -m trainers.distill`."""
 
     idle = (
-        *Run.idle,
         Idle(
             "teacher.guidance_scale", "an objective that follows the teacher's score; varflow matches data", lambda c: _scored(c)
         ),
