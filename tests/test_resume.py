@@ -201,7 +201,7 @@ def test_a_folder_with_a_checkpoints_name_and_other_content_is_not_removed(train
         ("sigma_data=0.6", "sigma_data: 0.5 -> 0.6"),
         ("data.labels=true", "data.labels: False -> True"),
         ("network.dropout=0.1", "network.dropout: 0.0 -> 0.1"),
-        ("label_dropout=0.2", "label_dropout: 0.1 -> 0.2"),
+        ("sigma_min=0.003", "sigma_min: 0.002 -> 0.003"),
     ],
 )
 def test_what_makes_another_experiment_is_refused(override, line, train, tmp_path):
