@@ -21,7 +21,11 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 WARMUP, STEPS, ALONE = 7, 6, 2  # updates of the second network before the first step; steps; its own updates in each
 SECOND = WARMUP + STEPS * (ALONE + 1)  # all its updates: it takes part in the joint one too
-RATE = {"lr": 0.02, "warmup_steps": 5, "final_ratio": 0.1}
+RATE = {"lr": 0.02, "warmup_steps": 5}
+
+
+def scheduled(schedule: str) -> dict:
+    return RATE | {"schedule": schedule} | ({} if schedule == "constant" else {"final_ratio": 0.1})
 
 
 class Two:
@@ -61,7 +65,7 @@ def trainer(folder, optimizer: dict, resume: str = "no", stop_after: int | None 
         DrawSource(0, 4, (1, 2, 3), torch.device("cpu")),
         preview=print,
         export=lambda folder, info: None,
-        record=lambda: folder.mkdir(exist_ok=True),
+        record=lambda start: folder.mkdir(exist_ok=True) or {},
     )
     for role, optimizer in made.optimizers.items():
         optimizer.register_step_pre_hook(lambda o, args, kwargs, role=role: rates[role].append(o.param_groups[0]["lr"]))
@@ -88,7 +92,7 @@ def by_hand(schedule: str, updates: int) -> list[float]:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_a_network_s_rate_follows_its_own_updates(schedule, tmp_path):
     """warmup_steps are its first updates; it decays over all that it makes. The student's schedule is that of the steps."""
-    made, rates = trainer(tmp_path, RATE | {"schedule": schedule})
+    made, rates = trainer(tmp_path, scheduled(schedule))
     made.fit()
     assert rates["second"] == pytest.approx(by_hand(schedule, SECOND), rel=1e-12)
     assert rates["student"] == pytest.approx(by_hand(schedule, STEPS), rel=1e-12)
@@ -113,7 +117,7 @@ def test_warm_up_says_its_rate_and_keeps_to_the_levels_of_the_first_step(tmp_pat
 @pytest.mark.parametrize("stop_after", [1, 3, WARMUP - 1, WARMUP, WARMUP + 1, WARMUP + 2 * (ALONE + 1)])
 def test_a_stopped_run_goes_on_at_the_rate_it_would_have_had(stop_after, schedule, tmp_path):
     """In the middle of the warm-up, at its end and between steps: the same rates and, to the bit, the same end."""
-    optimizer = RATE | {"schedule": schedule}
+    optimizer = scheduled(schedule)
     whole, expected = trainer(tmp_path / "whole", optimizer)
     whole.fit()
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -295,7 +295,7 @@ def test_a_score_of_captions_depends_on_the_tokenizer(networks):
 
 def test_incomplete_clip_is_refused(networks, tmp_path):
     (tmp_path / "config.json").write_text((networks.clip / "config.json").read_text())
-    with pytest.raises(ValueError, match="is no whole CLIP model"):
+    with pytest.raises(FileNotFoundError, match="is no whole CLIP model"):
         Clip("x", found(tmp_path), ["cosine"])
 
 

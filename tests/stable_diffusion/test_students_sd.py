@@ -382,7 +382,7 @@ MISSING = {
 DAMAGED = {
     "facts cut": ("vardiu", lambda f: (f / "student.json").write_text("{"), r"student\.json' is not valid JSON"),
     "facts of others": ("vardiu", lambda f: (f / "student.json").write_text('{"family": "sd"}'), r"does not say 'base_model'"),
-    "lora of another width": ("vardiu", widened, r"does not fit its base model: .*; save or copy the student again"),
+    "lora of another width": ("vardiu", widened, r"does not fit a StableDiffusionPipeline: .*; it was made for another model"),
     "unet of another width": (
         "whole",
         lambda f: edit(f / "unet" / "config.json", block_out_channels=[16, 64]),
