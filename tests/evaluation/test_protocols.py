@@ -30,6 +30,11 @@ def test_published_protocols():
     assert (coco.num_images, coco.crop_to, coco.inception, coco.clip_prefix) == (30_000, 256, "clean", "A photo depicts ")
     assert (sdxl.num_images, sdxl.crop_to, sdxl.clip_crop) == (10_000, 512, 256)
     assert "patch_fid" in sdxl.metrics
+    # DMD2, both on SD 1.5 and on SDXL: the cosine of ViT-g-14 with the caption behind these words
+    assert {(p.clip_model, p.clip_prefix) for p in (coco, sdxl)} == {
+        ("open_clip:ViT-g-14:laion2b_s12b_b42k", "A photo depicts ")
+    }
+    assert (PROTOCOLS["coco-5k"].clip_prefix, PROTOCOLS["custom"].clip_prefix) == ("", "")
     for protocol in PROTOCOLS.values():
         assert set(protocol.metrics) <= METRICS.keys()
         assert protocol.departures() == []
@@ -150,6 +155,21 @@ def test_known_file_is_checked(monkeypatch, tmp_path, offline):
     cache.mkdir(parents=True)
     (cache / "net.pt").write_text("test")
     assert find("inception", None, tmp_path).path == cache / "net.pt"  # another library's copy
+
+
+def test_a_download_is_checked(monkeypatch, tmp_path):
+    """What arrives is another file's bytes, as a login page or a broken copy would be: it is not taken for the published one."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    there, here = tmp_path / "there.pt", tmp_path / "here"
+    digest = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"  # of "test"
+    monkeypatch.setitem(FILES, "inception", File("net.pt", there.as_uri(), digest, ()))
+    there.write_text("<html>")
+    with pytest.raises(ValueError, match=f"the published file {digest}: it is damaged or another one. Remove it"):
+        find("inception", None, here)
+    (here / "net.pt").unlink()
+    there.write_text("test")
+    assert find("inception", None, here).describe() == {"file": "net.pt", "sha256": digest, "published": True}
+    assert [f.name for f in here.iterdir()] == ["net.pt"]
 
 
 @pytest.mark.parametrize("key", ["inception", "inception_pytorch", "aesthetic"])
