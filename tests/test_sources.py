@@ -93,6 +93,7 @@ def test_identity_changes_with_any_prompt_and_their_order(tmp_path):
     assert identity("a", "b", "c") == same
     for other in (["a", "b"], ["a", "c", "b"], ["a", "b", "C"], ["a", "b", "c", "c"]):
         assert identity(*other) != same
+    assert identity("a b", "c") != identity("a", "b c")  # where one prompt ends and the next begins
 
 
 def test_teacher_samples_repeat_each_prompt(tmp_path):
