@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +150,17 @@ def test_weights_that_are_not_finite(name):
     check_levels(distillation(GOOD, weighting=name), NO_SIGNAL)
     for other in ("uniform", "sigma", "sigma2", "sigma4", "inv_sigma", "snr", "edm"):
         check_levels(distillation(levels, weighting=other), NO_SIGNAL)
+
+
+def test_a_new_teacher_is_not_trained_on_timesteps(tmp_path, capsys):
+    from trainers import train_teacher
+
+    config = Path(__file__).parents[1] / "configs" / "digits_teacher.yaml"
+    overrides = [f"output_dir={tmp_path / 'run'}", "levels={name: uniform, low: 20, high: 980}"]
+    with pytest.raises(SystemExit, match="2"):
+        train_teacher.main(["--config", str(config), *overrides])
+    assert "error: levels: 100% of what uniform draws is outside 0.02 to 10" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_weight_is_looked_at_where_it_is_computed():

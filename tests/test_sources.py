@@ -1,6 +1,7 @@
 """Rows of text-to-image data: prompts from every kind of file, images with their captions, and what is said of bad ones."""
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -246,6 +247,25 @@ def test_images_are_part_of_the_identity(tmp_path):
         identities.append(load_rows(Captions(name="captions", source="parquet", paths=[str(file)])).identity)
     assert identities[0]["prompts"] == identities[1]["prompts"]
     assert identities[0]["images"] != identities[1]["images"]
+
+
+def test_which_caption_is_whose_is_part_of_the_identity(tmp_path):
+    """The same images and the same captions in the same order, but the second is of another image."""
+    identities = []
+    for i, cells in enumerate(([["a", "b"], ["c"]], [["a"], ["b", "c"]])):
+        file = parquet_of(tmp_path / f"{i}.parquet", [picture(0), picture(1)], cells)
+        identities.append(load_rows(Captions(name="captions", source="parquet", paths=[str(file)])).identity)
+    assert identities[0]["prompts"] == identities[1]["prompts"]
+    assert identities[0]["images"] != identities[1]["images"]
+
+
+def test_what_transparent_images_are_put_on_is_part_of_the_identity(tmp_path):
+    """Other pixels; white, as it has always been, needs no word."""
+    file = str(parquet_of(tmp_path / "a.parquet", [picture(0)], ["a"]))
+    grounds = ("white", "black", None)
+    made = [load_rows(Captions(name="captions", source="parquet", paths=[file], background=b)).identity for b in grounds]
+    assert all(one != other for one, other in itertools.combinations(made, 2))
+    assert made[0] == load_rows(Captions(name="captions", source="parquet", paths=[file])).identity
 
 
 def test_the_column_is_part_of_the_identity(tmp_path):
