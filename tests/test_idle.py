@@ -168,7 +168,7 @@ def test_augmented_samples_are_not_those_of_a_joint_update(load):
     """There the student's own samples are what the fake score sees."""
     alone = {"objective": POINTS["objective"] | {"joint": False}}
     load(POINTS | alone, "objective.fake_score.augment=0.1")
-    with pytest.raises(ConfigError, match="fake_score.augment and joint exclude each other"):
+    with pytest.raises(ConfigError, match=r"fake_score\.augment and joint exclude each other"):
         load(POINTS, "objective.fake_score.augment=0.1")
 
 

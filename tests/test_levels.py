@@ -164,14 +164,16 @@ def test_a_new_teacher_is_not_trained_on_timesteps(tmp_path, capsys):
 
 
 def test_every_weight_is_looked_at_where_it_is_computed():
-    """A fake score's at the objective's levels too, where both learn from one batch; a regression's beside the objective's own."""
+    """A fake score's at the objective's levels too, where both learn from one batch; a regression's beside the objective's."""
     last = GOOD | {"high": 999}
     fake = {"levels": GOOD, "optimizer": ADAM, "weighting": "dmd", "warmup_updates": 1}
     said = refusal(distillation(last, name="diff_instruct", joint=True, fake_score=fake), NO_SIGNAL)
     assert said.startswith("objective.fake_score.weighting: 'dmd' is not finite at t=999, which objective.levels draws")
     check_levels(distillation(last, name="diff_instruct", joint=False, fake_score=fake), NO_SIGNAL)
     said = refusal(distillation(last, name="diff_instruct", fake_score=fake | {"levels": last}), NO_SIGNAL)
-    assert said.startswith("objective.fake_score.weighting: 'dmd' is not finite at t=999, which objective.fake_score.levels draws")
+    assert said.startswith(
+        "objective.fake_score.weighting: 'dmd' is not finite at t=999, which objective.fake_score.levels draws"
+    )
     vardiu = {"name": "vardiu", "posterior": {"optimizer": ADAM}}
     said = refusal(distillation(last, **vardiu, regression_weighting="dmd"), NO_SIGNAL)
     assert said.startswith("objective.regression_weighting: 'dmd' is not finite at t=999, which objective.levels draws")

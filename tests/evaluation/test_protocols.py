@@ -31,9 +31,7 @@ def test_published_protocols():
     assert (sdxl.num_images, sdxl.crop_to, sdxl.clip_crop) == (10_000, 512, 256)
     assert "patch_fid" in sdxl.metrics
     # DMD2, both on SD 1.5 and on SDXL: the cosine of ViT-g-14 with the caption behind these words
-    assert {(p.clip_model, p.clip_prefix) for p in (coco, sdxl)} == {
-        ("open_clip:ViT-g-14:laion2b_s12b_b42k", "A photo depicts ")
-    }
+    assert {(p.clip_model, p.clip_prefix) for p in (coco, sdxl)} == {("open_clip:ViT-g-14:laion2b_s12b_b42k", "A photo depicts ")}
     assert (PROTOCOLS["coco-5k"].clip_prefix, PROTOCOLS["custom"].clip_prefix) == ("", "")
     for protocol in PROTOCOLS.values():
         assert set(protocol.metrics) <= METRICS.keys()
