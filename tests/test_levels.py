@@ -156,7 +156,7 @@ def test_a_new_teacher_is_not_trained_on_timesteps(tmp_path, capsys):
     from trainers import train_teacher
 
     config = Path(__file__).parents[1] / "configs" / "digits_teacher.yaml"
-    overrides = [f"output_dir={tmp_path / 'run'}", "levels={name: uniform, low: 20, high: 980}"]
+    overrides = [f"output_dir={tmp_path / 'run'}", "steps=1", "levels={name: uniform, low: 20, high: 980}"]
     with pytest.raises(SystemExit, match="2"):
         train_teacher.main(["--config", str(config), *overrides])
     assert "error: levels: 100% of what uniform draws is outside 0.02 to 10" in capsys.readouterr().err
