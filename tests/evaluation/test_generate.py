@@ -284,3 +284,10 @@ def test_latency_counts_images(edm):
     found = latency(load_sampler(str(edm), steps=1), batch_size=3, repeats=2)
     assert found["images_per_s"] * found["seconds_per_image"] == pytest.approx(1)
     assert found["call"]["num_inference_steps"] == 1
+
+
+def test_neighbouring_seeds_share_no_image():
+    """The largest set, three draws of 50,000 images, ends before that of the next seed begins."""
+    first, last = (image_generator(0, i).initial_seed() for i in (0, 149_999))
+    assert (first, last) == (0, 149_999)  # EDM's seeds
+    assert image_generator(1, 0).initial_seed() > last

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,12 @@ def test_shipped_configurations(name, monkeypatch, tmp_path, capsys, offline):
     wanted = "--captions: no such file" if "coco" in name else "inception-2015-12-05.pt is in none of"
     assert wanted in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_prefix_of_a_protocol_reaches_its_network(networks, tmp_path):
+    """CLIP is asked for DMD2's words and the caption, not for the caption alone."""
+    from eval.measure import build, plan
+
+    protocol = replace(PROTOCOLS["coco-10k-512"], metrics=("clip_score",), clip_model="openai/clip-vit-large-patch14")
+    made = build(plan(protocol, {"clip": str(networks.clip)}, tmp_path), "cpu")
+    assert made["clip"].describe()["prefix"] == "A photo depicts "
