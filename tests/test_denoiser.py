@@ -221,6 +221,14 @@ def test_one_step_of_vp_with_signal(randn, shape):
     assert_close(x0, stock, rtol=1e-10, atol=1e-10)
 
 
+def test_a_readout_of_noise_in_bfloat16_is_at_its_own_timestep(randn, shape):
+    """bfloat16 has 8 bits: between 512 and 1024 every fourth number, so that 999 would be 1000, which no such network knows."""
+    network = Recorder()
+    schedule = VPSchedule(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+    OneStepGenerator(Denoiser(network, schedule, "epsilon"), 999)(randn(*shape).bfloat16())
+    assert network.calls[0][1].tolist() == [999.0] * 3
+
+
 @pytest.mark.parametrize(("name", "t"), [("edm", 0.001), ("edm", 81), ("vp", -1), ("vp", 1000), ("flow", -0.1), ("flow", 1.01)])
 def test_readout_out_of_range(name, t):
     with pytest.raises(ValueError, match=rf"t={t} is outside the schedule's range"):

@@ -164,6 +164,14 @@ def test_text_after_a_number_is_no_comment(override, load):
         load(TEACHER, override)
 
 
+def test_augmented_samples_are_not_those_of_a_joint_update(load):
+    """There the student's own samples are what the fake score sees."""
+    alone = {"objective": POINTS["objective"] | {"joint": False}}
+    load(POINTS | alone, "objective.fake_score.augment=0.1")
+    with pytest.raises(ConfigError, match=r"fake_score\.augment and joint exclude each other"):
+        load(POINTS, "objective.fake_score.augment=0.1")
+
+
 def test_an_override_changes_the_one_value_that_it_names(load, tmp_path):
     """Two sections that are one in the file (*anchor) are two in the run."""
     loaded = load(POINTS | {"objective": POINTS["objective"] | {"joint": False}}, "objective.fake_score.levels.low=0.5")

@@ -171,6 +171,18 @@ def test_folder_with_classes(tmp_path):
     assert folder.class_names == ("ant", "bee")
 
 
+def test_classes_are_in_the_order_of_text_as_torchvisions_and_pictures_as_a_person_counts(tmp_path):
+    from torchvision.datasets.folder import find_classes
+
+    for i, name in enumerate(("9", "10", "2", "b2", "b10", "B")):
+        (tmp_path / name).mkdir()
+        picture(5, 5, i).save(tmp_path / name / "1.png")
+    folder = load_folder(str(tmp_path), 5, 3)
+    assert list(folder.class_names) == find_classes(str(tmp_path))[0] == ["10", "2", "9", "B", "b10", "b2"]
+    order = sorted(range(6), key=lambda i: folder.labels.tolist()[i])
+    assert torch.equal(folder.pixels[order], torch.stack([tensor(picture(5, 5, i)) for i in (1, 2, 0, 5, 4, 3)]))
+
+
 def test_folder_without_classes(tmp_path):
     (tmp_path / "sub").mkdir()
     picture(5, 5, 1).save(tmp_path / "sub" / "a.png")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -35,7 +36,6 @@ CONFIG = {
     "batch_size": 6,
     "log_every": 1,
     "sampling_steps": 2,
-    "num_samples": 2,
 }
 
 
@@ -93,6 +93,16 @@ def test_before_they_do_the_first_of_each_machine_speaks(capsys, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", local)
         launch.say(UserError("no such file"))
     assert capsys.readouterr().err.splitlines() == ["error: no such file", "error (process 2): no such file"]
+
+
+def test_processes_that_do_not_know_of_each_other(monkeypatch):
+    """Each would train the whole run into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, but accelerate takes each for the only one"):
+        launch.check_processes(SimpleNamespace(num_processes=1))
+    launch.check_processes(SimpleNamespace(num_processes=2))
+    monkeypatch.delenv("WORLD_SIZE")
+    launch.check_processes(SimpleNamespace(num_processes=1))
 
 
 @pytest.mark.slow

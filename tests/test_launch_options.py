@@ -70,6 +70,13 @@ def test_an_evaluation_computes_in_its_own_way(variable, value, monkeypatch):
         start()
 
 
+def test_what_an_evaluation_says_of_precision(monkeypatch):
+    """It is an option of its own there, whatever training does."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"is not followed: an evaluation computes in --dtype; remove it"):
+        start()
+
+
 @pytest.mark.parametrize(
     ("command", "given"),
     [

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +150,42 @@ def test_weights_that_are_not_finite(name):
     check_levels(distillation(GOOD, weighting=name), NO_SIGNAL)
     for other in ("uniform", "sigma", "sigma2", "sigma4", "inv_sigma", "snr", "edm"):
         check_levels(distillation(levels, weighting=other), NO_SIGNAL)
+
+
+def test_a_new_teacher_is_not_trained_on_timesteps(tmp_path, capsys):
+    from trainers import train_teacher
+
+    config = Path(__file__).parents[1] / "configs" / "digits_teacher.yaml"
+    overrides = [f"output_dir={tmp_path / 'run'}", "steps=1", "levels={name: uniform, low: 20, high: 980}"]
+    with pytest.raises(SystemExit, match="2"):
+        train_teacher.main(["--config", str(config), *overrides])
+    assert "error: levels: 100% of what uniform draws is outside 0.02 to 10" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_weight_is_looked_at_where_it_is_computed():
+    """A fake score's at the objective's levels too, where both learn from one batch; a regression's beside the objective's."""
+    last = GOOD | {"high": 999}
+    fake = {"levels": GOOD, "optimizer": ADAM, "weighting": "dmd", "warmup_updates": 1}
+    said = refusal(distillation(last, name="diff_instruct", joint=True, fake_score=fake), NO_SIGNAL)
+    assert said.startswith("objective.fake_score.weighting: 'dmd' is not finite at t=999, which objective.levels draws")
+    check_levels(distillation(last, name="diff_instruct", joint=False, fake_score=fake), NO_SIGNAL)
+    said = refusal(distillation(last, name="diff_instruct", fake_score=fake | {"levels": last}), NO_SIGNAL)
+    assert said.startswith(
+        "objective.fake_score.weighting: 'dmd' is not finite at t=999, which objective.fake_score.levels draws"
+    )
+    vardiu = {"name": "vardiu", "posterior": {"optimizer": ADAM}}
+    said = refusal(distillation(last, **vardiu, regression_weighting="dmd"), NO_SIGNAL)
+    assert said.startswith("objective.regression_weighting: 'dmd' is not finite at t=999, which objective.levels draws")
+    check_levels(distillation(last, **vardiu), NO_SIGNAL)
+
+
+def test_annealed_levels_are_looked_at_where_they_end():
+    """t = u^p: the least u of float32, 2^-24, is t = .19 for the first p, .1, and 2e-22 for the last, 3; SNR there is 4e43."""
+    levels = {"name": "power", "low": 1e-30, "high": 1.0, "start": 0.1, "end": 3.0}
+    said = refusal(distillation(levels, weighting="snr"), RectifiedFlowSchedule())
+    assert said.startswith("objective.weighting: 'snr' is not finite at t=2.1")
+    check_levels(distillation(levels | {"end": 0.1}, weighting="snr"), RectifiedFlowSchedule())
 
 
 def test_a_readout_level_is_one_that_the_network_knows():

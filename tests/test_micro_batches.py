@@ -113,6 +113,28 @@ def test_the_numbers_are_those_of_torch_from_a_seed_of_their_own():
             assert draws[0].normal("more").shape == (len(draws[0].z),)  # another shape is another tensor
 
 
+def test_rows_of_data_and_what_is_dropped_have_seeds_of_their_own():
+    """Neither tells of z, eps or the levels: each stream's seed is of its own name, as runs have always drawn them."""
+    import hashlib
+
+    def generator(name: str) -> torch.Generator:
+        digest = hashlib.blake2b(repr((5, *KEY, name)).encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    pixels = torch.zeros(1000, *SHAPE, dtype=torch.uint8)
+    data = Images(ImageSet(pixels, torch.arange(1000), tuple(map(str, range(1000)))))  # the label is the row
+    (whole,) = source(None, examples=data).batch(KEY, 0.0)
+    rows = {name: torch.randint(1000, (B,), generator=generator(name)) for name in ("data", "z", "eps", "u", "label_dropout")}
+    assert torch.equal(whole.condition["class_labels"], rows.pop("data"))
+    assert not any(torch.equal(whole.condition["class_labels"], r) for r in rows.values())
+    null = {"class_labels": torch.tensor(1000)}
+    (some,) = source(None, examples=data, null_condition=null, dropout=0.5).batch(KEY, 0.0)
+    dropped = some.condition["class_labels"] == 1000
+    assert torch.equal(dropped, torch.rand(B, generator=generator("label_dropout")) < 0.5)
+    assert not torch.equal(dropped, some.u < 0.5)
+    assert torch.equal(some.condition["class_labels"][~dropped], whole.condition["class_labels"][~dropped])
+
+
 def test_dropout_has_a_seed_for_each_micro_batch_and_the_same_whoever_runs_it():
     seeds = {w: [d.seed for rank in range(w) for d in source(M, rank, w).batch(KEY, 0.0)] for w in (1, 2, 4)}
     assert seeds[1] == seeds[2] == seeds[4]

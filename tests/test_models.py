@@ -31,3 +31,17 @@ def test_refuse_names_the_first_setting_that_is_given():
     refuse("an EDM teacher", {"a.b": None, "c": None})
     with pytest.raises(ValueError, match=r"^c has no effect for an EDM teacher; remove it$"):
         refuse("an EDM teacher", {"a.b": None, "c": 0, "d": 1})
+
+
+def test_a_new_network_starts_by_the_seed_and_its_role():
+    """A student and a fake score that start alike would have no difference to learn from."""
+    from trainers.config import Network
+    from trainers.setup import build_unet
+
+    def weights(seed: int, role: str) -> torch.Tensor:
+        unet = build_unet(Network(channels=8, num_blocks=1), seed, role, 8, in_channels=1, out_channels=1, num_classes=0)
+        return torch.cat([p.detach().flatten() for p in unet.parameters()])
+
+    assert torch.equal(weights(0, "student"), weights(0, "student"))
+    assert not torch.equal(weights(0, "student"), weights(0, "aux"))
+    assert not torch.equal(weights(0, "student"), weights(1, "student"))

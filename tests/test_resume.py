@@ -331,10 +331,11 @@ def test_a_branch_in_a_new_folder_takes_its_log_along(train, tmp_path):
     assert loss(branch, 2) == loss(run, 2)
 
 
-def test_a_checkpoint_of_one_run_does_not_overwrite_another(train, tmp_path):
+@pytest.mark.parametrize("differs", [["seed=1"], ["seed=1", "optimizer.lr=0.002", "steps=6"]])  # also beside what may change
+def test_a_checkpoint_of_one_run_does_not_overwrite_another(differs, train, tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     train(run, "checkpoint_every=2")
-    train(other, "checkpoint_every=2", "seed=1")
+    train(other, "checkpoint_every=2", *differs)
     before = everything(other)
     said = train(other, "checkpoint_every=2", f"resume={run / 'checkpoints' / 'step_00000002'}")
     assert f"output_dir {str(other)!r} holds another run than the one of" in said

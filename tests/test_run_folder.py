@@ -6,15 +6,21 @@ import resource
 import shutil
 import stat
 import tempfile
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 
+from pipelines.errors import UserError
 from trainers import checkpoint, train_teacher
 from trainers.lock import FolderLock
+from trainers.log import RunLog
 from trainers.loop import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread")
@@ -265,3 +271,28 @@ def test_what_a_killed_save_left_is_removed(train, tmp_path):
     assert train(run, "resume=latest")[0] == 0
     assert not list(run.rglob(".*"))
     assert (run / "teacher" / "teacher.json").is_file()
+
+
+def test_a_lock_that_was_waited_for_is_of_a_file_that_is_there(tmp_path):
+    """Who held it has removed the file: a lock on what was removed would keep nobody out."""
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.acquire()
+    waiting = threading.Thread(target=second.acquire)
+    waiting.start()
+    time.sleep(0.2)
+    first.release()
+    waiting.join()
+    with pytest.raises(UserError, match="is in use by another run"):
+        FolderLock(tmp_path).acquire()
+    second.release()
+
+
+def test_half_a_line_of_a_killed_run_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    RunLog(SimpleNamespace(is_main_process=False), tmp_path, 4, ()).rewind(None, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_tensors_of_another_shape_are_named_though_they_are_as_many():
+    with pytest.raises(checkpoint.CheckpointError, match=r"teacher/w has shape \(3, 2\), this configuration makes \(2, 3\)"):
+        checkpoint.restore_tensors({"teacher/w": torch.zeros(2, 3)}, {"teacher/w": torch.ones(3, 2)}, "networks")

@@ -1,6 +1,7 @@
 """Rows of text-to-image data: prompts from every kind of file, images with their captions, and what is said of bad ones."""
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -93,6 +94,7 @@ def test_identity_changes_with_any_prompt_and_their_order(tmp_path):
     assert identity("a", "b", "c") == same
     for other in (["a", "b"], ["a", "c", "b"], ["a", "b", "C"], ["a", "b", "c", "c"]):
         assert identity(*other) != same
+    assert identity("a b", "c") != identity("a", "b c")  # where one prompt ends and the next begins
 
 
 def test_teacher_samples_repeat_each_prompt(tmp_path):
@@ -245,6 +247,25 @@ def test_images_are_part_of_the_identity(tmp_path):
         identities.append(load_rows(Captions(name="captions", source="parquet", paths=[str(file)])).identity)
     assert identities[0]["prompts"] == identities[1]["prompts"]
     assert identities[0]["images"] != identities[1]["images"]
+
+
+def test_which_caption_is_whose_is_part_of_the_identity(tmp_path):
+    """The same images and the same captions in the same order, but the second is of another image."""
+    identities = []
+    for i, cells in enumerate(([["a", "b"], ["c"]], [["a"], ["b", "c"]])):
+        file = parquet_of(tmp_path / f"{i}.parquet", [picture(0), picture(1)], cells)
+        identities.append(load_rows(Captions(name="captions", source="parquet", paths=[str(file)])).identity)
+    assert identities[0]["prompts"] == identities[1]["prompts"]
+    assert identities[0]["images"] != identities[1]["images"]
+
+
+def test_what_transparent_images_are_put_on_is_part_of_the_identity(tmp_path):
+    """Other pixels; white, as it has always been, needs no word."""
+    file = str(parquet_of(tmp_path / "a.parquet", [picture(0)], ["a"]))
+    grounds = ("white", "black", None)
+    made = [load_rows(Captions(name="captions", source="parquet", paths=[file], background=b)).identity for b in grounds]
+    assert all(one != other for one, other in itertools.combinations(made, 2))
+    assert made[0] == load_rows(Captions(name="captions", source="parquet", paths=[file])).identity
 
 
 def test_the_column_is_part_of_the_identity(tmp_path):

@@ -97,6 +97,31 @@ def test_draws_share_no_seed(edm, tmp_path):
     assert (facts["first"], facts["n"], facts["seed"]) == (2, 2, 0)
 
 
+def test_captions_go_with_their_images_wherever_these_begin(tmp_path):
+    """Of a later draw the first caption is that of its first image; also when half of them are there already."""
+    told: dict[int, str] = {}
+
+    class Model(Sampler):
+        def __call__(self, indices, seed=0, captions=None):
+            told.update(zip(indices, captions, strict=True))
+            return torch.zeros(len(indices), 3, 2, 2, dtype=torch.uint8)
+
+        def identity(self, captions):
+            return {}
+
+        def describe(self):
+            return {}
+
+    model, expected = Model(None, "prompt", {}), {7: "a", 8: "b", 9: "c", 10: "d", 11: "e"}
+    generate(model, tmp_path, range(7, 12), captions=list("abcde"), batch_size=2, exact=False)
+    assert told == expected
+    for i in (8, 11):
+        image_file(tmp_path, i).unlink()
+    told.clear()
+    generate(model, tmp_path, range(7, 12), captions=list("abcde"), batch_size=2, exact=False)
+    assert told == {8: "b", 11: "e"}
+
+
 def test_fixed_batches_are_filled_up(edm, tmp_path):
     """Without --exact every call has batch_size images, so that a resumed run computes what the first one would have."""
     sizes = []
@@ -259,3 +284,10 @@ def test_latency_counts_images(edm):
     found = latency(load_sampler(str(edm), steps=1), batch_size=3, repeats=2)
     assert found["images_per_s"] * found["seconds_per_image"] == pytest.approx(1)
     assert found["call"]["num_inference_steps"] == 1
+
+
+def test_neighbouring_seeds_share_no_image():
+    """The largest set, three draws of 50,000 images, ends before that of the next seed begins."""
+    first, last = (image_generator(0, i).initial_seed() for i in (0, 149_999))
+    assert (first, last) == (0, 149_999)  # EDM's seeds
+    assert image_generator(1, 0).initial_seed() > last

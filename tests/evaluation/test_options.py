@@ -116,6 +116,13 @@ def test_a_network_that_no_metric_reads_is_said(command, networks, capsys):
     assert "--dinov2 has no effect without --metrics fd_dinov2" in capsys.readouterr().err
 
 
+def test_a_network_that_a_reference_does_not_hold_is_said(networks, sets, tmp_path, capsys):
+    """The protocol has a CLIP score, which looks at no reference."""
+    call = ["reference", "--protocol", "coco-30k", "--reference", str(sets.b), "--inception", str(networks.inception), "--force"]
+    assert main([*call, "--clip", str(networks.clip), "--output", str(tmp_path / "ref")]) == 0
+    assert "eval: --clip has no effect without --metrics clip_score" in capsys.readouterr().err
+
+
 def test_captions_of_a_model_that_takes_no_text(running, generating, tmp_path, capsys):
     (tmp_path / "c.txt").write_text("a\nb\nc\nd\ne\n")
     for call in (running, generating):

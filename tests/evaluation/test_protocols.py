@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,9 @@ def test_published_protocols():
     assert (coco.num_images, coco.crop_to, coco.inception, coco.clip_prefix) == (30_000, 256, "clean", "A photo depicts ")
     assert (sdxl.num_images, sdxl.crop_to, sdxl.clip_crop) == (10_000, 512, 256)
     assert "patch_fid" in sdxl.metrics
+    # DMD2, both on SD 1.5 and on SDXL: the cosine of ViT-g-14 with the caption behind these words
+    assert {(p.clip_model, p.clip_prefix) for p in (coco, sdxl)} == {("open_clip:ViT-g-14:laion2b_s12b_b42k", "A photo depicts ")}
+    assert (PROTOCOLS["coco-5k"].clip_prefix, PROTOCOLS["custom"].clip_prefix) == ("", "")
     for protocol in PROTOCOLS.values():
         assert set(protocol.metrics) <= METRICS.keys()
         assert protocol.departures() == []
@@ -152,6 +156,21 @@ def test_known_file_is_checked(monkeypatch, tmp_path, offline):
     assert find("inception", None, tmp_path).path == cache / "net.pt"  # another library's copy
 
 
+def test_a_download_is_checked(monkeypatch, tmp_path):
+    """What arrives is another file's bytes, as a login page or a broken copy would be: it is not taken for the published one."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    there, here = tmp_path / "there.pt", tmp_path / "here"
+    digest = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"  # of "test"
+    monkeypatch.setitem(FILES, "inception", File("net.pt", there.as_uri(), digest, ()))
+    there.write_text("<html>")
+    with pytest.raises(ValueError, match=f"the published file {digest}: it is damaged or another one. Remove it"):
+        find("inception", None, here)
+    (here / "net.pt").unlink()
+    there.write_text("test")
+    assert find("inception", None, here).describe() == {"file": "net.pt", "sha256": digest, "published": True}
+    assert [f.name for f in here.iterdir()] == ["net.pt"]
+
+
 @pytest.mark.parametrize("key", ["inception", "inception_pytorch", "aesthetic"])
 def test_missing_file_offline(key, tmp_path, offline):
     with pytest.raises(FileNotFoundError) as error:
@@ -223,3 +242,12 @@ def test_shipped_configurations(name, monkeypatch, tmp_path, capsys, offline):
     wanted = "--captions: no such file" if "coco" in name else "inception-2015-12-05.pt is in none of"
     assert wanted in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_prefix_of_a_protocol_reaches_its_network(networks, tmp_path):
+    """CLIP is asked for DMD2's words and the caption, not for the caption alone."""
+    from eval.measure import build, plan
+
+    protocol = replace(PROTOCOLS["coco-10k-512"], metrics=("clip_score",), clip_model="openai/clip-vit-large-patch14")
+    made = build(plan(protocol, {"clip": str(networks.clip)}, tmp_path), "cpu")
+    assert made["clip"].describe()["prefix"] == "A photo depicts "

@@ -53,6 +53,21 @@ def test_round_trip_is_exact(measured, stored, networks, sets):
     assert compute(PROTOCOL.metrics, gathered, read) == compute(PROTOCOL.metrics, gathered, made)
 
 
+@pytest.mark.parametrize(
+    ("name", "made", "real"),  # images that are made and that they are compared with: all of val2014, all of ImageNet
+    [("coco-30k", 30_000, 40_504), ("imagenet64-50k", 50_000, 1_281_167), ("cifar10-50k", 50_000, 50_000)],
+)
+def test_a_protocol_compares_with_its_own_number_of_images(name, made, real):
+    protocol = PROTOCOLS[name]
+    assert protocol.num_images == made
+    references.require_size(protocol, real, "--reference", force=False)
+    references.require_size(protocol, None, "--reference", force=False)  # a published file does not say
+    for n in {made, real - 1} - {real}:
+        with pytest.raises(UserError, match=f"--reference has {n:,} images, protocol {name} compares with {real:,}; add --force"):
+            references.require_size(protocol, n, "--reference", force=False)
+        references.require_size(protocol, n, "--reference", force=True)
+
+
 def test_identity_is_whole(stored, sets):
     facts = json.loads((stored / "reference.json").read_text())
     assert facts["protocol"] == "cifar10-50k"

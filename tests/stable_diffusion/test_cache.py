@@ -456,6 +456,16 @@ def test_encoded_prompts_depend_on_neither_vae_nor_network(recipe, tmp_path):
     assert times(tmp_path / "cache") == before
 
 
+def test_sdxls_prompts_depend_on_the_size_of_images(recipe, tmp_path, capsys):
+    """It is told the size beside the prompt (time_ids)."""
+    config = recipe("vardiu", "sdxl")
+    config["data"] |= {"cache": str(tmp_path / "cache")}
+    run(cache.main, config)
+    assert faults_said(cache.main, data(image_size=8)(config, tmp_path), tmp_path / "cache", capsys) == [
+        "image_size is 16, needed 8"
+    ]
+
+
 def test_a_damaged_cache_is_refused_and_the_remedy_works(cached, tmp_path, capsys):
     shard = tmp_path / "cache" / "shard_00000.safetensors"
     whole = shard.read_bytes()
