@@ -22,7 +22,11 @@ REASON = 300  # characters of a library's own words
 
 def read_text(file: str | Path, name: str | None = None) -> str:
     """A text file in UTF-8, with or without a byte order mark. UserError names the file (as `name`), the line and the byte."""
-    name, content = name or repr(str(file)), Path(file).read_bytes()
+    return decode_text(Path(file).read_bytes(), name or repr(str(file)))
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """The same of a content that has been read: that of a file in a zip, say."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{name} is UTF-16 text (as Windows writes it with `>`); save it as UTF-8")
     try:

@@ -134,7 +134,7 @@ class TextData(Strict):
     image_size: PositiveInt | None = None  # side of the square images in pixels; None: the teacher's own
 
 
-COLUMN = Idle("column", "a file with columns (.csv, .jsonl, .parquet)", lambda data: not data.file.endswith(".txt"))
+COLUMN = Idle("column", "a file with columns (.csv, .jsonl, .parquet)", lambda data: not data.file.lower().endswith(".txt"))
 
 
 class Prompts(TextData):
