@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,26 @@ from safetensors import SafetensorError
 
 from .errors import UserError, shown
 
+INT = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")
+FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+NUMBERS = {"tag:yaml.org,2002:int": INT, "tag:yaml.org,2002:float": FLOAT}
 # What libraries raise at files that are damaged, incomplete or of something else. Not MemoryError, nor what ends a program.
 BY_FILES = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError, SafetensorError)
 DEEP = "it is nested too deeply"
 REASON = 300  # characters of a library's own words
+
+
+class Loader(yaml.SafeLoader):
+    """Values as they look. YAML 1.1 reads 010 as 8, 1:30 as 90 and 2026-01-31 as a date; here they are text, of which a number
+    is made where one is expected (010 is ten)."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, NUMBERS.get(tag, pattern)) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def read_text(file: str | Path, name: str | None = None) -> str:
@@ -55,7 +72,7 @@ def read_json(file: str | Path, remedy: str, kind: type = dict) -> Any:
     return content
 
 
-def parse_yaml(text: str, source: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def parse_yaml(text: str, source: str, loader: type[Loader] = Loader) -> Any:
     """UserError starting with `source` for whatever the parser makes of it: a date that is none, nesting without end, ..."""
     try:
         return yaml.load(text, loader)  # a SafeLoader: it makes plain values only

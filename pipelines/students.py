@@ -222,7 +222,7 @@ def load_student(
     last = int(prediction.schedule.t_range[1])
     if info["readout_t"] > last:
         raise UserError(
-            f"the student in {str(folder)!r} reads out at timestep {info['readout_t']}, and its base model has none after {last}; "
+            f"the student in {str(folder)!r} reads out at timestep {info['readout_t']}, its base model has none after {last}; "
             "give base_model=<the one that it was distilled from>"
         )
     error = stable_diffusion.one_step_error(scheduler, prediction, info["readout_t"])
