@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .errors import UserError
+from .reading import damaged_weights
 from .walk import examples
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -205,7 +206,7 @@ def layers_in(file: Path) -> set[str]:
         with safe_open(file, framework="pt") as stored:
             return layers_by_network(dict.fromkeys(stored.keys())).get("unet", set())
     except SafetensorError as error:
-        raise UserError(f"{str(file)!r} is damaged ({error}); copy it again") from error
+        raise damaged_weights(file, error) from error
 
 
 def _networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -115,6 +115,14 @@ def reason_of(error: BaseException) -> str:
     return text if len(text) <= REASON else f"{text[:REASON]}..."
 
 
+def damaged_weights(file: str | Path, error: BaseException) -> UserError:
+    """For a file of safetensors that cannot be read."""
+    with open(file, "rb") as stream:
+        if stream.read(40).startswith(b"version https://git-lfs"):
+            return UserError(f"{str(file)!r} is a pointer of Git LFS, not the weights; run git lfs pull")
+    return UserError(f"{str(file)!r} is damaged ({error}); copy or download it again")
+
+
 def refuse_single_file(path: str | Path, name: str) -> None:
     """UserError if a model that must be a folder is one file, with the way from there to a folder."""
     file = Path(path)
