@@ -57,7 +57,7 @@ def test_a_kohya_file_acts_as_the_student(kind, student, tiny, tmp_path):
     assert all(key.startswith("lora_unet_") for key in weights)
     layers = {key.split(".")[0] for key in weights}
     assert len(weights) == 3 * len(layers)
-    assert len(layers) == sum(".lora_A." in k for k in load_file(folder / export_kohya.WEIGHTS))
+    assert len(layers) == sum(".lora_A." in k for k in load_file(folder / export_kohya.LORA_FILE))
 
     ours = load_student(folder)
     pipe = DiffusionPipeline.from_pretrained(tiny[kind], use_safetensors=True)
@@ -74,7 +74,7 @@ def test_what_cannot_be_exported(student, tmp_path, capsys):
         export_kohya.main([str(tmp_path), str(tmp_path / "x.safetensors")])
     assert "no LoRA weights" in capsys.readouterr().err
     folder = student("sd15")
-    file = folder / export_kohya.WEIGHTS
+    file = folder / export_kohya.LORA_FILE
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(SystemExit):
         export_kohya.main([str(folder), str(tmp_path / "x.safetensors")])
