@@ -25,7 +25,8 @@ class Idle(NamedTuple):
 
 
 def _holds_truth(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, list) and any(map(_holds_truth, value)))
+    """Itself or in a list; not deeper: what YAML's anchors make may have no end."""
+    return isinstance(value, bool) or (isinstance(value, list) and any(isinstance(v, bool) for v in value))
 
 
 def _of_numbers(annotation: Any) -> bool:
