@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipelines.errors import USER_ERRORS, UserError
 from pipelines.launch import end_processes, say
+from pipelines.numbers import finite, whole
 from pipelines.paths import path_option, user_path
 from pipelines.reading import parse_yaml, read_text
 
@@ -27,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         argv = list(sys.argv[1:] if argv is None else argv)
         words, rest = with_config(argv)
+        refuse_twice(rest)
         args = super().parse_args(argv[:1] + words + rest)
         args.given, args.listed = options_in(rest), options_in(words)
         return args
@@ -36,6 +38,14 @@ def options_in(words: Sequence[str]) -> set[str]:
     """Those of OPTIONS that stand in a command line."""
     flags = {word.partition("=")[0] for word in words}
     return {key_of(flag) for flag in OPTIONS if flag in flags or flag.replace("--", "--no-", 1) in flags}
+
+
+def refuse_twice(words: Sequence[str]) -> None:
+    """UserError for an option that stands twice in a command line, of which argparse would take the last."""
+    flags = [word.partition("=")[0].replace("--no-", "--", 1) for word in words]
+    for flag, option in OPTIONS.items():
+        if flags.count(flag) > 1 and option.get("action") not in ("extend", "store_true"):
+            raise UserError(f"{flag} is given {flags.count(flag)} times; keep one")
 
 
 def key_of(flag: str) -> str:
@@ -115,7 +125,7 @@ OPTIONS: dict[str, dict] = {
     "--protocol": {"required": True, "metavar": "NAME", "help": f"one of: {', '.join((*PROTOCOLS, DIGITS))}"},
     "--metrics": {"nargs": "+", "metavar": "M", "help": f"of: {', '.join(METRICS)} (default: the protocol's)"},
     "--num-images": {"type": int, "metavar": "N", "help": "other than the protocol's; needs --force"},
-    "--draws": {"type": int, "metavar": "D", "help": "how many sets of seeds (default: the protocol's)"},
+    "--draws": {"type": whole(1), "metavar": "D", "help": "how many sets of seeds (default: the protocol's)"},
     "--force": {"action": "store_true", "help": "allow another number of images; every report says so"},
     "--output": {"type": path_option, "required": True, "metavar": "DIR", "help": "where results go"},
     "--config": {
@@ -127,18 +137,18 @@ OPTIONS: dict[str, dict] = {
     "--model": {"type": path_option, "metavar": "M", "help": "pipeline or student: a folder, a run's output_dir or a hub id"},
     "--lora": {"type": path_option, "metavar": "L", "help": "a LoRA to put on it: a file, a folder, a student or a hub id"},
     "--base-model": {"type": path_option, "metavar": "M", "help": "where a LoRA student's base model lies now"},
-    "--steps": {"type": int, "metavar": "N", "help": "sampling steps (default: the pipeline's; a student's is 1)"},
-    "--guidance-scale": {"type": float, "metavar": "W", "help": "default: the pipeline's; a student's is 1"},
-    "--image-size": {"type": int, "metavar": "PX", "help": "height and width to ask for"},
+    "--steps": {"type": whole(1), "metavar": "N", "help": "sampling steps (default: the pipeline's; a student's is 1)"},
+    "--guidance-scale": {"type": finite, "metavar": "W", "help": "default: the pipeline's; a student's is 1"},
+    "--image-size": {"type": whole(1), "metavar": "PX", "help": "height and width to ask for"},
     "--dtype": {"choices": ("float32", "bfloat16", "float16"), "default": "float32"},
-    "--seed": {"type": int, "default": 0, "metavar": "S", "help": "0 gives image i the seed i"},
-    "--batch-size": {"type": int, "default": 64, "metavar": "B", "help": "images drawn at a time"},
+    "--seed": {"type": whole(0), "default": 0, "metavar": "S", "help": "0 gives image i the seed i"},
+    "--batch-size": {"type": whole(1), "default": 64, "metavar": "B", "help": "images drawn at a time"},
     "--exact": {
         "action": argparse.BooleanOptionalAction,
         "help": "one image a call, so that bytes do not depend on the batch size (default: on a CPU)",
     },
     "--teacher": {"type": path_option, "metavar": "M", "help": "also time this model against --model"},
-    "--teacher-steps": {"type": int, "default": 50, "metavar": "N"},
+    "--teacher-steps": {"type": whole(1), "default": 50, "metavar": "N"},
     "--student": {
         "action": "extend",
         "nargs": "+",
@@ -146,9 +156,9 @@ OPTIONS: dict[str, dict] = {
         "metavar": "NAME=RUN",
         "help": f"{DIGITS}: a name for the report and a run folder, or its student/ folder; repeat for several",
     },
-    "--latency-batch": {"type": int, "default": 8, "metavar": "B", "help": "images at a time when timing"},
+    "--latency-batch": {"type": whole(1), "default": 8, "metavar": "B", "help": "images at a time when timing"},
     # a model of points
-    "--num-points": {"type": int, "default": 10_000, "metavar": "N"},
+    "--num-points": {"type": whole(1), "default": 10_000, "metavar": "N"},
     "--law": {
         "type": path_option,
         "metavar": "FILE",
@@ -177,13 +187,13 @@ OPTIONS: dict[str, dict] = {
     "--dinov2": {"type": path_option, "metavar": "DIR", "help": "FD-DINOv2's network"},
     "--clip-aesthetic": {"type": path_option, "metavar": "DIR", "help": "the aesthetic score's CLIP"},
     "--aesthetic": {"type": path_option, "metavar": "FILE", "help": "the aesthetic score's last layers"},
-    "--feature-batch": {"type": int, "default": 64, "metavar": "B", "help": "images a network sees at a time"},
-    "--workers": {"type": int, "default": 0, "metavar": "W", "help": "processes that decode images"},
+    "--feature-batch": {"type": whole(1), "default": 64, "metavar": "B", "help": "images a network sees at a time"},
+    "--workers": {"type": whole(0), "default": 0, "metavar": "W", "help": "processes that decode images"},
     "--start-method": {"choices": ("fork", "spawn", "forkserver"), "help": "of those processes"},
     "--baselines": {"type": path_option, "metavar": "FILE", "help": "published numbers (default: docs/baselines.yaml)"},
     # protocol custom
-    "--size": {"type": int, "metavar": "PX", "help": "custom: the side images must have"},
-    "--crop-to": {"type": int, "metavar": "PX", "help": "custom: largest centred square, Lanczos to this side"},
+    "--size": {"type": whole(1), "metavar": "PX", "help": "custom: the side images must have"},
+    "--crop-to": {"type": whole(1), "metavar": "PX", "help": "custom: largest centred square, Lanczos to this side"},
     "--inception-mode": {"choices": INCEPTION_MODES, "help": "custom: how images reach 299 pixels"},
     "--clip-model": {"metavar": "ID", "help": "custom: hub id or open_clip:model:tag"},
     "--clip-prefix": {"metavar": "TEXT", "help": "custom: put before each caption"},

@@ -41,7 +41,9 @@ def read_captions(file: str, column: str = "caption") -> Captions:
     """A column of a .parquet, .csv or .jsonl, the lines of a .txt, or COCO's captions_*.json. Of several captions for one image
     the first; COCO's are ordered by image id, its captions by annotation id. ValueError names the row without a caption.
     """
-    cells = coco_captions(file) if Path(file).suffix == ".json" else read_rows(file, column, "--captions", "--caption-column")
+    cells = (
+        coco_captions(file) if Path(file).suffix.lower() == ".json" else read_rows(file, column, "--captions", "--caption-column")
+    )
     texts = []
     for i, cell in enumerate(cells):
         text = as_text(cell[0] if isinstance(cell, list) and cell else cell)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipelines.reading import read_json
 from .sampler import Sampler
 
 PER_FOLDER = 1000
+PNG_END = b"IEND\xaeB`\x82"  # the type of the last chunk, which is empty, and its checksum (PNG, second edition, 11.2.5)
 MANIFEST = "generation.json"
 FORMAT = 2  # of how images are made from seeds, labels and prompts: a change of these rules needs another number
 CAUSES = {".weights": "dtype", ".tokens": "captions"}  # what differs because something else does, and is not said then
@@ -55,7 +57,8 @@ def generate(
     progress: str | None = None,
     exact: bool = True,
 ) -> None:
-    """Make those images of `indices` that are not there yet. captions: one for each of `indices`, where the model takes prompts.
+    """Make those images of `indices` that are not there yet, whole. captions: one for each of `indices`, where the model takes
+    prompts.
 
     ValueError where the folder holds images of something else, or captions are missing.
     """
@@ -71,7 +74,7 @@ def generate(
     _claim(folder, manifest, sampler.describe(), rank == 0)
     if accelerator:
         accelerator.wait_for_everyone()
-    missing = [i for i in indices[rank::world] if not image_file(folder, i).is_file()]
+    missing = [i for i in indices[rank::world] if not is_whole(image_file(folder, i))]
     bar = tqdm(total=len(indices[rank::world]), desc=progress, unit="image", disable=progress is None or rank != 0)
     bar.update(bar.total - len(missing))
     for start in range(0, len(missing), size):
@@ -84,6 +87,16 @@ def generate(
     bar.close()
     if accelerator:
         accelerator.wait_for_everyone()
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a picture is there to its end: those written here are, but not what a copy that broke off has left."""
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(-len(PNG_END), os.SEEK_END)
+            return stream.read() == PNG_END
+    except OSError:  # it is not there, or shorter than that
+        return False
 
 
 def _write(file: Path, pixels) -> None:

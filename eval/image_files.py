@@ -5,6 +5,7 @@ worker process can hold.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ class ImageFiles(Dataset):
             self.rows = _rows("parquet", [source], source)
         elif not path.exists() and source.partition(":")[0].count("/") == 1 and not source.startswith((".", "/", "~")):
             self.rows = _rows("hub", source.partition(":"), source)
+        elif os.path.exists(source):
+            hint = "; save its arrays as pictures (.png)" if source.lower().endswith((".npz", ".npy")) else ""
+            raise UserError(f"{source!r} is neither a folder nor a .zip or .parquet{hint}")
         else:
             raise FileNotFoundError(f"no such folder, .zip or .parquet: {source!r} (a hub data set looks like owner/name:split)")
         if self.rows is not None:

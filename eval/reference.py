@@ -32,6 +32,7 @@ from .protocols import AGAINST_REFERENCE, Protocol
 from .weights import sha256
 
 FORMAT = 1
+SYMMETRIC = 1e-5  # of its largest entry, what float32 statistics may be off by
 IDENTITY = ("network", "input", "sha256", "settings")  # of an extractor, what features depend on
 
 
@@ -200,6 +201,18 @@ def _read(file: Path, keys: tuple[str, ...], dim: int) -> dict[str, Tensor]:
     for key, value in arrays.items():
         if key in shapes and tuple(value.shape) != shapes[key]:
             raise UserError(f"{file}: {key} has shape {tuple(value.shape)}, the extractor gives {shapes[key]}")
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{file}: {key} holds NaN or infinite values; get or make it again")
+        if not (value.is_floating_point() and bool(torch.isfinite(value).all())):
+            what = "NaN or infinite values" if value.is_floating_point() else f"{str(value.dtype).removeprefix('torch.')}"
+            raise UserError(f"{file}: {key} holds {what}, expected finite floating point; get or make it again")
+    if "sigma" in arrays:
+        _check_covariance(arrays["sigma"].double(), file)
     return {key: value.double() if key in shapes else value for key, value in arrays.items()}
+
+
+def _check_covariance(sigma: Tensor, file: Path) -> None:
+    """UserError for what is none: a distance to it would be a number that means nothing."""
+    largest = float(sigma.abs().max())
+    if float((sigma - sigma.T).abs().max()) > SYMMETRIC * largest:
+        raise UserError(f"{file}: sigma is not symmetric, as covariances are; get or make it again")
+    if float(sigma.diagonal().min()) < -SYMMETRIC * largest:
+        raise UserError(f"{file}: sigma has negative variances on its diagonal; get or make it again")

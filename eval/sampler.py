@@ -18,7 +18,7 @@ from pipelines.errors import UserError, shown
 from pipelines.identity import pipeline_identity, tokens_identity
 from pipelines.loras import LoraSource, find_lora, load_lora, load_scheduler
 from pipelines.reading import loading
-from pipelines.stable_diffusion import read_index
+from pipelines.stable_diffusion import UNUSED, check_weights, only_variant, read_index
 from pipelines.students import load_student, read_info
 
 from .seeds import image_generator, image_label
@@ -127,6 +127,10 @@ def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> Diffusio
         kind = EDMPipeline if index.get("_class_name") == "EDMPipeline" else DiffusionPipeline
         if kind is DiffusionPipeline and "requires_safety_checker" in index:  # it would blacken images
             kwargs = kwargs | {"safety_checker": None, "requires_safety_checker": False}
+        if kind is DiffusionPipeline and folder.is_dir():
+            parts = [k for k, v in index.items() if isinstance(v, list) and k not in UNUSED]
+            check_weights(folder, parts)
+            kwargs = kwargs | {"variant": only_variant(folder, parts)}
         return kind.from_pretrained(source, use_safetensors=True, **kwargs)
 
 

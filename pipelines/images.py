@@ -24,6 +24,9 @@ from .walk import Pictures, examples, refuse_pictures, say
 MAX_BYTES = 8 * 2**30
 
 
+ENLARGED = "smaller than image_size, enlarged"  # a note as those of decoding
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """pixels uint8 (n, c, h, w); labels long (n,) or None; class_names in the order of the labels."""
@@ -56,6 +59,7 @@ def load_digits(image_size: int = 8) -> ImageSet:
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
+    _check_size(len(digits.images), 1, image_size, "data")
     grey = torch.from_numpy(digits.images / 16 * 255)[:, None]
     if image_size != 8:
         grey = torch.nn.functional.interpolate(grey, (image_size, image_size), mode="bilinear", align_corners=False)
@@ -108,18 +112,23 @@ def _decoded(n: int, pictures: Iterable[tuple[Any, str]], image_size: int, chann
     """n pairs of a file and what a message calls it -> uint8 (n, channels, image_size, image_size); says what had to be done."""
     from tqdm import tqdm
 
-    need = n * channels * image_size**2
-    if need > MAX_BYTES:
-        raise UserError(
-            f"{option}: {n:,} images of {channels}x{image_size}x{image_size} take {need / 2**30:.3g} GiB decoded, more than "
-            f"{MAX_BYTES / 2**30:.3g}; choose a smaller split (e.g. data.split='train[:10%]'), folder or data.image_size"
-        )
+    _check_size(n, channels, image_size, option)
     pixels, notes = torch.empty(n, channels, image_size, image_size, dtype=torch.uint8), Counter()
     for i, (file, where) in enumerate(tqdm(pictures, desc="decoding images", unit="image", total=n)):
         pixels[i], done = _square(file, where, image_size, channels, rules)
         notes.update(done)
     say(said_of(notes, option))
     return pixels
+
+
+def _check_size(n: int, channels: int, image_size: int, option: str) -> None:
+    """UserError for a set that would not fit in memory."""
+    need = n * channels * image_size**2
+    if need > MAX_BYTES:
+        raise UserError(
+            f"{option}: {n:,} images of {channels}x{image_size}x{image_size} take {need / 2**30:.3g} GiB decoded, more than "
+            f"{MAX_BYTES / 2**30:.3g}; choose a smaller split (e.g. data.split='train[:10%]'), folder or data.image_size"
+        )
 
 
 def said_of(notes: Counter, option: str) -> str:
@@ -199,6 +208,7 @@ def _square(file, where: str, image_size: int, channels: int, rules: Rules) -> t
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
+    notes = decoded.notes + ((ENLARGED,) if side < image_size else ())
     if side != image_size:
         image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
-    return pil_to_tensor(image), decoded.notes
+    return pil_to_tensor(image), notes

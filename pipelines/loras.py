@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -19,8 +20,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .errors import UserError
+from .reading import damaged_weights
+from .walk import examples
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# What PEFT's own save_pretrained writes: which network it is for is not said, and its alpha stands in another file.
+PEFT = (
+    "as PEFT saves it; make it one of diffusers: network = PeftModel.from_pretrained(pipe.unet, <folder>), then "
+    "StableDiffusionPipeline.save_lora_weights(<folder>, unet_lora_layers=get_peft_model_state_dict(network.base_model.model, "
+    'adapter_name="default"), unet_lora_adapter_metadata=network.peft_config["default"].to_dict())'
+)
 OF_A_LAYER = re.compile(r"\.(lora|lokr|hada|dora)_")  # what follows a layer's name in a key
 
 
@@ -51,7 +60,7 @@ def find_lora(source: str | Path, option: str) -> LoraSource:
     if path.is_dir():
         inside = path / "student"
         folder = inside if not (path / "student.json").is_file() and (inside / "student.json").is_file() else path
-        return _of_student(folder, option) if (folder / "student.json").is_file() else LoraSource(str(folder))
+        return _of_student(folder, option) if (folder / "student.json").is_file() else _of_folder(folder, option)
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{option}: no such file or folder {str(source)!r}, and a hub id looks like owner/name")
     return _on_the_hub(str(source), option)
@@ -65,6 +74,24 @@ def _of_file(path: Path, option: str) -> LoraSource:
     if path.name != LORA_FILE:
         raise UserError(f"{option}: {str(path)!r} lies in a student's folder, whose LoRA is {LORA_FILE}; name the one you mean")
     return _of_student(path.parent, option)
+
+
+def _of_folder(folder: Path, option: str) -> LoraSource:
+    """Its one file of weights. diffusers would take any of several, and a pickle where there is no other."""
+    if (folder / LORA_FILE).is_file():
+        return LoraSource(str(folder), LORA_FILE)
+    files = sorted(f.name for f in folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file() or files == ["adapter_model.safetensors"]:
+        raise UserError(f"{option}: {str(folder)!r} holds an adapter {PEFT}")
+    if len(files) > 1:
+        raise UserError(
+            f"{option}: {str(folder)!r} holds {len(files)} files of weights ({examples(files)}); name the one you mean"
+        )
+    if not files:
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".ckpt", ".pth"))
+        found = f"only {examples(pickles)}, and a pickle could run any code: save it as one" if pickles else "none"
+        raise FileNotFoundError(f"{option}: expected a .safetensors file of LoRA weights in {str(folder)!r}, which holds {found}")
+    return LoraSource(str(folder), files[0])
 
 
 def _of_student(folder: Path, option: str) -> LoraSource:
@@ -109,9 +136,17 @@ def load_lora(pipe: DiffusionPipeline, lora: LoraSource, adapter_name: str | Non
         raise UserError(f"{unfit}: {_first_lines(error, 2)}; it was made for another model") from error
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{unfit}: {_first_lines(error, 1)}") from error
+    state = stored[0] if isinstance(stored, tuple) else stored
+    if any(key.startswith("base_model.model.") for key in state):
+        raise UserError(f"{where!r} holds an adapter {PEFT}")
+    damaged = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]
+    if damaged:
+        raise UserError(
+            f"{where!r} holds NaN or infinite values in {len(damaged)} tensors, the first {damaged[0]}; train it again"
+        )
     missing: list[str] = []
     count = 0
-    for name, layers in layers_by_network(stored[0] if isinstance(stored, tuple) else stored).items():
+    for name, layers in layers_by_network(state).items():
         network = _networks(pipe).get(name)
         added = set(getattr(network, "peft_config", {})) - before.get(name, set())
         missing += [f"{name}.{layer}" for layer in sorted(layers - adapted_layers(network, added))]
@@ -171,7 +206,7 @@ def layers_in(file: Path) -> set[str]:
         with safe_open(file, framework="pt") as stored:
             return layers_by_network(dict.fromkeys(stored.keys())).get("unet", set())
     except SafetensorError as error:
-        raise UserError(f"{str(file)!r} is damaged ({error}); copy it again") from error
+        raise damaged_weights(file, error) from error
 
 
 def _networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

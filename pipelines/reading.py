@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +15,35 @@ from safetensors import SafetensorError
 
 from .errors import UserError, shown
 
+INT = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")
+FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+NUMBERS = {"tag:yaml.org,2002:int": INT, "tag:yaml.org,2002:float": FLOAT}
 # What libraries raise at files that are damaged, incomplete or of something else. Not MemoryError, nor what ends a program.
 BY_FILES = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError, SafetensorError)
 DEEP = "it is nested too deeply"
 REASON = 300  # characters of a library's own words
 
 
+class Loader(yaml.SafeLoader):
+    """Values as they look. YAML 1.1 reads 010 as 8, 1:30 as 90 and 2026-01-31 as a date; here they are text, of which a number
+    is made where one is expected (010 is ten)."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, NUMBERS.get(tag, pattern)) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_text(file: str | Path, name: str | None = None) -> str:
     """A text file in UTF-8, with or without a byte order mark. UserError names the file (as `name`), the line and the byte."""
-    name, content = name or repr(str(file)), Path(file).read_bytes()
+    return decode_text(Path(file).read_bytes(), name or repr(str(file)))
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """The same of a content that has been read: that of a file in a zip, say."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{name} is UTF-16 text (as Windows writes it with `>`); save it as UTF-8")
     try:
@@ -51,7 +72,7 @@ def read_json(file: str | Path, remedy: str, kind: type = dict) -> Any:
     return content
 
 
-def parse_yaml(text: str, source: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def parse_yaml(text: str, source: str, loader: type[Loader] = Loader) -> Any:
     """UserError starting with `source` for whatever the parser makes of it: a date that is none, nesting without end, ..."""
     try:
         return yaml.load(text, loader)  # a SafeLoader: it makes plain values only
@@ -92,6 +113,14 @@ def reason_of(error: BaseException) -> str:
     text = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else f"{lines[0]} {lines[1]}"
     text = text.rstrip(".")
     return text if len(text) <= REASON else f"{text[:REASON]}..."
+
+
+def damaged_weights(file: str | Path, error: BaseException) -> UserError:
+    """For a file of safetensors that cannot be read."""
+    with open(file, "rb") as stream:
+        if stream.read(40).startswith(b"version https://git-lfs"):
+            return UserError(f"{str(file)!r} is a pointer of Git LFS, not the weights; run git lfs pull")
+    return UserError(f"{str(file)!r} is damaged ({error}); copy or download it again")
 
 
 def refuse_single_file(path: str | Path, name: str) -> None:

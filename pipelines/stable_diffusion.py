@@ -7,6 +7,7 @@ Conditions are dicts of tensors with the batch first, as everywhere: `encoder_hi
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .denoiser import Condition, Denoiser
-from .errors import UserError
+from .errors import UserError, shown
 from .noise import VPSchedule, from_x0, widen
-from .reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
+from .reading import BY_FILES, damaged_weights, loading, read_json, reason_of, refuse_single_file
+from .walk import examples
 
 FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+MOST_LEVELS = 1_000_000  # a thousand times what published models have
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # never needed to distil; a safety checker would blacken images of an untrained student
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -67,7 +71,10 @@ def load_pipeline(
         )
     left_out = {k: None for k in without if k in index} | components
     if Path(source).is_dir():
-        check_weights(Path(source), [k for k, v in index.items() if isinstance(v, list) and k not in (*left_out, *UNUSED)])
+        check_schedule_file(Path(source))
+        parts = [k for k, v in index.items() if isinstance(v, list) and k not in (*left_out, *UNUSED)]
+        check_weights(Path(source), parts)
+        variant = variant or only_variant(Path(source), parts)
     options = {k: None for k in UNUSED if k in index} | left_out
     if "requires_safety_checker" in index:
         options["requires_safety_checker"] = False
@@ -75,7 +82,7 @@ def load_pipeline(
     with loading(f"{source!r} cannot be loaded"):
         for name, kind in NETWORKS.items():
             if name in index and name not in options:
-                options[name] = load_whole(kind, source, name, **how)
+                options[name] = load_whole(kind, source, name, **how | {"variant": variant_of(source, name, variant)})
         pipe = DiffusionPipeline.from_pretrained(source, **how, **options)
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
@@ -104,8 +111,41 @@ def load_whole(kind: type[ModelMixin], source: str, subfolder: str, **how: Any) 
     return network
 
 
+def check_parts(source: str) -> None:
+    """All weights of a pipeline folder can be read: asked before hours of work with some. Of a hub id nothing is known."""
+    if Path(source).is_dir():
+        check_weights(Path(source), [k for k, v in read_index(source).items() if isinstance(v, list) and k not in UNUSED])
+
+
+def variants_in(folder: Path) -> set[str | None]:
+    """Those of the weight files of a component, as diffusers names them: model.fp16.safetensors,
+    model.fp16-00001-of-00002.safetensors (older: model-00001-of-00002.fp16.safetensors); None: files without one.
+    """
+    stems = [SHARD.sub("", file.name.removesuffix(".safetensors")) for file in folder.glob("*.safetensors")]
+    return {stem.partition(".")[2] or None for stem in stems}
+
+
+def only_variant(folder: Path, components: Iterable[str]) -> str | None:
+    """The one variant in which some component has weights only, None where each has plain ones. UserError for several."""
+    found = [(c, variants_in(folder / c)) for c in components]
+    needed = {c: names for c, names in found if names and None not in names}
+    common = set.intersection(*needed.values()) if needed else set()
+    if len(common) == 1:
+        return common.pop()
+    if needed:
+        names = "; ".join(f"{c}: {', '.join(sorted(v))}" for c, v in needed.items())
+        raise UserError(f"{str(folder)!r} has its weights in variants only ({names}); name the one to use, as teacher.variant")
+    return None
+
+
+def variant_of(source: str, component: str, variant: str | None) -> str | None:
+    """What to ask of one component: as in diffusers, the plain weights where it has no such variant."""
+    folder = Path(source, component)
+    return None if folder.is_dir() and variant not in variants_in(folder) else variant
+
+
 def check_weights(folder: Path, components: Iterable[str]) -> None:
-    """Every component's safetensors can be read; those that should have weights have some in safetensors."""
+    """Every component's safetensors can be read; those that should have weights have some in safetensors, all of their shards."""
     for component in components:
         files = sorted((folder / component).glob("*.safetensors"))
         pickles = [f for f in (folder / component).glob("*") if f.suffix in (".bin", ".pt", ".ckpt", ".pth")]
@@ -119,7 +159,23 @@ def check_weights(folder: Path, components: Iterable[str]) -> None:
                 with safe_open(file, framework="pt"):
                     pass
             except SafetensorError as error:
-                raise UserError(f"{str(file)!r} is damaged ({error}); copy or download it again") from error
+                raise damaged_weights(file, error) from error
+        for listed in (folder / component).glob("*.safetensors.index*.json"):
+            named = read_json(listed, "copy or download it again").get("weight_map")
+            names = set(map(str, named.values())) if isinstance(named, dict) else set()
+            if lost := sorted(name for name in names if not (folder / component / name).is_file()):
+                raise FileNotFoundError(
+                    f"{str(folder / component)!r} lacks {len(lost)} of the {len(names)} files that {listed.name} lists "
+                    f"({examples(lost)}); copy or download them"
+                )
+
+
+def check_schedule_file(folder: Path) -> None:
+    """Its number of levels can be held: a scheduler makes tables of as many when it is loaded, before it can be asked."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    steps = read_json(file, "copy it again").get("num_train_timesteps", 1000) if file.is_file() else 1000
+    if not (type(steps) is int and 1 <= steps <= MOST_LEVELS):
+        raise UserError(f"{str(file)!r}: num_train_timesteps is {shown(steps)}, expected 1 to {MOST_LEVELS:,}; mend it")
 
 
 def check_scheduler_config(scheduler: Any, source: str) -> None:

@@ -185,6 +185,8 @@ def load_student(
     for key in needed:
         if key not in info:
             raise UserError(f"{str(folder / 'student.json')!r} does not say {key!r}; {RESAVE}")
+    if needed and not (isinstance(info["readout_t"], int) and info["readout_t"] >= 0):
+        raise UserError(f"{str(folder / 'student.json')!r}: readout_t is {shown(info['readout_t'])}, no timestep; {RESAVE}")
     if info.get("family") not in stable_diffusion.FAMILIES.values():
         if scheduler is not None:
             raise UserError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
@@ -217,6 +219,12 @@ def load_student(
         with loading(incomplete, RESAVE):
             scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipe.scheduler = scheduler
+    last = int(prediction.schedule.t_range[1])
+    if info["readout_t"] > last:
+        raise UserError(
+            f"the student in {str(folder)!r} reads out at timestep {info['readout_t']}, its base model has none after {last}; "
+            "give base_model=<the one that it was distilled from>"
+        )
     error = stable_diffusion.one_step_error(scheduler, prediction, info["readout_t"])
     if error > ONE_STEP_TOLERANCE:
         warnings.warn(

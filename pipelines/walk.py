@@ -29,11 +29,14 @@ NUMBER = re.compile("([0-9]+)")
 
 @dataclass
 class Tree:
-    """files: all that are not hidden, in order; hidden: files and folders of that kind; again: folders and links met before."""
+    """files: all that are not hidden, in order; hidden: files and folders of that kind; again: folders and links met before;
+    empty: folders with nothing (but hidden files) in them, which may have been meant as classes.
+    """
 
     files: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     again: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
 
 def natural(name: str) -> tuple:
@@ -75,8 +78,10 @@ def walk(root: str | Path) -> Tree:
             tree.again.append(prefix.removesuffix("/"))
             continue
         seen.add((status.st_dev, status.st_ino))
+        bare = True
         with os.scandir(path) as entries:
             for entry in entries:
+                bare = bare and is_hidden(entry.name)
                 name = prefix + entry.name
                 if is_hidden(entry.name):
                     tree.hidden.append(name)
@@ -86,7 +91,9 @@ def walk(root: str | Path) -> Tree:
                     links.append(name)
                 else:
                     tree.files.append(name)
-    for names in (tree.files, tree.hidden, tree.again):
+        if bare and prefix:
+            tree.empty.append(prefix.removesuffix("/"))
+    for names in (tree.files, tree.hidden, tree.again, tree.empty):
         names.sort(key=natural)
     return tree
 
@@ -99,7 +106,7 @@ class Pictures:
     """
 
     def __init__(self, source: str, option: str) -> None:
-        self.source, self.option, self._zip = source, option, None
+        self.source, self.option, self._zip, self._members_of = source, option, None, {}
         if os.path.isdir(source):
             self.zipped, tree = False, walk(source)
         elif source.lower().endswith(".zip") and os.path.isfile(source):
@@ -108,7 +115,7 @@ class Pictures:
             raise UserError(f"{option}: {source!r} is neither a folder nor a .zip file")
         else:
             raise FileNotFoundError(f"{option}: no such folder or .zip {source!r}")
-        self.hidden, self.again = tree.hidden, tree.again
+        self.hidden, self.again, self.empty = tree.hidden, tree.again, tree.empty
         self.names = [n for n in tree.files if is_picture(n)]
         self.others = [n for n in tree.files if not is_picture(n)]
         if not self.zipped:
@@ -124,10 +131,10 @@ class Pictures:
         if not self.zipped:
             return Path(self.source, name).read_bytes()
         try:
-            archive = self._archive()
-            if archive.getinfo(name).file_size > LARGEST:
+            archive, member = self._archive(), self._members_of.get(name, name)
+            if archive.getinfo(member).file_size > LARGEST:
                 raise UserError(f"{self.option}: {name!r} of {self.source} has more than {LARGEST / 2**30:.0f} GiB; take it out")
-            return archive.read(name)
+            return archive.read(member)
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, zipfile.zlib.error) as error:
             raise UserError(f"{self.option}: {name!r} of {self.source} cannot be read: {message(error)}; mend it") from error
 
@@ -144,6 +151,7 @@ class Pictures:
             "of another kind than the pictures that are read here": [n for n in self.others if n not in read],
             "hidden or a tool's": self.hidden,
             "folders met before under another name": self.again,
+            "empty folders": self.empty,
         }
         said = [f"{len(names):,} {kind} ({examples(names)})" for kind, names in kinds.items() if names]
         return f"left out: {'; '.join(said)}" if said else ""
@@ -159,9 +167,11 @@ class Pictures:
 
     def _members(self) -> Tree:
         try:
-            names = [m.filename for m in self._archive().infolist() if not m.is_dir()]
+            members = [(_named(m), m.filename) for m in self._archive().infolist() if not _named(m).endswith("/")]
         except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
             raise UserError(f"{self.option}: {self.source} is not a whole zip file ({message(error)}); copy it again") from error
+        names = [name for name, _ in members]
+        self._members_of = {name: member for name, member in members if name != member}
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise UserError(f"{self.option}: {self.source} holds {len(twice):,} names twice ({examples(twice)}); pack it again")
@@ -182,6 +192,11 @@ class Pictures:
                 f"({examples(lost)}); bring the files or remove the links"
             )
         self.names = regular
+
+
+def _named(member: zipfile.ZipInfo) -> str:
+    """Its name. Some programs of Windows put "\\" between folders, where the format has "/" (APPNOTE 4.4.17.1)."""
+    return member.filename.replace("\\", "/") if member.create_system == 0 else member.filename
 
 
 def refuse_pictures(path: str, option: str, instead: str) -> None:

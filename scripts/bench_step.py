@@ -134,7 +134,7 @@ def our_step(shape: dict[str, Any], objective: str, copies: bool, device: torch.
     }
     raw = {
         "output_dir": tempfile.mkdtemp(),
-        "teacher": {"path": "random", "guidance_scale": 1.0 if objective == "varflow" else GUIDANCE},
+        "teacher": {"path": "random", "guidance_scale": 1.0 if objective.startswith("varflow") else GUIDANCE},
         "student": {"lora": lora, "optimizer": adam},
         "objective": sections[objective.removesuffix("_k2")] | {"levels": levels},
         "data": {"name": "teacher_samples", "file": "none"},

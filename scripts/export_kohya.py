@@ -22,7 +22,7 @@ from pipelines.atomic import new_file
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
 from pipelines.loras import LORA_FILE
-from pipelines.reading import loading, refuse_single_file
+from pipelines.reading import damaged_weights, loading, refuse_single_file
 
 
 def to_kohya(weights: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], int, float]:
             metadata = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {key: stored.get_tensor(key) for key in stored.keys()}
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{str(file)!r} is damaged ({error}); copy it again") from error
+        raise damaged_weights(file, error) from error
     if "unet.r" not in metadata:
         raise UserError(f"{str(file)!r} has no rank and alpha in its metadata; it was not written by trainers.distill")
     if metadata.get("unet.rank_pattern") or metadata.get("unet.alpha_pattern"):

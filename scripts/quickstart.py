@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from pipelines.numbers import whole
+
 from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
 
 STUDENTS = ("varflow", "vardiu", "diff_instruct", "vardiu_bound")
@@ -21,7 +23,7 @@ STUDENTS = ("varflow", "vardiu", "diff_instruct", "vardiu_bound")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--workers", type=int, default=None, help="distillations at a time (default: one a core, at most 4)")
+    parser.add_argument("--workers", type=whole(1), default=None, help="distillations at a time (default: one a core, at most 4)")
     args = parser.parse_args()
     workers = args.workers or min(len(STUDENTS), cores())
     output, runs = args.output, args.output / "runs"

@@ -19,6 +19,7 @@ from torch import Tensor
 from pipelines.atomic import new_file
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
+from pipelines.numbers import finite, whole
 from pipelines.paths import path_option
 from pipelines.stable_diffusion import DTYPES, load_pipeline
 from pipelines.students import find_student, load_student, read_info
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--output", type=lambda text: Path(path_option(text)), default=Path("samples.png"))
     parser.add_argument("--base-model", type=path_option, help="where the teacher lies now, if not where it was")
-    parser.add_argument("--teacher-steps", type=int, default=50)
-    parser.add_argument("--teacher-guidance", type=float, default=7.5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--teacher-steps", type=whole(1), default=50)
+    parser.add_argument("--teacher-guidance", type=finite, default=7.5)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

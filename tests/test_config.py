@@ -352,3 +352,42 @@ def test_a_recipe_of_the_other_command_is_refused(tmp_path, capsys):
 def test_load_config_raises_what_main_prints(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'steps'"):
         load_config(DistillConfig, str(write(tmp_path, VARDIU)), ["step=1"])
+
+
+# Values as they look ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "steps"), [("010", 10), ("0", None), ("1_0", 10), ("'7'", 7), ("1:30", None), ("0x10", 16)])
+def test_a_number_is_the_one_that_stands_there(text, steps, tmp_path):
+    """YAML 1.1 has 010 for 8 and 1:30 for 90."""
+    for form in (lambda: (write(tmp_path, VARDIU), [f"steps={text}"]), lambda: (write(tmp_path, VARDIU | {"steps": 1}), [])):
+        file, given = form()
+        if not given:
+            file.write_text(file.read_text().replace("steps: 1\n", f"steps: {text}\n"))
+        if steps is None:
+            with pytest.raises(ValueError, match="steps: Input should be"):
+                load_config(DistillConfig, str(file), given)
+        else:
+            assert load_config(DistillConfig, str(file), given).steps == steps
+
+
+@pytest.mark.parametrize("name", ["2026-01-31", "010", "1:30", "2026-01-31 12:00:00"])
+def test_a_folder_named_by_a_date_or_number(name, tmp_path):
+    assert load_config(DistillConfig, str(write(tmp_path, VARDIU)), [f"output_dir={name}"]).output_dir == name
+
+
+@pytest.mark.parametrize("override", ["steps=true", "steps=yes", "seed=off", "student.optimizer.lr=on", "micro_batch_size=true"])
+def test_truth_is_no_number(override, tmp_path):
+    """pydantic takes it for 1: one step, a rate of 1.0."""
+    with pytest.raises(ValueError, match=f"{override.partition('=')[0].split('.')[-1]} is (true|false), expected a number"):
+        load_config(DistillConfig, str(write(tmp_path, VARDIU)), [override])
+
+
+def test_truth_in_a_list_of_numbers(tmp_path):
+    with pytest.raises(ValueError, match=r"betas is .*true.*, expected a number"):
+        load_config(DistillConfig, str(write(tmp_path, VARDIU)), ["student.optimizer.betas=[true, 0.9]"])
+
+
+def test_a_number_that_no_tensor_can_have(tmp_path):
+    with pytest.raises(ValueError, match="batch_size: Input should be less than"):
+        load_config(DistillConfig, str(write(tmp_path, VARDIU)), [f"batch_size={10**20}"])

@@ -385,3 +385,16 @@ def test_what_is_cut_away_leaves_no_trace(width, height, tmp_path):
 
 def test_an_image_set_has_as_many_as_pixels():
     assert len(ImageSet(torch.zeros(7, 3, 5, 5, dtype=torch.uint8))) == 7
+
+
+def test_pictures_that_are_enlarged_are_counted(tmp_path, capsys):
+    """Small ones among large ones, which a training would otherwise blur unseen."""
+    for i, size in enumerate([(8, 8), (40, 9), (64, 16), (64, 64)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    load_folder(str(tmp_path), 16, 3)
+    assert "2 pictures: smaller than image_size, enlarged" in capsys.readouterr().err
+
+
+def test_digits_too_large_for_memory_are_refused():
+    with pytest.raises(UserError, match="more than 8; choose"):
+        load_digits(10**9)

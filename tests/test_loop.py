@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from pipelines.errors import UserError
 from trainers.config import Optimizer, Run
 from trainers.draws import DrawSource
 from trainers.loop import Trainer
@@ -134,3 +135,16 @@ def test_observe_gets_averaged_numbers(loss, micro, tmp_path):
     assert all(isinstance(v, float) for v in numbers.values())
     assert {"loss", "both", "first", "second"} <= numbers.keys()
     assert {f"joint/{n}": v for n, v in numbers.items()}.items() <= values.items()
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_said(tmp_path):
+    """With the keys that mend it, whichever of a CPU and a GPU is full."""
+    objective = Tiny(in_one_piece)
+    run = Run(output_dir=str(tmp_path / "out"), steps=2, batch_size=10**13)
+    draws = DrawSource(0, 10**13, (1, 2, 3), torch.device("cpu"))
+    trainer = Trainer(
+        run, Accelerator(cpu=True), objective, "student", {"student": Optimizer(lr=0.1)}, draws, print, print, print
+    )
+    trainer.record = lambda start: {}
+    with pytest.raises(UserError, match=r"out of memory at step 0: .*Set micro_batch_size .*gradient_checkpointing"):
+        trainer.fit()

@@ -186,3 +186,25 @@ def test_a_zip_can_be_given_to_another_process(tmp_path):
         archive.writestr("a.png", b"content")
     found = Pictures(str(tmp_path / "x.ZIP"), "data.path")
     assert found.read("a.png") == pickle.loads(pickle.dumps(found)).read("a.png") == b"content"
+
+
+def test_folders_of_a_zip_that_windows_made(tmp_path):
+    """Between folders such files have "\\": without it all classes would be lost."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("set\\cat\\0.png", "set\\dog\\0.png"):
+            member = zipfile.ZipInfo(name)
+            member.create_system = 0
+            archive.writestr(member, name.encode())
+    pictures = Pictures(str(tmp_path / "a.zip"), "data.path")
+    assert (pictures.names, pictures.top) == (["set/cat/0.png", "set/dog/0.png"], "set/")
+    assert pictures.file("set/dog/0.png") == b"set\\dog\\0.png"
+    assert pickle.loads(pickle.dumps(pictures)).file("set/cat/0.png") == b"set\\cat\\0.png"
+
+
+def test_empty_folders_are_said(tmp_path):
+    """A class without pictures changes the numbers of all after it."""
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ant" / "0.png").write_bytes(b"x")
+    (tmp_path / "cat" / ".DS_Store").write_bytes(b"x")
+    assert "2 empty folders (bee, cat)" in Pictures(str(tmp_path), "data.path").left_out()

@@ -13,7 +13,8 @@ import unicodedata
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.prompts import parse_table
+from pipelines.prompts import columns_of, parse_table
+from pipelines.reading import decode_text
 from pipelines.walk import Pictures, examples, say
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -74,11 +75,11 @@ def _cells(pictures: Pictures, file: str, image_column: str, caption_column: str
     for i, row in enumerate(rows):
         if column not in row:
             wanted = "'file_name'" if image_column == "image" else repr(column)
-            raise UserError(f"data.image_column: no column {wanted} in row {i + 1} of {where}; it has {', '.join(row)}")
+            raise UserError(f"data.image_column: no column {wanted} in row {i + 1} of {where}; it has {columns_of(row)}")
         if caption_column not in row:
             raise UserError(
                 f"data.caption_column: no column {caption_column!r} in row {i + 1} of {where}, so its images have no captions; "
-                f"it has {', '.join(row)}"
+                f"it has {columns_of(row)}"
             )
     return [(row[column], row[caption_column]) for row in rows]
 
@@ -90,8 +91,8 @@ def _rows(pictures: Pictures, file: str) -> list[dict[str, Any]]:
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-        return parse_table(content.decode("utf-8-sig"), os.path.splitext(file)[1])
-    except (ValueError, csv.Error, OSError) as error:
+        return parse_table(decode_text(content, "it"), os.path.splitext(file)[1])
+    except (ValueError, csv.Error, OSError, RecursionError) as error:
         raise UserError(f"{fault}: {error}") from error
 
 

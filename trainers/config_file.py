@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines.errors import UserError, shown
-from pipelines.reading import parse_yaml, read_text
+from pipelines.reading import Loader, parse_yaml, read_text
 
 T = TypeVar("T", bound=BaseModel)
 # Tags of a union told apart by the value's type: pydantic puts them into the path of a fault, the user's file has none there.
@@ -22,7 +22,7 @@ class ConfigError(UserError):
     """What the user must mend, one line a fault."""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _UniqueKeyLoader(Loader):
     """Plain YAML keeps the last of two equal keys; here it is an error. Merge keys (`<<: *anchor`) may be overridden."""
 
     def flatten_mapping(self, node):  # called first for every mapping, and again for one that an anchor brings in once more

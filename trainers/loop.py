@@ -27,6 +27,7 @@ from torchvision.utils import save_image
 from pipelines import atomic
 from pipelines.errors import UserError
 from pipelines.launch import on_main
+from pipelines.reading import reason_of
 
 from . import checkpoint, resume
 from .config import Optimizer as OptimizerConfig
@@ -129,6 +130,13 @@ class Trainer:
             return complete
         except atomic.WriteError as error:
             raise atomic.WriteError(f"{error}. The run stopped at step {self.step}; {self._last_checkpoint()}.") from error
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+                raise
+            raise UserError(
+                f"out of memory at step {self.step}: {reason_of(error)}. Set micro_batch_size (below batch_size, "
+                f"{self.run.batch_size}), which changes no result, or gradient_checkpointing: true; {self._last_checkpoint()}."
+            ) from error
         finally:
             self.log.bar.close()
             lock.release()

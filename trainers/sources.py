@@ -16,7 +16,7 @@ from pipelines import data_sets
 from pipelines.decode import Rules, decode
 from pipelines.errors import UserError
 from pipelines.identity import sha256_of
-from pipelines.images import content_of, to_unit, undecoded
+from pipelines.images import ENLARGED, content_of, to_unit, undecoded
 from pipelines.prompts import as_text, read_rows
 from pipelines.walk import examples, refuse_pictures
 
@@ -84,8 +84,8 @@ class CaptionRows(PromptRows):
 
         i = self.index[row]
         decoded = decode(self.file(i), f"data: {self.name(i)}", self.rules)
-        self.notes.update(decoded.notes)
         image = decoded.image
+        self.notes.update(decoded.notes + ((ENLARGED,) if min(image.size) < size else ()))
         scale = size / min(image.size)
         width, height = round(image.width * scale), round(image.height * scale)
         if width * height > MOST_PIXELS:

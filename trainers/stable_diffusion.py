@@ -45,6 +45,7 @@ class StableDiffusionModels:
         t = config.teacher
         path = teacher_folder(t.path)
         index = sd.read_index(path)
+        sd.check_parts(path)  # before its text encoders work, which may take hours
         schedule = sd.load_schedule(path)
         check_levels(config, schedule)
         last = int(schedule.t_range[1])

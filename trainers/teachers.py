@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
 from pipelines.errors import UserError
 from pipelines.identity import weights_sha256
-from pipelines.reading import loading, read_json, refuse_single_file
+from pipelines.reading import damaged_weights, loading, read_json, refuse_single_file
 from pipelines.stable_diffusion import FAMILIES, load_pipeline, read_index
 
 TEXT_AND_IMAGES = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -84,7 +84,7 @@ def load_edm_teacher(path: str) -> EDMPipeline:
         with safe_open(weights, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
-        raise UserError(f"teacher.path: {str(weights)!r} is damaged ({error}); copy or train it again") from error
+        raise UserError(f"teacher.path: {damaged_weights(weights, error)}") from error
     with loading(f"teacher.path: {str(folder / 'unet' / 'config.json')!r} makes no network", again), torch.device("meta"):
         expected = {n: tuple(t.shape) for n, t in network.from_config(network.load_config(folder / "unet")).state_dict().items()}
     for name in sorted(stored.keys() | expected.keys()):

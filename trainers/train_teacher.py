@@ -113,6 +113,7 @@ class FurtherStableDiffusion:
 
     def __init__(self, config: TeacherConfig, accelerator: Accelerator) -> None:
         self.config, self.device = config, accelerator.device
+        stable_diffusion.check_parts(config.pipeline)  # before its text encoders work, which may take hours
         levels.check_levels(config, stable_diffusion.load_schedule(config.pipeline))
         encoded = open_cache(config, accelerator)
         self.examples, self.latent_shape, self.null_condition = encoded.examples, encoded.shape, encoded.null

@@ -86,6 +86,8 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         weights that this network has not all of the layers for.
         """
         source = pretrained_model_name_or_path_or_dict
+        if "weight_name" in kwargs and not isinstance(source, dict) and Path(source).is_dir():
+            source = Path(source) / kwargs["weight_name"]
         lora = None if isinstance(source, dict) else find_lora(source, "load_lora_weights")
         if lora is None:
             layers = layers_by_network(source).get("unet", set())

@@ -80,6 +80,18 @@ def test_kill_and_resume(edm, expected, tmp_path):
     assert all(f.stat().st_mtime_ns == when for f, when in made.items())
 
 
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_picture_that_was_cut_short_is_made_again(length, edm, expected, tmp_path):
+    """As a copy from another machine that broke off leaves it: not "finished"."""
+    for name, content in expected.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    cut = next(file for file in sorted(tmp_path.rglob("*.png")))
+    cut.write_bytes(cut.read_bytes()[:length])
+    assert main(options(edm, tmp_path, "--batch-size", "7")) == 0
+    assert contents(tmp_path) == expected
+
+
 def test_images_are_the_pipelines_own(edm, expected, tmp_path):
     """Image i is the pipeline called by hand with the generator and the label of i, rounded to 8 bits."""
     pipe = EDMPipeline.from_pretrained(edm)

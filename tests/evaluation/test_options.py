@@ -333,3 +333,42 @@ def test_where_a_lora_is_not(generating, tmp_path, capsys):
     assert "no such file or folder" in capsys.readouterr().err
     assert not (tmp_path / "made" / "images").exists()
     assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["made", "x.bin"]'
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((option, "0") for option in ("steps", "batch-size", "feature-batch", "draws", "image-size", "teacher-steps", "size")),
+        ("workers", "-1"),
+        ("seed", "-1"),
+        ("guidance-scale", "nan"),
+        ("guidance-scale", "inf"),
+        ("latency-batch", "1e3"),
+    ],
+)
+def test_numbers_that_cannot_be(option, value, tmp_path, capsys):
+    """At once, from the command line and from a file: not after minutes, as a traceback."""
+    common = ["run", "--protocol", "custom", "--model", "m", "--output", str(tmp_path / "x")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*common, f"--{option}={value}"])
+    assert stopped.value.code == 2
+    assert f"argument --{option}: expected a " in capsys.readouterr().err
+    (tmp_path / "eval.yaml").write_text(f"{option.replace('-', '_')}: '{value}'\n")
+    with pytest.raises(SystemExit):
+        main([*common, "--config", str(tmp_path / "eval.yaml")])
+    assert f"argument --{option}: expected a " in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_option_that_is_given_twice(tmp_path, capsys):
+    """argparse takes the last: of two sets of images the first would not be measured, in silence."""
+    assert main(["metrics", "--protocol", "custom", "--images", "a", "--images=b", "--output", str(tmp_path / "x")]) == 2
+    assert "--images is given 2 times; keep one" in capsys.readouterr().err
+
+
+def test_arrays_are_no_images(networks, sets, tmp_path, capsys):
+    """A file that is there must not be called missing."""
+    (tmp_path / "samples.npz").write_bytes(b"x")
+    common = ["metrics", "--protocol", "custom", "--inception", str(networks.inception), "--reference", str(sets.b)]
+    assert main([*common, "--images", str(tmp_path / "samples.npz"), "--output", str(tmp_path / "x")]) == 2
+    assert "neither a folder nor a .zip or .parquet; save its arrays as pictures" in capsys.readouterr().err

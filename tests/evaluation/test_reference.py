@@ -169,6 +169,27 @@ def test_damaged_statistics(damage, measured, stored):
         load(stored, extractor)
 
 
+def test_a_covariance_that_is_none(measured, tmp_path):
+    """Files of others, in pytorch-fid's form: a distance to these would be a number that means nothing."""
+    extractor, made = measured
+    mean, cov = (v.numpy() for v in made.moments["inception"])
+    lopsided, negative = cov.copy(), cov.copy()
+    lopsided[0, 1] += 0.1 * cov.max()
+    negative[3, 3] = -cov.max()
+    damaged = {
+        "not symmetric": lopsided,
+        "negative variances": negative,
+        "complex128": cov.astype(complex),
+        "int64": cov.astype(int),
+    }
+    for message, sigma in damaged.items():
+        np.savez(tmp_path / "x.npz", mu=mean, sigma=sigma)
+        with pytest.raises(ValueError, match=f"sigma .*{message}"):
+            load(tmp_path / "x.npz", extractor, raw=())
+    np.savez(tmp_path / "x.npz", mu=mean.astype(np.float32), sigma=cov.astype(np.float32))
+    assert load(tmp_path / "x.npz", extractor, raw=()).moments["inception"][1].dtype == torch.float64
+
+
 def test_edms_file_is_read_as_it_is(measured, tmp_path):
     extractor, made = measured
     mean, cov = made.moments["inception"]

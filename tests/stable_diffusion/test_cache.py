@@ -147,7 +147,7 @@ def test_what_was_done_to_images_is_said(recipe, tmp_path, capsys):
     Image.new("RGBA", (16, 16)).save(tmp_path / "images" / "1.png")
     run(cache.main, config)
     said = capsys.readouterr()
-    assert "data: 1 pictures: transparency put on white\n" in said.err
+    assert "data: 1 pictures: transparency put on white; 1 pictures: smaller than image_size, enlarged\n" in said.err
     assert said.out.startswith("3 rows in")
 
 

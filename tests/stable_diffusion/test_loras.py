@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from eval.sampler import load_sampler
@@ -100,7 +100,6 @@ def test_a_scheduler_that_lies_beside_a_lora(style, tiny, tmp_path):
 FAULTS = {
     "another prefix": (lambda k: k.replace("unet.", "transformer."), "of its .* layers are not there, the first transformer."),
     "no prefix": (lambda k: k.removeprefix("unet."), "layers are not there, the first down_blocks"),
-    "PEFT's own": (lambda k: k.replace("unet.", "base_model.model."), "layers are not there, the first base_model.model"),
     "a block too many": (
         lambda k: k.replace("down_blocks.0", "down_blocks.7"),
         "layers are not there, the first unet.down_blocks.7",
@@ -212,3 +211,59 @@ def test_a_hub_that_does_not_say_what_a_lora_is(style, hub):
             FileNotFoundError, match=f"--lora: '{name}' is no file or folder here, and the hub could not be asked"
         ):
             find_lora(name, "--lora")
+
+
+def test_a_folder_with_several_files_of_weights(style, tiny, tmp_path):
+    """As kohya's trainers leave them, one an epoch: diffusers takes the first of them and says so in a log."""
+    for name in ("style-000001.safetensors", "style.safetensors"):
+        shutil.copy(style / LORA_FILE, tmp_path / name)
+    with pytest.raises(ValueError, match=r"2 files of weights \(style-000001.safetensors, style.safetensors\); name the one"):
+        find_lora(tmp_path, "--lora")
+    (tmp_path / "style-000001.safetensors").unlink()
+    assert find_lora(tmp_path, "--lora").file == "style.safetensors"
+
+
+def test_a_pickle_is_refused_in_a_folder_as_by_its_name(style, tiny, tmp_path):
+    torch.save(load_file(style / LORA_FILE), tmp_path / "pytorch_lora_weights.bin")
+    for source in (tmp_path, tmp_path / "pytorch_lora_weights.bin"):
+        with pytest.raises((FileNotFoundError, ValueError), match="a pickle could run any code"):
+            load_sampler(str(tiny["sd15"]), lora=str(source))
+
+
+def test_an_adapter_as_peft_saves_it(tiny, style, tmp_path):
+    """Not "made for another model": its form is another one, and what the message says makes the right one of it."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny["sd15"])
+    torch.manual_seed(2)
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["to_q"], init_lora_weights=False)
+    network = get_peft_model(pipe.unet, config)
+    network.save_pretrained(tmp_path / "peft")
+    for source in (tmp_path / "peft", tmp_path / "peft" / "adapter_model.safetensors"):
+        with pytest.raises(ValueError, match="as PEFT saves it; make it one of diffusers"):
+            load_sampler(str(tiny["sd15"]), lora=str(source))
+    x, condition = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
+    expected = network(x, 10, condition).sample
+    made = PeftModel.from_pretrained(StableDiffusionPipeline.from_pretrained(tiny["sd15"]).unet, tmp_path / "peft")
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "made",
+        unet_lora_layers=get_peft_model_state_dict(made.base_model.model, adapter_name="default"),
+        unet_lora_adapter_metadata=made.peft_config["default"].to_dict(),
+    )
+    loaded = load_sampler(str(tiny["sd15"]), lora=str(tmp_path / "made")).pipe.unet
+    assert torch.equal(loaded(x, 10, condition).sample, expected)
+
+
+def test_weights_that_are_nan_are_refused_when_they_are_loaded(style, tiny, tmp_path):
+    """Not after all images have been drawn."""
+    weights = load_file(style / LORA_FILE)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, tmp_path / LORA_FILE)
+    with pytest.raises(ValueError, match="NaN or infinite values in 1 tensors, the first unet"):
+        load_sampler(str(tiny["sd15"]), lora=str(tmp_path))
+
+
+@pytest.mark.parametrize(("value", "message"), [("NaN", "readout_t is nan, no timestep"), ("5000", "has none after 999")])
+def test_a_student_whose_timestep_is_none(value, message, student):
+    file = student / "student" / "student.json"
+    file.write_text(file.read_text().replace('"readout_t": 999', f'"readout_t": {value}'))
+    with pytest.raises(ValueError, match=message):
+        load_student(student)
