@@ -13,7 +13,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
+.PHONY: help install quickstart assets assets-teacher bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,29 @@ bench-eval: $(DEV) ## evaluation against clean-fid, torch-fidelity and torchmetr
 bench-mog40: $(RUNTIME) ## VarDiU on its own benchmark, every variant, three seeds of 300 s: outputs/bench/mog40*.{json,png}; two hours
 	$(BIN)/python -m scripts.bench_mog40 $(ARGS)
 	$(BIN)/python -m scripts.bench_mog40_bounds
+
+# What training starts from where it has no checkpoint of its own: START= for random weights.
+START ?= assets
+WORK := outputs/assets
+ASSET = $(BIN)/python -m scripts.assets
+
+assets: $(RUNTIME) ## train the embedded teacher in assets/ again: hours; stopped and started again, it goes on
+	$(ASSET).vae --output $(WORK)/vae $(if $(START),--start $(START)/emoji_sd/vae)
+	$(ASSET).clip --output $(WORK)/clip $(if $(START),--start $(START)/emoji_clip)
+	$(ASSET).assemble --vae $(WORK)/vae/vae --clip $(WORK)/clip/clip $(if $(START),--unet $(START)/emoji_sd/unet) --output $(WORK)/start
+	$(MAKE) assets-teacher VAE=$(WORK)/vae/vae CLIP=$(WORK)/clip/clip
+
+# Where autoencoder and text tower come from; those committed, if they are to stay as they are.
+VAE ?= assets/emoji_sd/vae
+CLIP ?= assets/emoji_clip
+
+assets-teacher: $(RUNTIME) ## train only its U-Net further: make assets-teacher ARGS="steps=20000"
+	test -f $(WORK)/pairs/held_out.parquet || $(ASSET).pairs --output $(WORK)/pairs
+	test -f $(WORK)/start/model_index.json || $(ASSET).assemble --vae $(VAE) --clip $(CLIP) --unet assets/emoji_sd/unet --output $(WORK)/start
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	  -m trainers.train_teacher --config configs/emoji_teacher.yaml $(ARGS)
+	$(ASSET).assemble --ship --vae $(VAE) --clip $(CLIP) --unet $(WORK)/teacher/teacher/unet
+	$(ASSET).look --output $(WORK)/look
 
 test: $(DEV) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

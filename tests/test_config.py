@@ -64,7 +64,9 @@ def refusal(main, arguments: list[str], folder: Path, capsys) -> str:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
 def test_every_recipe_loads_with_its_model(file):
     raw = yaml.safe_load(file.read_text())
-    models = [m for key, m in (("objective", DistillConfig), ("network", TeacherConfig)) if key in raw]
+    models = [
+        m for key, m in (("objective", DistillConfig), ("network", TeacherConfig), ("pipeline", TeacherConfig)) if key in raw
+    ]
     assert len(models) == 1, f"{file.name} is neither a distillation nor a teacher; if it is a new kind, name its model here"
     config = load_config(models[0], str(file), [])
     for key, value in raw.items():  # what the file says is what the run gets

@@ -1,0 +1,144 @@
+"""Train the autoencoder of the embedded teacher: 32x32 pictures <-> 8x8 latents.
+
+    python -m scripts.assets.vae [--output outputs/assets/vae] [--steps N] [--start assets/emoji_sd/vae]
+
+L1 of pixels and of their differences to the neighbours, with a small pull of the latents to a standard normal. Writes
+<output>/vae, a diffusers AutoencoderKL whose scaling_factor gives latents variance 1. Stopped and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torchvision.utils import save_image
+
+from pipelines.launch import user_errors
+from trainers.config import Optimizer
+
+from . import pictures as emoji
+from .fitting import draws, fit
+
+LATENTS = 8
+KL = 2e-3  # a weight of .002 leaves each latent a noise of a few percent of its spread
+
+
+def new(latents: int = LATENTS) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        latent_channels=latents,
+        norm_num_groups=8,
+        sample_size=emoji.SIZE,
+    )
+
+
+def batch(pictures: emoji.Pictures, size: int, generator: torch.Generator) -> Tensor:
+    """Random pictures, mirrored, moved and on random backgrounds: (size, 3, 32, 32) in [-1, 1]."""
+    rows = torch.randint(len(pictures), (size,), generator=generator)
+    mirror = torch.rand(size, generator=generator) < 0.5
+    shift = torch.randint(-2, 3, (size, 2), generator=generator)
+    colours = emoji.palette()[torch.randint(len(emoji.BACKGROUNDS), (size,), generator=generator)]
+    colours = (colours + 6 * torch.randn(size, 3, generator=generator)).clamp(0, 255)
+    return emoji.on_background(emoji.moved(pictures.rgba[rows], mirror, shift), colours)
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """L1 of pixels plus L1 of horizontal and vertical differences, which keeps edges where they are."""
+    error = a - b
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 0.5 * edges
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    return torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample.float() for x in images.split(64)]).clamp(-1, 1)
+
+
+def held_out(pictures: emoji.Pictures) -> Tensor:
+    """Each held-out picture once, backgrounds in turn: (n, 3, 32, 32)."""
+    kept = pictures.part(held_out=True)
+    return emoji.on_background(kept.rgba, emoji.palette()[torch.arange(len(kept)) % len(emoji.BACKGROUNDS)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("outputs/assets/vae"))
+    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--latents", type=int, default=LATENTS)
+    parser.add_argument("--start", help="an AutoencoderKL to start from instead of random weights")
+    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder, and so the latents, as they are")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 arithmetic: for processors without it")
+    args = parser.parse_args(argv)
+    with user_errors():
+        pictures = emoji.load()
+        train, kept = pictures.part(held_out=False), held_out(pictures)
+        vae = (AutoencoderKL.from_pretrained(args.start) if args.start else new(args.latents)).train()
+        vae.to(memory_format=torch.channels_last)
+        if args.decoder_only:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+
+        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+            generator = draws(0, step)
+            x = batch(train, args.batch_size, generator).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
+                gaussian = vae.encode(x).latent_dist
+                mean, std = gaussian.mean.float(), gaussian.std.float()
+                z = mean + std * torch.randn(mean.shape, generator=generator)
+                y = vae.decode(z).sample.float()
+            kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+            return difference(y, x) + KL * kl, {"l1": float((y - x).abs().mean().detach()), "kl": float(kl.detach())}
+
+        def picture(file: Path) -> None:
+            shown = kept[:: max(1, len(kept) // 48)][:48]
+            save_image(
+                torch.cat([torch.cat(p) for p in zip(shown.split(16), reconstruct(vae, shown).split(16), strict=True)]),
+                file,
+                nrow=16,
+                normalize=True,
+                value_range=(-1, 1),
+            )
+
+        ema = fit(
+            vae,
+            loss,
+            args.output,
+            Optimizer(lr=args.lr, betas=(0.9, 0.99), clip=1.0, warmup_steps=100, schedule="cosine", final_ratio=0.02),
+            args.steps,
+            picture,
+        )
+        with ema.swapped():
+            finish(vae.eval(), train, kept, args.output)
+
+
+def finish(vae: AutoencoderKL, train: emoji.Pictures, kept: Tensor, output: Path) -> None:
+    """Set the scaling factor, measure on the held-out pictures, save."""
+    with torch.no_grad():
+        x = batch(train, 1024, draws(0, -1))
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(64)])
+        vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    error = reconstruct(vae, kept) - kept
+    numbers = {
+        "held_out_l1": float(error.abs().mean()),  # of [-1, 1]
+        "held_out_psnr": float((10 * (4 / error.square().mean(dim=(1, 2, 3))).log10()).mean()),
+        "scaling_factor": vae.config.scaling_factor,
+        "latent_mean": latents.mean(dim=(0, 2, 3)).tolist(),
+        "latent_std": latents.std(dim=(0, 2, 3)).tolist(),
+    }
+    vae.save_pretrained(output / "vae")
+    (output / "measured.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    main()
