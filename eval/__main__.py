@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         argv = list(sys.argv[1:] if argv is None else argv)
         words, rest = with_config(argv)
-        refuse_twice(rest)
         args = super().parse_args(argv[:1] + words + rest)
+        say_twice(rest)
         args.given, args.listed = options_in(rest), options_in(words)
         return args
 
@@ -40,12 +40,12 @@ def options_in(words: Sequence[str]) -> set[str]:
     return {key_of(flag) for flag in OPTIONS if flag in flags or flag.replace("--", "--no-", 1) in flags}
 
 
-def refuse_twice(words: Sequence[str]) -> None:
-    """UserError for an option that stands twice in a command line, of which argparse would take the last."""
+def say_twice(words: Sequence[str]) -> None:
+    """Name an option that stands twice in a command line: as everywhere the last one counts, which scripts rely on."""
     flags = [word.partition("=")[0].replace("--no-", "--", 1) for word in words]
     for flag, option in OPTIONS.items():
-        if flags.count(flag) > 1 and option.get("action") not in ("extend", "store_true"):
-            raise UserError(f"{flag} is given {flags.count(flag)} times; keep one")
+        if flags.count(flag) > 1 and option.get("action") not in ("append", "extend", "store_true"):
+            print(f"{flag} is given {flags.count(flag)} times; the last one counts", file=sys.stderr)
 
 
 def key_of(flag: str) -> str:

@@ -361,9 +361,9 @@ def test_numbers_that_cannot_be(option, value, tmp_path, capsys):
 
 
 def test_an_option_that_is_given_twice(tmp_path, capsys):
-    """argparse takes the last: of two sets of images the first would not be measured, in silence."""
+    """argparse takes the last: of two sets of images the first is not measured, and that is said."""
     assert main(["metrics", "--protocol", "custom", "--images", "a", "--images=b", "--output", str(tmp_path / "x")]) == 2
-    assert "--images is given 2 times; keep one" in capsys.readouterr().err
+    assert "--images is given 2 times; the last one counts" in capsys.readouterr().err
 
 
 def test_arrays_are_no_images(networks, sets, tmp_path, capsys):
