@@ -111,7 +111,7 @@ def test_two_processes_print_an_error_once(fault, tmp_path):
     """A configuration's, met before the processes know of each other, and one met afterwards."""
     used = tmp_path / "used"
     used.mkdir()
-    (used / "metrics.jsonl").write_text("")
+    (used / "metrics.jsonl").write_text('{"step": 50}\n')
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     two = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     command = [sys.executable, "-m", *two, "-m", "trainers.train_teacher", "--config", "configs/digits_teacher.yaml"]
