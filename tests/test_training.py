@@ -27,7 +27,7 @@ from pipelines.denoiser import Denoiser
 from pipelines.images import load_folder, to_unit
 from pipelines.students import load_student, read_info
 from trainers import checkpoint, distill, train_teacher
-from trainers.config import DistillConfig, Optimizer, Run
+from trainers.config import DistillConfig, Optimizer, Run, TeacherConfig
 from trainers.config_file import load_config
 from trainers.data import Images
 from trainers.draws import DrawSource
@@ -656,3 +656,10 @@ def test_half_life_of_an_ema():
     module.weight.data.fill_(3.0)
     ema.update()
     assert ema.average["weight"].item() == 3.0
+
+
+def test_what_is_dropped_for_guidance_is_no_class(tmp_path):
+    """Digits are the classes 0 to 9; label_dropout puts the label after the last in their place, which guidance asks for."""
+    overrides = ["data.labels=true", f"output_dir={tmp_path}", "network={channels: 8, num_blocks: 1}"]
+    teacher = train_teacher.NewEDM(load_config(TeacherConfig, "configs/digits_teacher.yaml", overrides))
+    assert {key: value.item() for key, value in teacher.null_condition.items()} == {"class_labels": 10}
