@@ -119,7 +119,7 @@ def test_a_teacher_too_but_for_its_dropout(images, tmp_path, fresh_accelerator):
         network = {"architecture": "ddpmpp", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "dropout": dropout}
         config = {
             "output_dir": str(tmp_path / name),
-            "data": {"name": "digits"},
+            "data": {"name": "digits", "labels": True},
             "network": network | {"attention_resolutions": []},
             "levels": {"name": "log_normal"},
             "augment": 0.5,

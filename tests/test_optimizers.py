@@ -54,7 +54,7 @@ def test_an_optimiser_goes_on_from_a_checkpoint_bit_for_bit(bits, tmp_path):
         "networks": checkpoint.network_tensors({"student": net}),
         "optimizers": checkpoint.optimizer_tensors({"student": optimizer}, {"student": net}),
     }
-    checkpoint.save(tmp_path, 5, tensors, {}, 1)
+    checkpoint.save(tmp_path, 5, tensors, {}, {}, logs=[], keep=1)
     saved, _ = checkpoint.load(checkpoint.list_checkpoints(tmp_path)[-1])
     resumed = network()
     again = build_optimizer(resumed.parameters(), Optimizer(lr=1e-3, betas=(0.9, 0.99), bits=bits))
