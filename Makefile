@@ -13,15 +13,18 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart assets assets-teacher bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
+.PHONY: help install quickstart study-digits assets assets-teacher bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(RUNTIME) ## create .venv with the runtime and this project in editable mode
 
-quickstart: $(RUNTIME) ## train a small teacher, distil it, evaluate it: outputs/quickstart/
+quickstart: $(RUNTIME) ## distil the embedded Stable Diffusion three ways, measure, draw: outputs/quickstart/; four minutes
 	$(BIN)/python -m scripts.quickstart $(ARGS)
+
+study-digits: $(RUNTIME) ## train a teacher on 8x8 digits, distil it four ways, measure: outputs/study_digits/; seven minutes
+	$(BIN)/python -m scripts.study_digits $(ARGS)
 
 bench-digits: $(RUNTIME) ## all objectives on the digits, three seeds, equal time: outputs/bench/digits.{json,png}; under 40 minutes
 	$(BIN)/python -m scripts.bench_images $(ARGS)

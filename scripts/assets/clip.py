@@ -28,7 +28,7 @@ from trainers.config import Optimizer
 from . import pictures as emoji
 from .fitting import draws, fit
 
-WIDTH, TOKENS, MERGES = 128, 32, 3072
+WIDTH, TOKENS, MERGES = 128, 77, 3072
 CANDIDATES = 32  # captions that a picture is matched with when retrieval is measured
 
 

@@ -1,9 +1,11 @@
 """Write the captioned pictures that the teacher is trained on: each emoji on every background, its caption whole or shortened.
 
     python -m scripts.assets.pairs [--output outputs/assets/pairs] [--groups food-drink ...]
+    python -m scripts.assets.pairs --ship
 
 Writes train.parquet and held_out.parquet with columns image, caption, name, style, background, which `data: {name: captions}`
-reads. Which captions leave out style or background follows from a hash: the same files on every machine.
+reads. --ship writes assets/emoji/captioned_32.parquet instead: each training picture once, which the students' recipes read.
+Which captions leave out style or background, and that one background, follow from a hash: the same files on every machine.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pipelines.launch import user_errors
 from . import pictures as emoji
 
 WITHOUT_STYLE, WITHOUT_BACKGROUND = 15, 15  # percent of captions
+SHIPPED = Path("assets/emoji/captioned_32.parquet")
 
 
 def shortened(name: str, style: str, background: str) -> str:
@@ -32,18 +35,25 @@ def shortened(name: str, style: str, background: str) -> str:
     return emoji.caption(name, style if says_style else None, background if says_background else None)
 
 
-def write(pictures: emoji.Pictures, file: Path) -> None:
+def one_background(name: str, style: str) -> int:
+    """Its place in BACKGROUNDS, by a hash of the two."""
+    return hashlib.sha256(f"{name}|{style}".encode()).digest()[0] % len(emoji.BACKGROUNDS)
+
+
+def write(pictures: emoji.Pictures, file: Path, once: bool = False) -> None:
+    """Each picture on every background, or once, on one of them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = {key: [] for key in ("image", "caption", "name", "style", "background")}
-    palette = emoji.palette()
+    palette, names = emoji.palette(), list(emoji.BACKGROUNDS)
     for i in tqdm(range(len(pictures)), desc=file.stem, mininterval=5):
         name, style = pictures.names[i], pictures.styles[i]
-        pixels = to_pixels(emoji.on_background(pictures.rgba[i].expand(len(palette), -1, -1, -1), palette))
-        for image, background in zip(pixels, emoji.BACKGROUNDS, strict=True):
+        chosen = [one_background(name, style)] if once else list(range(len(names)))
+        pixels = to_pixels(emoji.on_background(pictures.rgba[i].expand(len(chosen), -1, -1, -1), palette[chosen]))
+        for image, background in zip(pixels, (names[b] for b in chosen), strict=True):
             stream = io.BytesIO()
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "PNG", compress_level=1)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "WEBP", lossless=True)
             values = ({"bytes": stream.getvalue(), "path": None}, shortened(name, style, background), name, style, background)
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
@@ -59,9 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/assets/pairs"))
     parser.add_argument("--groups", nargs="+", default=list(emoji.GROUPS))
+    parser.add_argument("--ship", action="store_true", help="write assets/emoji/captioned_32.parquet instead of --output")
     args = parser.parse_args(argv)
     with user_errors():
         pictures = emoji.load()
+        if args.ship:
+            write(pictures.part(held_out=False, groups=tuple(args.groups)), SHIPPED, once=True)
+            return
         for name, held_out in (("train", False), ("held_out", True)):
             write(pictures.part(held_out, tuple(args.groups)), args.output / f"{name}.parquet")
 
