@@ -1,4 +1,4 @@
-"""The main job, small but real: distil one-step LoRA students of the embedded Stable Diffusion, run them in a stock pipeline, measure.
+"""The main job, small but real: distil the embedded Stable Diffusion by LoRA, run the students in a stock pipeline, measure.
 
     python -m scripts.quickstart [--output outputs/quickstart] [--objectives vardiu ...] [--seed N] [--workers N]
 
