@@ -9,10 +9,13 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -31,6 +34,49 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 # (b, c, h, w) in pairwise different primes: whatever broadcasts over the wrong axis raises.
 SHAPE = (3, 2, 5, 7)
+
+
+@pytest.fixture
+def tiny_teacher() -> dict[str, Any]:
+    """A configuration of trainers.train_teacher that takes a second, without output_dir."""
+    return {
+        "data": {"name": "digits"},
+        "network": {"channels": 8, "num_blocks": 1, "patch_size": 2},
+        "levels": {"name": "log_uniform", "low": 0.3, "high": 3.0},
+        "optimizer": {"lr": 1e-3},
+        "steps": 4,
+        "batch_size": 6,
+        "log_every": 1,
+        "sampling_steps": 2,
+        "num_samples": 2,
+    }
+
+
+@pytest.fixture
+def train_teacher_with(tmp_path, capsys, monkeypatch) -> Callable[..., Callable[..., tuple[int, str]]]:
+    """train_teacher_with(config)(folder, a=b ...) -> (exit status, what the command says, without a traceback), in tmp_path."""
+    from trainers import train_teacher
+
+    monkeypatch.chdir(tmp_path)
+
+    def with_config(config: dict[str, Any]) -> Callable[..., tuple[int, str]]:
+        (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+
+        def run(folder: str | Path, *overrides: str) -> tuple[int, str]:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            capsys.readouterr()
+            status = 0
+            try:
+                train_teacher.main(["--config", "config.yml", f"output_dir={folder}", *overrides])
+            except SystemExit as stopped:
+                status = stopped.code
+            said = capsys.readouterr().err
+            assert "Traceback" not in said
+            return status, said
+
+        return run
+
+    return with_config
 
 
 @pytest.fixture

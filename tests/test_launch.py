@@ -27,16 +27,6 @@ LAUNCHERS = {
     "accelerate, 2 processes": [*LAUNCH, "--config_file", str(ROOT / "configs" / "accelerate" / "cpu_2.yaml")],
     "torchrun, 1 process": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--standalone"],
 }
-CONFIG = {
-    "data": {"name": "digits"},
-    "network": {"channels": 8, "num_blocks": 1, "patch_size": 2},
-    "levels": {"name": "log_uniform", "low": 0.3, "high": 3.0},
-    "optimizer": {"lr": 1e-3},
-    "steps": 1_000_000,
-    "batch_size": 6,
-    "log_every": 1,
-    "sampling_steps": 2,
-}
 
 
 def wait_until(happened, process: subprocess.Popen, seconds: float = 200) -> None:
@@ -134,9 +124,9 @@ def test_two_processes_print_an_error_once(fault, tmp_path):
         ("torchrun, 1 process", signal.SIGTERM, "everybody"),
     ],
 )
-def test_a_run_ends_with_its_launcher_and_is_saved(launcher, number, whom, tmp_path):
+def test_a_run_ends_with_its_launcher_and_is_saved(launcher, number, whom, tmp_path, tiny_teacher):
     """`kill` of the launcher; Ctrl-C and a scheduler's SIGTERM, which go to all processes. The reader of stderr is gone, too."""
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run")}))
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(tiny_teacher | {"output_dir": str(tmp_path / "run"), "steps": 1_000_000}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [*LAUNCHERS[launcher], "-m", "trainers.train_teacher", "--config", str(tmp_path / "config.yml")]
     reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -161,9 +151,9 @@ def test_a_run_ends_with_its_launcher_and_is_saved(launcher, number, whom, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_does_not_end_with_its_shell(tmp_path):
+def test_a_run_does_not_end_with_its_shell(tmp_path, tiny_teacher):
     """`nohup python -m trainers... &` and the window closed: the parent is gone, and it was no launcher."""
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run"), "steps": 30}))
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(tiny_teacher | {"output_dir": str(tmp_path / "run"), "steps": 30}))
     run = f"nohup {sys.executable} -m trainers.train_teacher --config {tmp_path / 'config.yml'} 2> {tmp_path / 'log'} >&2 &"
     shell = subprocess.Popen(["bash", "-c", f"{run} sleep 100"], cwd=ROOT, start_new_session=True)
     try:

@@ -1,6 +1,5 @@
 """What `resume` means: from where a run goes on, what may change on the way, and what is the user's and stays untouched."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,41 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainers import train_teacher
-
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread")
-
-CONFIG = {
-    "data": {"name": "digits"},
-    "network": {"channels": 8, "num_blocks": 1, "patch_size": 2},
-    "levels": {"name": "log_uniform", "low": 0.3, "high": 3.0},
-    "optimizer": {"lr": 1e-3, "warmup_steps": 1},
-    "steps": 4,
-    "batch_size": 6,
-    "log_every": 1,
-    "sampling_steps": 2,
-    "num_samples": 2,
-}
 
 
 @pytest.fixture
-def train(tmp_path, capsys, monkeypatch):
+def train(train_teacher_with, tiny_teacher):
     """train(folder, a=b ...) -> what the command says, without a traceback."""
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG))
-
-    def run(folder: Path, *overrides: str) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        capsys.readouterr()
-        with contextlib.suppress(SystemExit):
-            train_teacher.main(["--config", "config.yml", f"output_dir={folder}", *overrides])
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        return said
-
-    return run
+    run = train_teacher_with(tiny_teacher | {"optimizer": {"lr": 1e-3, "warmup_steps": 1}})
+    return lambda *given: run(*given)[1]
 
 
 def everything(folder: Path) -> dict[str, bytes]:

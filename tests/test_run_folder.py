@@ -14,8 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from accelerate.state import AcceleratorState
 
 from pipelines.errors import UserError
 from trainers import checkpoint, train_teacher
@@ -25,39 +23,11 @@ from trainers.loop import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread")
 
-CONFIG = {
-    "data": {"name": "digits"},
-    "network": {"channels": 8, "num_blocks": 1, "patch_size": 2},
-    "levels": {"name": "log_uniform", "low": 0.3, "high": 3.0},
-    "optimizer": {"lr": 1e-3},
-    "steps": 4,
-    "batch_size": 6,
-    "log_every": 1,
-    "checkpoint_every": 2,
-    "sampling_steps": 2,
-    "num_samples": 2,
-}
-
 
 @pytest.fixture
-def train(tmp_path, capsys, monkeypatch):
+def train(train_teacher_with, tiny_teacher):
     """train(folder, a=b ...) -> (exit status, what the command says, without a traceback)."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG))
-
-    def run(folder: Path, *overrides: str) -> tuple[int, str]:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        capsys.readouterr()
-        status = 0
-        try:
-            train_teacher.main(["--config", "config.yml", f"output_dir={folder}", *overrides])
-        except SystemExit as stopped:
-            status = stopped.code
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        return status, said
-
-    return run
+    return train_teacher_with(tiny_teacher | {"checkpoint_every": 2})
 
 
 @contextmanager
