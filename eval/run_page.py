@@ -1,7 +1,7 @@
 """report.html of a training, drawn while it runs from the files in its folder: verdicts, curves, pictures, speed, settings.
 
-One file without scripts; pictures are links into samples/, so the folder can be copied and opened as it is. Everything is read anew
-each time, so the page of a resumed run shows the whole of it. It holds no number that is not in a file beside it.
+One file without scripts; pictures are links into samples/, so the folder can be copied and opened as it is. Everything is read
+anew each time, so the page of a resumed run shows the whole of it. It holds no number that is not in a file beside it.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def page(run: RunFiles, state: str, health: Sequence[HealthCheck], now: datetime
 
 
 def _verdict(v: Verdict, more: str = "") -> str:
-    return f'<p class="verdict {more}" style="--c: {COLOURS[v.kind]}">{MARKS[v.kind]} <b>{escape(v.title)}</b><br>{escape(v.text)}</p>'
+    said = f"{MARKS[v.kind]} <b>{escape(v.title)}</b><br>{escape(v.text)}"
+    return f'<p class="verdict {more}" style="--c: {COLOURS[v.kind]}">{said}</p>'
 
 
 def timeline(run: RunFiles) -> str:

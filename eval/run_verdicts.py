@@ -15,20 +15,20 @@ from typing import Literal
 Kind = Literal["bad", "warn", "open", "good"]  # worst first; open: nothing can be said yet
 KINDS: tuple[Kind, ...] = ("bad", "warn", "open", "good")
 
-# A log line is a mean over log_every steps, and one low mean happens: a posterior that is behind for a moment, a bad draw of levels.
-# Three in a row at random, each with probability 1/4, is 1 in 64.
+# A log line is a mean over log_every steps, and one low mean happens: a posterior that is behind for a moment, a bad draw of
+# levels. Three in a row at random, each with probability 1/4, is 1 in 64.
 IN_A_ROW = 3
-# Fewer points than this and a trend test cannot reach 5 % even if each point is above the last (Kendall's S of 4 points: z = 1.7).
+# With fewer points a trend test cannot reach 5 %, even if each point is above the last (Kendall's S of 4 points: z = 1.7).
 POINTS_OF_A_TREND = 5
 Z_OF_A_TREND = 1.96
 CHANGE_OF_A_TREND = 0.05  # and the medians of both halves differ by so much: smaller is no progress that a person would see
-# Standard deviation against the teacher's. Pictures of half the spread have a quarter of its variance: grey, blurred or one colour.
+# Standard deviation against the teacher's. Half of it is a quarter of the variance: grey, blurred or one colour.
 LOW_SPREAD, HIGH_SPREAD = 0.5, 1.5
-# Distance between two pictures of one prompt against the teacher's. A tenth: to the eye one picture, a hundredth of the variance;
-# half: a quarter of it. One-step students of guided teachers lose some by design, so less than half is worth a word, not an alarm.
+# Distance between two pictures of one prompt against the teacher's. A tenth: to the eye one picture, a hundredth of the
+# variance; half: a quarter of it. Students of guided teachers lose some by design: less than half is worth a word, no alarm.
 NO_DIVERSITY, LOW_DIVERSITY = 0.1, 0.5
-# Share of values at black or full beyond the teacher's own share (which flat backgrounds make large in itself): one value in twenty
-# more is a patch that can be seen, and less than that comes and goes between sample steps.
+# Share of values at black or full beyond the teacher's own share (which flat backgrounds make large in itself): one value in
+# twenty more is a patch that can be seen, and less than that comes and goes between sample steps.
 EXTRA_SATURATION = 0.05
 # In-training evaluations use few images, but the same seeds each time. So much better is progress, so much worse is going wrong.
 BETTER, WORSE = 0.02, 0.10
@@ -54,10 +54,10 @@ def headline(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def trend(values: Values) -> Literal["rising", "falling", "flat"] | None:
-    """Of the newer half (at least POINTS_OF_A_TREND points; None with fewer), by Mann and Kendall's test at 5 % without ties.
+    """Of the newer half (at least POINTS_OF_A_TREND points; None with fewer), by Mann and Kendall's test at 5 %.
 
-    It asks only how many pairs rise, so that single spikes count for little. Points of a training are not independent, which makes
-    such a test too eager; hence CHANGE_OF_A_TREND as well.
+    It asks only how many pairs rise, so that single spikes count for little. Points of a training are not independent, which
+    makes such a test too eager; hence CHANGE_OF_A_TREND as well.
     """
     recent = blocks(values[-max(POINTS_OF_A_TREND, len(values) // 2) :])
     n = len(recent)
@@ -83,7 +83,7 @@ def last_stretch(flags: Sequence[bool]) -> int:
 
 
 def health(steps: Steps, values: Values, name: str, minimum: float, advice: str) -> Verdict:
-    """A number that must stay above a minimum, such as the posterior's information. advice: the warning of the training itself."""
+    """A number that must stay above a minimum, such as the posterior's information. advice: the training's own warning."""
     below = [v < minimum for v in values]
     n = last_stretch(below)
     if len(values) < IN_A_ROW:
@@ -203,11 +203,13 @@ def evaluation(steps: Steps, values: Values, name: str, lower_is_better: bool) -
     before = min(loss[:-third])
     scale = abs(before) or 1.0
     if loss[-1] - loss[best] > WORSE * (abs(loss[best]) or 1.0) and best < len(loss) - 1:
-        text = f"{name} was {values[best]:.4g} at step {steps[best]} and is {values[-1]:.4g}. Take that step's snapshot, or lower the rates."
+        was = f"{name} was {values[best]:.4g} at step {steps[best]} and is {values[-1]:.4g}"
+        text = f"{was}. Take the snapshot of that step, or lower the learning rates."
         return Verdict("warn", f"{name} worse since step {steps[best]}", text)
     if before - loss[best] > BETTER * scale:
         return Verdict("good", "still improving", f"{name} is {values[-1]:.4g}; best {values[best]:.4g} at step {steps[best]}.")
-    text = f"No more than {BETTER:.0%} better since step {steps[len(steps) - third - 1]}; best {values[best]:.4g} at step {steps[best]}."
+    since = f"No more than {BETTER:.0%} better since step {steps[-third - 1]}"
+    text = f"{since}; best {values[best]:.4g} at step {steps[best]}."
     return Verdict("good", f"{name} on a plateau", text)
 
 

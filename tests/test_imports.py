@@ -28,8 +28,8 @@ FORBIDDEN = {
     "tests": {"tests"},
 }
 
-# What may be imported all the same: the command that puts a run together, evaluations in it included; and the page of a run, since
-# charts and pages are made in eval/ alone and this one shows what was measured on the way.
+# What may be imported all the same: the command that puts a run together, evaluations in it included; and the page of a run,
+# since charts and pages are made in eval/ alone, and this one shows what was measured on the way.
 ALLOWED = {("trainers/distill.py", "eval.in_training"), ("trainers/setup.py", "eval.run_page")}
 
 # Loading a pickle runs whatever code it names.

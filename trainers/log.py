@@ -1,7 +1,7 @@
-"""What a run tells: metrics.jsonl and pictures.jsonl (numbers that depend on the configuration alone), timings.jsonl, trackers, a bar.
+"""What a run tells: metrics.jsonl and pictures.jsonl (numbers that depend on the configuration alone), timings.jsonl, trackers.
 
-Seconds and memory live in a file of their own, so that metrics.jsonl of an interrupted and resumed run equals, byte for byte, that of a
-run that was never stopped.
+Seconds and memory live in a file of their own, so that the other two of an interrupted and resumed run equal, byte for byte,
+those of a run that was never stopped.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from .posteriors import COVARIANCES, Covariance, UNetPosterior
 
 
 class Models(Protocol):
-    """latent_shape (c, h, w) of z and x0; num_classes of a class-conditional teacher, else 0; sampling_range (lowest, highest t) in
-    which the teacher is sampled.
+    """latent_shape (c, h, w) of z and x0; num_classes of a class-conditional teacher, else 0; sampling_range: the lowest and the
+    highest t at which the teacher is sampled.
     """
 
     teacher: Denoiser

@@ -54,7 +54,7 @@ def picture_numbers(pictures: Tensor, alike: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def sample_teacher(teacher: Denoiser, z: Tensor, condition: Condition, times: Tensor) -> Tensor:
-    """x0 (b, c, h, w) from unit noise z by DDIM without noise (Song et al. 2021, Eq. 12 with sigma = 0) at `times`, descending."""
+    """x0 (b, c, h, w) from unit noise z by DDIM (Song et al. 2021, Eq. 12, sigma = 0) at descending `times`."""
     levels = [teacher.schedule.level(t.expand(len(z)).to(z.device)) for t in teacher.schedule.nearest(times)]
     x_t = teacher.schedule.initial_noise(z, levels[0])
     for level, following in pairwise(levels):

@@ -207,7 +207,7 @@ def _check_attention(network: EDMNetwork, sample_size: int) -> None:
 
 
 def page(run: Run, health: Sequence[HealthCheck]) -> Callable[[str, int], None] | None:
-    """page(state, step) writes report.html, which eval/ draws from the files in output_dir; None for a run that draws no pictures.
+    """page(state, step) writes report.html, which eval/ draws from the files in output_dir; None for a run without pictures.
 
     Charts and pages are made in eval/ for all commands: this is one of the two lines that import against the arrows. They are
     loaded when the first page is drawn.
