@@ -44,6 +44,7 @@ MORE_STYLE = """
 .verdict b { color: var(--c); } .main { font-size: 18px; padding: 14px 18px; }
 .grids { display: flex; flex-wrap: wrap; gap: 18px; } .grids figure { margin: 0; width: 218px; }
 .grids img { width: 218px; border: 1px solid var(--line); image-rendering: pixelated; } .teacher img { border-color: #0072b2; }
+table { width: auto; min-width: 420px; }
 pre { font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
@@ -123,7 +124,8 @@ def verdicts(run: RunFiles, health: Sequence[HealthCheck]) -> list[Verdict]:
     falls = "x0_gap" if "objective" in run.config else "loss"  # other losses of distillation say nothing
     said += [rules.gap(*curve, falls) for key, curve in run.logged.items() if key.endswith(f"/{falls}")]
     for metric, minimum, message in health:
-        said += [rules.health(*c, metric, minimum, message) for key, c in run.logged.items() if key.endswith(f"/{metric}")]
+        if same := [curve for key, curve in run.logged.items() if key.endswith(f"/{metric}")]:
+            said.append(rules.health(*averaged(same), metric, minimum, message))
     for name, rule in (("spread", rules.spread), ("diversity", rules.diversity)):
         if name in run.pictures and run.teacher.get(name):
             steps, values = run.pictures[name]
@@ -131,6 +133,15 @@ def verdicts(run: RunFiles, health: Sequence[HealthCheck]) -> list[Verdict]:
     if "saturation" in run.pictures and "saturation" in run.teacher:
         said.append(rules.saturation(*run.pictures["saturation"], run.teacher["saturation"]))
     return said
+
+
+def averaged(same: Sequence[Curve]) -> Curve:
+    """One number that several phases log, each from a batch of its own: the mean at each step."""
+    at: dict[int, list[float]] = {}
+    for steps, values in same:
+        for step, value in zip(steps, values, strict=True):
+            at.setdefault(step, []).append(value)
+    return sorted(at), [sum(at[step]) / len(at[step]) for step in sorted(at)]
 
 
 def evaluations(run: RunFiles) -> dict[str, Curve]:
@@ -161,6 +172,7 @@ def best_snapshot(run: RunFiles) -> str:
 
 def page(run: RunFiles, state: str, health: Sequence[HealthCheck], now: datetime) -> str:
     said = verdicts(run, health)
+    main = rules.headline(said)
     steps = run.config.get("steps")
     title = f"{run.folder.absolute().name}: step {run.step} of {steps}"
     refresh = f'<meta http-equiv="refresh" content="{REFRESH}">' if state == "training" else ""
@@ -174,8 +186,8 @@ def page(run: RunFiles, state: str, health: Sequence[HealthCheck], now: datetime
 <body>
 <h1>{escape(title)}</h1>
 <p class="lead">{escape(kind)}, {what}. Drawn {now:%Y-%m-%d %H:%M:%S} UTC.</p>
-{_verdict(rules.headline(said), "main")}
-{"".join(_verdict(v) for v in said)}
+{_verdict(main, "main")}
+{"".join(_verdict(v) for v in said if v != main)}
 <p>{best_snapshot(run)}</p>
 <h2>Pictures</h2>{timeline(run)}
 <h2>Curves</h2>{charts(run)}
@@ -202,7 +214,7 @@ def timeline(run: RunFiles) -> str:
     )
     shown = [_grid(name, f"step {step}") for step, name in (grids[i] for i in chosen)]
     if run.teacher:
-        note = "the teacher, first conditions, many steps"
+        note = f"the teacher, {run.teacher['steps']} steps, from other noise"
         shown.insert(0, _grid("teacher.png", note, "teacher"))
     count = f"{len(chosen)} of {len(grids)} grids; all are in samples/. " if len(chosen) < len(grids) else ""
     said = f"{count}The same conditions and the same noise at each step, averaged weights."
@@ -219,7 +231,7 @@ def charts(run: RunFiles) -> str:
     series = [(TITLES[name], figures.TEACHER, curve) for name, curve in evaluations(run).items()]
     for name, curve in run.pictures.items():
         teacher = f" (teacher {run.teacher[name]:.3g})" if name in run.teacher else ""
-        series.append((f"pictures: {name}{teacher}", figures.STUDENTS[1], curve))
+        series.append((f"{name}{teacher}", figures.STUDENTS[1], curve))
     for suffix, title in SHOWN:
         keys = [key for key in run.logged if key.endswith(f"/{suffix}")]
         series += [(key if not title else f"{title}, {key.split('/')[0]}", figures.STUDENTS[0], run.logged[key]) for key in keys]

@@ -18,6 +18,7 @@ KINDS: tuple[Kind, ...] = ("bad", "warn", "open", "good")
 # A log line is a mean over log_every steps, and one low mean happens: a posterior that is behind for a moment, a bad draw of
 # levels. Three in a row at random, each with probability 1/4, is 1 in 64.
 IN_A_ROW = 3
+PART_OF_A_RUN = 0.05  # in a long log, so often that three low lines in a row will come, a collapse has to last longer
 # With fewer points a trend test cannot reach 5 %, even if each point is above the last (Kendall's S of 4 points: z = 1.7).
 POINTS_OF_A_TREND = 5
 Z_OF_A_TREND = 1.96
@@ -89,12 +90,14 @@ def health(steps: Steps, values: Values, name: str, minimum: float, advice: str)
     if len(values) < IN_A_ROW:
         return Verdict("open", f"{name}: too early to say", f"{len(values)} of {IN_A_ROW} points.")
     if n == len(values):
+        if trend(values) == "rising":
+            return Verdict("open", f"{name} still rising", f"{values[-1]:.3g}, and {minimum:g} is what it must reach.")
         return Verdict("bad", f"{name} below {minimum:g} from the start", f"Latest {values[-1]:.3g}. {_sentence(advice)}")
-    if n >= IN_A_ROW:
+    if n >= max(IN_A_ROW, len(values) * PART_OF_A_RUN):
         text = f"It was {max(values):.3g} at its best and is {values[-1]:.3g}, below {minimum:g}. {_sentence(advice)}"
         return Verdict("bad", f"collapsed since step {steps[-n]}", f"{name}: {text}")
     if n:
-        text = f"{values[-1]:.3g}, below {minimum:g}, at the last {n} of {len(values)} points: fewer than {IN_A_ROW}, look again."
+        text = f"{values[-1]:.3g}, below {minimum:g}, at the last {n} of {len(values)} points: too few to call it a collapse."
         return Verdict("warn", f"{name} is low since step {steps[-n]}", text)
     text = f"{values[-1]:.3g}, at least {minimum:g}."
     if (lost := _longest_inner_stretch(below)) is not None:

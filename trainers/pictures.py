@@ -142,7 +142,7 @@ class Pictures:
             save_grid(samples / f"step_{step:08d}.png", drawn)
             if teacher:
                 save_grid(samples / "teacher.png", enlarged(teacher[0]))
-                atomic.write_text(samples / "teacher.json", json.dumps(teacher[1]) + "\n")
+                atomic.write_text(samples / "teacher.json", json.dumps({"steps": TEACHER_STEPS} | teacher[1]) + "\n")
             if numbers:
                 self.log.write_pictures(step, numbers)
 
