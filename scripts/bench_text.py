@@ -164,7 +164,7 @@ def teacher_config(folder: Path, captions: Path, steps: int) -> dict[str, Any]:
         "output_dir": str(folder / "teacher"),
         "pipeline": str(folder / "untrained"),
         "data": {"name": "captions", "source": "parquet", "paths": [str(captions)], "cache": str(folder / "latents")},
-        "levels": {"name": "uniform", "low": 0.5, "high": 999.0},
+        "levels": {"name": "uniform", "low": 1.0, "high": 999.0},
         "weighting": "edm",
         "label_dropout": 0.1,
         "optimizer": {"lr": 1e-3, "schedule": "cosine", "final_ratio": 0.05, "warmup_steps": 50},

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON only, written whole or not at all, checked before they are believed.
 
     checkpoints/step_00000400/{networks,ema,optimizers}.safetensors
-                              state.json, config.json (of the run that wrote it), metrics.jsonl, timings.jsonl (until then)
+                              state.json, config.json (of the run that wrote it)
+                              metrics.jsonl, timings.jsonl, pictures.jsonl (until then)
                               manifest.json (size and sha256 of each)
 
 The number is that of completed steps. A folder appears under its final name by one rename, after everything in it is on disk.

@@ -1,7 +1,7 @@
 """Distil a teacher into a one-step student: `accelerate launch -m trainers.distill --config configs/X.yaml [a.b=value ...]`.
 
 Writes <output_dir>/{config.yaml, environment.json, history.jsonl, metrics.jsonl, timings.jsonl,
-samples/, checkpoints/, student/}.
+pictures.jsonl, report.html, samples/, checkpoints/, student/}.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .objectives.diff_instruct import DiffInstruct
 from .objectives.resampled import ResampledScore
 from .objectives.vardiu import VarDiU
 from .objectives.varflow import VarFlow
+from .pictures import Watch
 from .sources import load_rows
 from .stable_diffusion import StableDiffusionModels
 from .teachers import family_of, teacher_folder
@@ -89,7 +90,15 @@ def make_trainer(config: DistillConfig) -> Trainer:
         record=lambda start: setup.record(config, accelerator, start),
         evaluate=build_evaluation(config, planned, models, accelerator) if planned else None,
         evaluate_every=config.evaluation.every if config.evaluation else 0,
+        watch=build_watch(config, models, accelerator),
+        page=setup.page(config, objective.health),
     )
+
+
+def build_watch(config: DistillConfig, models: Models, accelerator: Accelerator) -> Watch | None:
+    """Points are no pictures: theirs is a map of where they lie."""
+    points = models.latent_shape[1:] == (1, 1)
+    return Watch(models, config.seed, accelerator.device) if config.sample_every and not points else None
 
 
 def load_models(config: DistillConfig, family: str, accelerator: Accelerator) -> Models:

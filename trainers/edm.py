@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_layer, whole_copy
-from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
 from pipelines.errors import UserError
@@ -21,7 +21,7 @@ from .config import DistillConfig, Lora
 from .config_data import TEXT_DATA
 from .data import Images, Labels, Points
 from .levels import check_levels
-from .models import add_role, build_covariance, refuse, unit_noise
+from .models import add_role, build_covariance, pixels, refuse, unit_noise
 from .posteriors import UNetPosterior
 from .teachers import load_edm_teacher
 
@@ -41,6 +41,7 @@ class EDMModels:
         shape, lora = pipeline.unet.config, config.student.lora
         self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
         self.num_classes = shape.num_classes or 0
+        self.sampling_range = (grid.sigma_min, grid.sigma_max)
         if not self.num_classes and config.objective.name == "varflow" and config.objective.condition_scale:
             raise UserError("objective.condition_scale has no effect: the teacher is unconditional; remove it")
         data = setup.load_data(config.data) if config.data else None
@@ -137,6 +138,12 @@ class EDMModels:
     def preview(self) -> Tensor:
         with self.base.running("student" if self.config.student.lora else None):
             return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+
+    def condition(self, rows: Tensor) -> Condition:
+        return {"class_labels": rows % self.num_classes} if self.num_classes else None
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return pixels(x0)
 
     def images(self, index: range) -> Tensor:
         z = unit_noise(self.config, index, self.latent_shape)

@@ -21,7 +21,7 @@ from . import setup
 from .config import DistillConfig
 from .config_data import TEXT_DATA
 from .levels import check_levels
-from .models import build_covariance, refuse, unit_noise
+from .models import build_covariance, pixels, refuse, unit_noise
 from .posteriors import UNetPosterior
 
 
@@ -47,6 +47,7 @@ class ExactModels:
             samples = data.rows(torch.arange(len(data)))[0]
             exact, self.sigma_data = EmpiricalPosterior(samples, EDMSchedule(0.0, math.inf)), float(samples.std())
         self.schedule = exact.schedule
+        self.sampling_range = (0.004 * self.sigma_data, 160 * self.sigma_data)  # EDM's 0.002 to 80, of data of spread 0.5
         self.teacher = Denoiser(exact, self.schedule, "sample", self.sigma_data)
         self.examples = data if config.objective.name == "varflow" else None
         sigma_init = config.student.sigma_init or self.sigma_data
@@ -91,6 +92,12 @@ class ExactModels:
 
     def preview(self) -> Tensor:
         return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+
+    def condition(self, rows: Tensor) -> None:
+        return None
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return pixels(x0)
 
     def images(self, index: range) -> Tensor:
         return self.pipeline(latents=unit_noise(self.config, index, self.latent_shape), output_type="pt").images

@@ -1,16 +1,18 @@
-"""What a run tells: metrics.jsonl (numbers that depend on the configuration alone), timings.jsonl, trackers, a bar.
+"""What a run tells: metrics.jsonl and pictures.jsonl (numbers that depend on the configuration alone), timings.jsonl, trackers.
 
-Seconds live in a file of their own, so that metrics.jsonl of an interrupted and resumed run equals, byte for byte, that of a
-run that was never stopped.
+Seconds and memory live in a file of their own, so that the other two of an interrupted and resumed run equal, byte for byte,
+those of a run that was never stopped.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -19,7 +21,7 @@ from pipelines.launch import on_main
 
 from .objectives.base import HealthCheck
 
-LOGS = ("metrics.jsonl", "timings.jsonl")
+LOGS = ("metrics.jsonl", "timings.jsonl", "pictures.jsonl")
 
 
 class Terminal:
@@ -81,12 +83,25 @@ class RunLog:
             for name, value in metrics.items():
                 if name.endswith(f"/{check.metric}") and value < check.minimum:
                     self.warn(f"step {step}: {name} = {value:.3g} is below {check.minimum:g}: {check.message}")
-        rows = ({"step": step} | metrics, {"step": step, "seconds": round(seconds, 3)})
-        on_main(self.accelerator, lambda: [atomic.append_line(f, json.dumps(r)) for f, r in zip(self.files, rows, strict=True)])
+        timing = {
+            "step": step,
+            "seconds": round(seconds, 3),
+            "peak_memory_mib": round(peak_memory(self.accelerator.device) / 2**20),
+        }
+        rows = ({"step": step} | metrics, timing)
+        on_main(self.accelerator, lambda: [self._append(name, row) for name, row in zip(LOGS[:2], rows, strict=True)])
         self.accelerator.log(metrics | {"seconds": seconds}, step=step)
         brief = {n: v for n, v in metrics.items() if "norm" not in n and "@" not in n}
         shown = {n if "loss" in n else n.split("/")[-1]: f"{v:.3g}" for n, v in brief.items()}
         self.bar.set_postfix(shown, refresh=False)
+
+    def write_pictures(self, step: int, numbers: dict[str, float]) -> None:
+        """A line of pictures.jsonl and of the trackers; on the main process."""
+        self._append("pictures.jsonl", {"step": step} | numbers)
+        self.accelerator.log({f"pictures/{name}": value for name, value in numbers.items()}, step=step)
+
+    def _append(self, name: str, row: dict[str, float]) -> None:
+        atomic.append_line(self.folder / name, json.dumps(row))
 
     def warn(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -95,6 +110,13 @@ class RunLog:
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             self.bar.write(message, file=self.terminal)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors on a GPU, or else this whole process, have taken since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _until(file: Path, step: int) -> list[str]:

@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 from pipelines import atomic
 from pipelines.errors import UserError
@@ -38,6 +37,7 @@ from .lock import FolderLock
 from .log import RunLog
 from .objectives.base import Draw, LossTerms, Objective, Phase
 from .optimizers import build_optimizer, learning_rate
+from .pictures import Pictures, Watch
 from .resume import Start
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # asked to stop; interrupted; the terminal was closed
@@ -54,7 +54,7 @@ class Trainer:
     primary: the role whose EMA is kept and exported; optimizers: a config for each trained role.
 
     preview() gives pictures (n, c, h, w) in [0, 1] and export(folder, info) writes the model, both called with the EMA weights in
-    place: preview on every process, since where weights are sharded none can run a network alone.
+    place: preview on every process, since where weights are sharded none can run a network alone. watch and page: see Pictures.
     evaluate(step) gives numbers of it for the log, called likewise every evaluate_every steps. The result goes
     to <output_dir>/<primary>/, a snapshot every run.snapshot_every steps to <output_dir>/snapshots/step_<step>/.
     """
@@ -72,9 +72,11 @@ class Trainer:
         record: Callable[[Start], list[str]],
         evaluate: Callable[[int], dict[str, float]] | None = None,
         evaluate_every: int = 0,
+        watch: Watch | None = None,
+        page: Callable[[str, int], None] | None = None,
     ) -> None:
         self.run, self.accelerator, self.objective, self.primary = run, accelerator, objective, primary
-        self.draws, self.preview, self.export, self.record = draws, preview, export, record
+        self.draws, self.export, self.record = draws, export, record
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.output = Path(run.output_dir)
         self.networks = objective.networks
@@ -105,6 +107,7 @@ class Trainer:
         for role, network in (self.networks | objective.frozen).items():
             network.register_forward_pre_hook(self._counting(role), with_kwargs=True)
         self.log = RunLog(accelerator, self.output, run.steps, objective.health)
+        self.pictures = Pictures(accelerator, self.output, self.log, self.ema, preview, watch, page)
         self._stop_requested = self._stop_agreed = False
 
     # The run ---------------------------------------------------------------------------------------------------------
@@ -125,6 +128,8 @@ class Trainer:
                 self._save()
             if self.step:
                 self._export(self.output / self.primary)
+            if self.run.sample_every:
+                self.pictures.draw_page("complete" if complete else "stopped", self.step)
             if not complete:
                 self.log.say(f"Stopped by a signal at step {self.step}; saved. Continue with resume=latest.")
             return complete
@@ -188,12 +193,17 @@ class Trainer:
         if self.step % run.log_every == 0 or self.step == run.steps:
             self.log.write(self.step, self.seconds, self._rates())
         self.log.bar.update()
-        if run.sample_every and self.step % run.sample_every == 0:
-            self._preview(self.output / "samples" / f"step_{self.step:08d}.png")
+        sampled = run.sample_every and self.step % run.sample_every == 0
+        if sampled:
+            calls = self.calls.copy()
+            self.pictures.draw(self.step)
+            self.calls = calls  # drawing is no training
         if run.snapshot_every and self.step % run.snapshot_every == 0:
             self._export(self.output / "snapshots" / f"step_{self.step:08d}")
         if run.checkpoint_every and self.step % run.checkpoint_every == 0 and self.step < run.steps:
             self._save()
+        if sampled and self.step < run.steps:
+            self.pictures.draw_page("training", self.step)
 
     # One update ------------------------------------------------------------------------------------------------------
 
@@ -327,16 +337,6 @@ class Trainer:
         self.ema.updates, self.calls = state["ema_updates"], Counter(state["calls"])
         self.log.resume(state["log"], self.step)
         return start
-
-    def _preview(self, file: Path) -> None:
-        with self.ema.swapped():
-            drawn = self.preview()
-
-        def write() -> None:
-            with atomic.new_file(file) as partial:
-                save_image(drawn, partial, nrow=max(1, round(len(drawn) ** 0.5)))
-
-        on_main(self.accelerator, write)
 
     def _export(self, folder: Path) -> None:
         def export() -> None:

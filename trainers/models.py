@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from pipelines.adapters import Role, SharedNetwork
-from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.errors import UserError
 
 from .config import DistillConfig, Lora
@@ -21,12 +21,15 @@ from .posteriors import COVARIANCES, Covariance, UNetPosterior
 
 
 class Models(Protocol):
-    """latent_shape (c, h, w) of z and x0; num_classes of a class-conditional teacher, else 0."""
+    """latent_shape (c, h, w) of z and x0; num_classes of a class-conditional teacher, else 0; sampling_range: the lowest and the
+    highest t at which the teacher is sampled.
+    """
 
     teacher: Denoiser
     student: OneStepGenerator
     latent_shape: tuple[int, int, int]
     num_classes: int
+    sampling_range: tuple[float, float]
     examples: Examples | None
     facts: dict[str, Any]
 
@@ -42,6 +45,12 @@ class Models(Protocol):
     def preview(self) -> Tensor:
         """Images (n, c, h, w) in [0, 1] from fixed noise."""
 
+    def condition(self, rows: Tensor) -> Condition:
+        """The condition of pictures `rows` (b,) of the preview, from the first again where there are fewer."""
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (b, c, h, w) -> images (b, c, h, w) in [0, 1], float32."""
+
     def images(self, index: range) -> Tensor:
         """The student's images (b, c, h, w) in [0, 1]; image i depends on the seed and i alone."""
 
@@ -50,6 +59,11 @@ class Models(Protocol):
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         """The student as users load it."""
+
+
+def pixels(x0: Tensor) -> Tensor:
+    """x0 of a model of images, in [-1, 1] and possibly beyond -> images in [0, 1], float32."""
+    return (x0 / 2 + 0.5).clamp(0, 1).float()
 
 
 def unit_noise(config: DistillConfig, index: range, shape: tuple[int, int, int]) -> Tensor:

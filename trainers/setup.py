@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +34,8 @@ from .data import Images, Points
 from .draws import derive_seed, split
 from .lock import check_unlocked
 from .log import LOGS
+from .objectives.base import HealthCheck
+from .pictures import enlarged
 from .resume import Start
 
 PACKAGES = ("one-step-distill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
@@ -204,6 +206,23 @@ def _check_attention(network: EDMNetwork, sample_size: int) -> None:
             )
 
 
+def page(run: Run, health: Sequence[HealthCheck]) -> Callable[[str, int], None] | None:
+    """page(state, step) writes report.html, which eval/ draws from the files in output_dir; None for a run without pictures.
+
+    Charts and pages are made in eval/ for all commands: this is one of the two lines that import against the arrows. They are
+    loaded when the first page is drawn.
+    """
+    if not run.sample_every:
+        return None
+
+    def write(state: str, step: int) -> None:
+        from eval.run_page import write_page
+
+        write_page(Path(run.output_dir), state, step, [(check.metric, check.minimum, check.message) for check in health])
+
+    return write
+
+
 def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
     """Images (count, c, h, w) in [0, 1] from fixed noise, so that pictures of one run can be compared; small ones enlarged.
 
@@ -215,9 +234,7 @@ def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
         return scatter(points, pipeline.scheduler.config.sigma_data)
     num_classes = pipeline.unet.config.num_classes
     labels = torch.arange(count) % num_classes if num_classes else None
-    drawn = pipeline(count, class_labels=labels, generator=generator, output_type="pt").images
-    scale = max(1, 32 // drawn.shape[-1])
-    return drawn.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return enlarged(pipeline(count, class_labels=labels, generator=generator, output_type="pt").images)
 
 
 def scatter(points: Tensor, spread: float, side: int = 256) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import AdapterHead, SharedNetwork, Whole, in_float32, last_layer, whole_copy
-from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator, check_readout
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator, check_readout
 from pipelines.errors import UserError
 from pipelines.identity import weights_sha256
 from pipelines.students import save_stable_diffusion
@@ -49,6 +49,7 @@ class StableDiffusionModels:
         schedule = sd.load_schedule(path)
         check_levels(config, schedule)
         last = int(schedule.t_range[1])
+        self.sampling_range = schedule.t_range
         self.readout_t = last if config.student.readout_t is None else config.student.readout_t
         check_readout(schedule, self.readout_t)
         encoded = open_cache(config, accelerator)
@@ -110,16 +111,19 @@ class StableDiffusionModels:
             index = torch.arange(start, min(start + 8, count))
             generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "preview", start))
             z = torch.randn(len(index), *self.latent_shape, generator=generator).to(self.device)
-            condition = {k: v.to(self.device) for k, v in self.examples.rows(index)[1].items()}
-            images.append(sd.decode_latents(self.pipe.vae, self.student(z, condition)).cpu())
-        return torch.cat(images) / 2 + 0.5
+            images.append(self.decode(self.student(z, self.condition(index))).cpu())
+        return torch.cat(images)
+
+    def condition(self, rows: Tensor) -> Condition:
+        return {k: v.to(self.device) for k, v in self.examples.rows(rows % len(self.examples))[1].items()}
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return sd.decode_latents(self.pipe.vae, x0) / 2 + 0.5
 
     @torch.no_grad()
     def images(self, index: range) -> Tensor:
-        rows = torch.tensor(index) % len(self.examples)
-        condition = {k: v.to(self.device) for k, v in self.examples.rows(rows)[1].items()}
         z = unit_noise(self.config, index, self.latent_shape).to(self.device)
-        return sd.decode_latents(self.pipe.vae, self.student(z, condition)).cpu() / 2 + 0.5
+        return self.decode(self.student(z, self.condition(torch.tensor(index)))).cpu()
 
     def shard(self) -> None:
         self.base.shard()

@@ -69,6 +69,7 @@ def run(config: TeacherConfig) -> None:
         teacher.preview,
         export=lambda folder, info: save_model(folder, teacher.pipeline, "teacher", facts | info),
         record=lambda start: setup.record(config, accelerator, start),
+        page=setup.page(config, objective.health),
     )
     trainer.fit()
     accelerator.end_training()

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from pipelines.noise import VPSchedule
 from pipelines.students import load_student
 from scripts import bench_step, bench_text, export_kohya, sample
-from trainers import distill
+from trainers import distill, levels
 from trainers.config import Lora
 
 SHAPE = {
@@ -145,8 +146,13 @@ def test_configurations_of_the_text_benchmark_are_valid(tmp_path):
     from trainers.config import DistillConfig, TeacherConfig
     from trainers.config_file import validate
 
+    schedule = VPSchedule.from_scheduler(DDIMScheduler())  # timesteps 0 to 999, as Stable Diffusion's
     teacher = bench_text.teacher_config(tmp_path, tmp_path / "captions.parquet", 7)
-    assert validate(TeacherConfig, json.loads(json.dumps(teacher)), "teacher").steps == 7
+    config = validate(TeacherConfig, json.loads(json.dumps(teacher)), "teacher")
+    assert config.steps == 7
+    levels.check_levels(config, schedule)
     for name in bench_text.OBJECTIVES:
         raw = bench_text.student_config(tmp_path, name, tmp_path / "captions.parquet", tmp_path / "prompts.txt", 9)
-        assert validate(DistillConfig, json.loads(json.dumps(raw)), name).objective.name == name
+        config = validate(DistillConfig, json.loads(json.dumps(raw)), name)
+        assert config.objective.name == name
+        levels.check_levels(config, schedule)
