@@ -42,15 +42,24 @@ class Sampler:
     def num_classes(self) -> int:
         return self.pipe.unet.config.num_classes or 0 if isinstance(self.pipe, EDMPipeline) else 0
 
-    def __call__(self, indices: Sequence[int], seed: int = 0, captions: Sequence[str] | None = None) -> Tensor:
-        """The images of these indices, uint8 (b, c, h, w); captions: one for each of them. ValueError for NaN."""
+    def __call__(
+        self,
+        indices: Sequence[int],
+        seed: int = 0,
+        captions: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The images of these indices, uint8 (b, c, h, w); captions, labels: one for each of them. labels: classes, None: drawn.
+        ValueError for NaN.
+        """
         inputs: dict[str, Any] = {"generator": [image_generator(seed, i) for i in indices]}
         if self.takes == "prompt":
             inputs["prompt"] = list(captions)
         else:
             inputs["batch_size"] = len(indices)
         if self.num_classes:
-            inputs["class_labels"] = [image_label(seed, i, self.num_classes) for i in indices]
+            drawn = [image_label(seed, i, self.num_classes) for i in indices]
+            inputs["class_labels"] = drawn if labels is None else list(labels)
         if isinstance(getattr(self.pipe, "unet", None), PointNet):
             raise UserError(f"--model: {self.facts['model']!r} makes points, not images; use `python -m eval points`")
         images = torch.from_numpy(self.pipe(**inputs, **self.call, output_type="np").images)
