@@ -17,7 +17,7 @@ from pipelines.paths import path_option, user_path
 from pipelines.reading import parse_yaml, read_text
 
 from .idle import refuse_idle
-from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
+from .protocols import EMOJI, INCEPTION_MODES, METRICS, PROTOCOLS, STUDIES, get_protocol
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,7 +122,7 @@ def named_path(text: str) -> str:
 
 OPTIONS: dict[str, dict] = {
     # what
-    "--protocol": {"required": True, "metavar": "NAME", "help": f"one of: {', '.join((*PROTOCOLS, DIGITS))}"},
+    "--protocol": {"required": True, "metavar": "NAME", "help": f"one of: {', '.join((*PROTOCOLS, *STUDIES))}"},
     "--metrics": {"nargs": "+", "metavar": "M", "help": f"of: {', '.join(METRICS)} (default: the protocol's)"},
     "--num-images": {"type": int, "metavar": "N", "help": "other than the protocol's; needs --force"},
     "--draws": {"type": whole(1), "metavar": "D", "help": "how many sets of seeds (default: the protocol's)"},
@@ -154,7 +154,7 @@ OPTIONS: dict[str, dict] = {
         "nargs": "+",
         "type": named_path,
         "metavar": "NAME=RUN",
-        "help": f"{DIGITS}: a name for the report and a run folder, or its student/ folder; repeat for several",
+        "help": f"{', '.join(STUDIES)}: a name for the report and a run folder, or its student/ folder; repeat for several",
     },
     "--latency-batch": {"type": whole(1), "default": 8, "metavar": "B", "help": "images at a time when timing"},
     # a model of points
@@ -264,11 +264,11 @@ def _parser() -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.protocol == DIGITS:
-        return _digits(args)
+    if args.protocol in STUDIES:
+        return _study(args)
     get_protocol(args.protocol)
     if args.student:
-        raise UserError(f"--student is for {DIGITS}; give the student as --model (or its folder as --lora)")
+        raise UserError(f"--student is for {', '.join(STUDIES)}; give the student as --model (or its folder as --lora)")
     return _measure(args)
 
 
@@ -341,25 +341,57 @@ def _points(args: argparse.Namespace) -> int:
     return 0
 
 
-def _digits(args: argparse.Namespace) -> int:
-    """The study of the digits: a teacher and its students in one report."""
-    from .digits.evaluate import evaluate
-    from .digits.protocol import PROTOCOLS as STUDIES
-    from .digits.report import FILES, write_report
-    from .digits.runs import find_run
-
+def _study(args: argparse.Namespace) -> int:
+    """A teacher and its students in one report."""
     if not args.teacher:
-        raise UserError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
+        raise UserError(f"--teacher is needed for {args.protocol}: a pipeline folder, or the run that trained it")
     idle = sorted((args.given | args.listed) - {*COMMON, "num_images", "seed", "teacher", "student"})
     if idle:
-        raise UserError(f"--{idle[0].replace('_', '-')} has no effect with protocol {DIGITS}; remove it")
-    protocol = STUDIES[args.protocol].adjusted(args.num_images, args.seed, args.force)
+        raise UserError(f"--{idle[0].replace('_', '-')} has no effect with protocol {args.protocol}; remove it")
     named = _named_students(args.student or [])
+    return (_emoji if args.protocol == EMOJI else _digits)(args, named)
+
+
+def _digits(args: argparse.Namespace, named: Sequence[tuple[str, Path]]) -> int:
+    """The study of the digits."""
+    from .digits.evaluate import evaluate
+    from .digits.report import FILES, write_report
+    from .digits.runs import find_run
+    from .studies import PROTOCOLS as PROTOCOLS_OF_STUDIES
+
+    protocol = PROTOCOLS_OF_STUDIES[args.protocol].adjusted(args.num_images, args.seed, args.force)
     teacher = find_run("teacher", Path(args.teacher), "teacher")
     students = [find_run(name, path, "student") for name, path in named]
     output = Path(args.output)
     _require_writable(output)
     write_report(evaluate(protocol, teacher, students), output)
+    print(f"wrote {', '.join(str(output / name) for name in FILES)}")
+    return 0
+
+
+def _emoji(args: argparse.Namespace, named: Sequence[tuple[str, Path]]) -> int:
+    """The study of the emoji. Files are checked before anything heavy is imported."""
+    import time
+
+    from pipelines.assets import EMOJI as PICTURES
+    from pipelines.assets import EMOJI_CLIP, EMOJI_SD, check_assets
+
+    from .studies import PROTOCOLS as PROTOCOLS_OF_STUDIES
+
+    started = time.perf_counter()
+    protocol = PROTOCOLS_OF_STUDIES[args.protocol].adjusted(args.num_images, args.seed, args.force)
+    embedded = [EMOJI_SD] if Path(args.teacher).resolve() == EMOJI_SD.resolve() else []
+    check_assets(PICTURES, EMOJI_CLIP, *embedded)
+    output = Path(args.output)
+    _require_writable(output)
+
+    from .digits.runs import find_run
+    from .emoji.evaluate import evaluate
+    from .emoji.report import FILES, write_report
+
+    students = [find_run(name, path, "student") for name, path in named]
+    evaluation = evaluate(protocol, args.teacher, students, kept_in=output / "teacher.json", started=started)
+    write_report(evaluation, output)
     print(f"wrote {', '.join(str(output / name) for name in FILES)}")
     return 0
 

@@ -42,10 +42,20 @@ class Sampler:
     def num_classes(self) -> int:
         return self.pipe.unet.config.num_classes or 0 if isinstance(self.pipe, EDMPipeline) else 0
 
-    def __call__(self, indices: Sequence[int], seed: int = 0, captions: Sequence[str] | None = None) -> Tensor:
-        """The images of these indices, uint8 (b, c, h, w); captions: one for each of them. ValueError for NaN."""
+    def __call__(
+        self,
+        indices: Sequence[int],
+        seed: int = 0,
+        captions: Sequence[str] | None = None,
+        encoded: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The images of these indices, uint8 (b, c, h, w); captions: one for each of them, or instead `encoded`, the arguments
+        that give the pipeline what its text encoder has made of them. ValueError for NaN.
+        """
         inputs: dict[str, Any] = {"generator": [image_generator(seed, i) for i in indices]}
-        if self.takes == "prompt":
+        if encoded is not None:
+            inputs |= encoded
+        elif self.takes == "prompt":
             inputs["prompt"] = list(captions)
         else:
             inputs["batch_size"] = len(indices)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.assets import pictures as emoji
+from pipelines import emoji
 from scripts.assets.assemble import sums
 from scripts.assets.pairs import shortened
 from scripts.assets.vae import difference
