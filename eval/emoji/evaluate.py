@@ -222,9 +222,8 @@ def teacher_numbers(
     found = identity(many, protocol, captions, clip, real)
     kept, why = teacher.look_up(found, (SHIPPED, kept_in))
     n, steps = protocol.num_images, many.call["num_inference_steps"]
-    size = (
-        max(1, protocol.batch_size // 2) if is_guided(many) else protocol.batch_size
-    )  # rows of a network call, as the students'
+    # a guided call of the network has two rows a picture: so it has as many rows as a call of the students
+    size = max(1, protocol.batch_size // 2) if is_guided(many) else protocol.batch_size
     label, start = f"teacher, {steps} steps", time.perf_counter()
     live = draw(many, blocks(0, min(n, LIVE * size), size), protocol.seed, texts, clip, workers, label)
     if kept is not None:

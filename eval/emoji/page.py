@@ -96,13 +96,13 @@ def _notes(report: dict[str, Any]) -> str:
     notes = {
         "FD-CLIP-mini": (
             "How far the pictures are from real ones as distributions: a Gaussian is fitted to the embedded CLIP's features of "
-            "each set, and the Fréchet distance of the two is taken. Lower is better. It is the formula of FID with another, small "
-            "network: no FID, and to be compared only within this protocol."
+            "each set, and the Fréchet distance of the two is taken. Lower is better. It is the formula of FID with another, "
+            "small network: no FID, and to be compared only within this protocol."
         ),
         "CLIP score": "The mean cosine of a picture and its caption, by the same network. Higher is better.",
         "Real pictures": (
             f"For scale. Two random halves of the {real['n']:,} reference pictures (mean of {real['splits']} splits; CLIP score: "
-            f"of all, with their own captions), and {real['held_out']['n']:,} pictures of emoji that neither the teacher nor CLIP "
+            f"of all, with their own captions), and {real['held_out']['n']:,} of emoji that neither the teacher nor CLIP "
             "has learned from. With finitely many pictures no set measures zero."
         ),
         f"Teacher, {call['num_inference_steps']} steps": (
@@ -111,8 +111,9 @@ def _notes(report: dict[str, Any]) -> str:
         "Teacher, 1 step": "The teacher called as its students are: their scheduler, one network call, no guidance.",
         "Time / image": (
             f"Text encoder, network calls and decoder on one core, {report['protocol']['batch_size']} rows a network call, "
-            f"{machine['cores']} batches at a time, measured in this run for all rows. The text encoder takes "
-            f"{duration(machine['text_seconds_per_image'])} and the decoder {duration(machine['decoder_seconds_per_image'])} of it."
+            f"{machine['cores']} batches at a time, measured in this run for all rows. Of it "
+            f"{duration(machine['text_seconds_per_image'])} are the text encoder's, "
+            f"{duration(machine['decoder_seconds_per_image'])} the decoder's."
         ),
     }
     items = "".join(f"<dt>{escape(title)}</dt><dd>{text}</dd>" for title, text in notes.items())
