@@ -38,8 +38,9 @@ def load_teacher(path: str, steps: int = STEPS) -> tuple[Sampler, Sampler]:
     """The teacher with `steps` steps of DDIM and guidance, and with one step, called as its students are: their scheduler, no
     guidance. UserError unless it is a Stable Diffusion that draws pictures of the emoji's size.
     """
-    many = load_sampler(path, steps=steps, guidance_scale=GUIDANCE)
+    many = load_sampler(path, steps=steps)
     check_fits(many, f"--teacher {path}")
+    many.call["guidance_scale"] = GUIDANCE
     one = replace(many, pipe=copy.copy(many.pipe), call=many.call | {"num_inference_steps": 1, "guidance_scale": 1.0})
     one.pipe.scheduler = one_step_scheduler(many.pipe.scheduler)
     many.pipe.scheduler = DDIMScheduler.from_config(many.pipe.scheduler.config)
