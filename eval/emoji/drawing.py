@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -45,15 +46,26 @@ class Workers:
         is raised, and no further job begun.
         """
         with one_thread(), ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = {pool.submit(job): size for job, size in zip(jobs, sizes or [1] * len(jobs), strict=True)}
+            stop = threading.Event()
+
+            def unless_stopped(job: Callable[[], T]) -> T | None:
+                if stop.is_set():
+                    return None  # which nobody will read: the error that stopped it is raised
+                try:
+                    return job()
+                except BaseException:
+                    stop.set()
+                    raise
+
+            futures = {pool.submit(unless_stopped, job): size for job, size in zip(jobs, sizes or [1] * len(jobs), strict=True)}
             bar = tqdm(total=sum(futures.values()), desc=label, unit="image", disable=label is None)
             try:
                 with bar:
                     for done in as_completed(futures):
                         done.result()
                         bar.update(futures[done])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
+            except BaseException:  # Ctrl-C comes to this thread
+                stop.set()
                 raise
             return [future.result() for future in futures]
 
