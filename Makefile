@@ -76,6 +76,7 @@ assets-teacher: $(RUNTIME) ## train only its U-Net further: make assets-teacher 
 	  -m trainers.train_teacher --config configs/emoji_teacher.yaml $(ARGS)
 	$(ASSET).assemble --ship --vae $(VAE) --clip $(CLIP) --unet $(WORK)/teacher/teacher/unet
 	$(ASSET).look --output $(WORK)/look
+	$(ASSET).measure
 
 test: $(DEV) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

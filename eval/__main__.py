@@ -6,7 +6,6 @@ import argparse
 import difflib
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from pipelines.paths import path_option, user_path
 from pipelines.reading import parse_yaml, read_text
 
 from .idle import refuse_idle
-from .protocols import DIGITS, INCEPTION_MODES, METRICS, PROTOCOLS, get_protocol
+from .output_folder import require_writable
+from .protocols import EMOJI, INCEPTION_MODES, METRICS, PROTOCOLS, STUDIES, get_protocol
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,7 +122,7 @@ def named_path(text: str) -> str:
 
 OPTIONS: dict[str, dict] = {
     # what
-    "--protocol": {"required": True, "metavar": "NAME", "help": f"one of: {', '.join((*PROTOCOLS, DIGITS))}"},
+    "--protocol": {"required": True, "metavar": "NAME", "help": f"one of: {', '.join((*PROTOCOLS, *STUDIES))}"},
     "--metrics": {"nargs": "+", "metavar": "M", "help": f"of: {', '.join(METRICS)} (default: the protocol's)"},
     "--num-images": {"type": int, "metavar": "N", "help": "other than the protocol's; needs --force"},
     "--draws": {"type": whole(1), "metavar": "D", "help": "how many sets of seeds (default: the protocol's)"},
@@ -154,7 +154,7 @@ OPTIONS: dict[str, dict] = {
         "nargs": "+",
         "type": named_path,
         "metavar": "NAME=RUN",
-        "help": f"{DIGITS}: a name for the report and a run folder, or its student/ folder; repeat for several",
+        "help": f"{', '.join(STUDIES)}: a name for the report and a run folder, or its student/ folder; repeat for several",
     },
     "--latency-batch": {"type": whole(1), "default": 8, "metavar": "B", "help": "images at a time when timing"},
     # a model of points
@@ -264,11 +264,11 @@ def _parser() -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.protocol == DIGITS:
-        return _digits(args)
+    if args.protocol in STUDIES:
+        return _study(args)
     get_protocol(args.protocol)
     if args.student:
-        raise UserError(f"--student is for {DIGITS}; give the student as --model (or its folder as --lora)")
+        raise UserError(f"--student is for {', '.join(STUDIES)}; give the student as --model (or its folder as --lora)")
     return _measure(args)
 
 
@@ -277,7 +277,7 @@ def _measure(args: argparse.Namespace) -> int:
 
     refuse_idle(args)
     job = check(args)  # all that can be known to be wrong before minutes of work
-    _require_writable(Path(args.output))
+    require_writable(Path(args.output))
     content = run(job)
     if content:
         print(content["protocol"]["computed"])
@@ -293,7 +293,7 @@ def _reference(args: argparse.Namespace) -> int:
     if not args.reference:
         raise UserError("--reference is needed: the real images, a folder, .zip, .parquet or hub data set")
     refuse_idle(args, command="reference")
-    _require_writable(Path(args.output))
+    require_writable(Path(args.output))
     facts = make_reference(args)
     if "extractors" in facts:  # the main process
         print(f"wrote {args.output}: {', '.join(facts['extractors'])} of {facts['images']['n']:,} images")
@@ -306,7 +306,7 @@ def _generate(args: argparse.Namespace) -> int:
     if not args.model:
         raise UserError("--model is needed: a pipeline or student, a folder, a run's output_dir or a hub id")
     refuse_idle(args, command="generate")
-    _require_writable(Path(args.output))
+    require_writable(Path(args.output))
     folder = make_only(args)
     if os.environ.get("RANK", "0") == "0":
         print(f"images are in {folder}")
@@ -325,7 +325,7 @@ def _compare(args: argparse.Namespace) -> int:
     faults = comparable(contents)
     if faults and not args.force:
         raise UserError("these evaluations are not comparable: " + "; ".join(faults) + "; --force compares them and says so")
-    _require_writable(Path(args.output))
+    require_writable(Path(args.output))
     files = {name: Path(path) / "samples.png" for name, path in named}
     samples = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
     print(write_comparison(contents, Path(args.output), samples, args.baselines))
@@ -335,33 +335,23 @@ def _compare(args: argparse.Namespace) -> int:
 def _points(args: argparse.Namespace) -> int:
     from .points_report import measure_points, table
 
-    _require_writable(Path(args.output))
+    require_writable(Path(args.output))
     print(table(measure_points(args.model, args.num_points, args.seed, args.law, Path(args.output))))
     print(f"wrote {args.output}/points.json")
     return 0
 
 
-def _digits(args: argparse.Namespace) -> int:
-    """The study of the digits: a teacher and its students in one report."""
-    from .digits.evaluate import evaluate
-    from .digits.protocol import PROTOCOLS as STUDIES
-    from .digits.report import FILES, write_report
-    from .digits.runs import find_run
+def _study(args: argparse.Namespace) -> int:
+    """A teacher and its students in one report."""
+    from . import study_commands as studies
 
     if not args.teacher:
-        raise UserError(f"--teacher is needed for {DIGITS}: a run folder, or its teacher/ folder")
+        raise UserError(f"--teacher is needed for {args.protocol}: a pipeline folder, or the run that trained it")
     idle = sorted((args.given | args.listed) - {*COMMON, "num_images", "seed", "teacher", "student"})
     if idle:
-        raise UserError(f"--{idle[0].replace('_', '-')} has no effect with protocol {DIGITS}; remove it")
-    protocol = STUDIES[args.protocol].adjusted(args.num_images, args.seed, args.force)
+        raise UserError(f"--{idle[0].replace('_', '-')} has no effect with protocol {args.protocol}; remove it")
     named = _named_students(args.student or [])
-    teacher = find_run("teacher", Path(args.teacher), "teacher")
-    students = [find_run(name, path, "student") for name, path in named]
-    output = Path(args.output)
-    _require_writable(output)
-    write_report(evaluate(protocol, teacher, students), output)
-    print(f"wrote {', '.join(str(output / name) for name in FILES)}")
-    return 0
+    return (studies.emoji if args.protocol == EMOJI else studies.digits)(args, named)
 
 
 def _named_students(values: Sequence[str]) -> list[tuple[str, Path]]:
@@ -375,16 +365,6 @@ def _named_students(values: Sequence[str]) -> list[tuple[str, Path]]:
             raise UserError(f"--student {name!r} is given twice ({named[name]} and {path}); use two different names")
         named[name] = Path(path)
     return list(named.items())
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"--output {folder}: cannot write there ({reason}); name a folder you may write to") from error
 
 
 FUNCTIONS = {"run": _run, "metrics": _measure, "generate": _generate, "reference": _reference, "points": _points}

@@ -234,14 +234,23 @@ class Clip:
 
     def __call__(self, images: Tensor, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
         with torch.inference_mode(), full_float32():
-            unit = F.normalize(self.net.images(images).float(), dim=1)
+            unit = self.of_images(images)
             found = {"features": unit}
             if "cosine" in self.outputs:
-                text = F.normalize(self.net.texts([self.prefix + c for c in captions]).float(), dim=1)
-                found["cosine"] = (unit * text).sum(1, keepdim=True)
+                found["cosine"] = (unit * self.of_texts(captions)).sum(1, keepdim=True)
             if self.head is not None:
                 found["aesthetic"] = self.head(unit)
             return {key: found[key] for key in self.outputs}
+
+    @torch.inference_mode()
+    def of_images(self, images: Tensor) -> Tensor:
+        """uint8 (b, 3, h, w) -> unit vectors (b, d)."""
+        return F.normalize(self.net.images(images).float(), dim=1)
+
+    @torch.inference_mode()
+    def of_texts(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors (b, d) of captions, the prefix before each."""
+        return F.normalize(self.net.texts([self.prefix + c for c in captions]).float(), dim=1)
 
     def describe(self) -> dict[str, Any]:
         facts = {"network": self.name, "input": f"{self.net.input} of the {self.view}", **self.weights.describe()}

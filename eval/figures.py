@@ -63,6 +63,61 @@ def panels(titled: Sequence[tuple[str, str, Tensor]], columns: int = 6) -> Image
     return canvas
 
 
+def captioned_rows(rows: Sequence[tuple[str, str, Tensor]], captions: Sequence[str], side: int = 96) -> Image.Image:
+    """(name, note, pixels uint8 (n, 3, h, w)): the pictures of each in one row, a column a caption, enlarged smoothly to `side`.
+
+    Captions stand above their columns in as many lines as they need, broken between words.
+    """
+    gap, margin, left, size = 8, 16, 150, 12
+    plain, bold = (ImageFont.truetype(FONTS / name, size) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
+    titles = [_wrapped(caption, plain, side) for caption in captions]
+    top = margin + (size + 4) * max(map(len, titles)) + gap
+    width = margin + left + len(captions) * (side + gap) - gap + margin
+    canvas = Image.new("RGB", (width, top + len(rows) * (side + gap) - gap + margin), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, lines in enumerate(titles):
+        first = top - gap - (size + 4) * len(lines)  # the last lines of all captions are level
+        for j, line in enumerate(lines):
+            draw.text((margin + left + i * (side + gap), first + j * (size + 4)), line, fill=REAL, font=plain)
+    for r, (name, note, pixels) in enumerate(rows):
+        y = top + r * (side + gap)
+        lines = [(line, bold, INK) for line in _wrapped(name, bold, left - gap)]
+        lines += [(line, plain, REAL) for line in _wrapped(note, plain, left - gap)]
+        for j, (line, font, colour) in enumerate(lines):
+            draw.text((margin, y + (side - (size + 4) * len(lines)) // 2 + j * (size + 4)), line, fill=colour, font=font)
+        for i, picture in enumerate(pixels[: len(captions)]):
+            tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+            canvas.paste(tile, (margin + left + i * (side + gap), y))
+    return canvas
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of whole words that fit, a longer word cut."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return [_fitted(line, font, width) for line in lines]
+
+
+def time_chart(models: Sequence[tuple[str, str, float, float, float]], real: tuple[float, float]) -> Figure:
+    """(label, colour, seconds an image, FD, CLIP score): both against time, which is logarithmic. real: those of real images."""
+    figure = Figure(figsize=(10.8, 3.2), layout="constrained")
+    for i, title in enumerate(("FD-CLIP-mini (lower is better)", "CLIP score (higher is better)")):
+        axes = figure.add_subplot(1, 2, i + 1)
+        for label, colour, seconds, *values in models:
+            axes.plot(seconds, values[i], color=colour, marker="o", markersize=8, linestyle="", label=label)
+        axes.axhline(real[i], color=REAL, linewidth=1, linestyle=(0, (4, 3)), label="real pictures")
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        style_axes(axes, title, "seconds an image (logarithmic)")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, labelcolor=INK)
+    return figure
+
+
 def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """The text, cut with an ellipsis where it is wider than its panel."""
     if font.getlength(text) <= width:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+Picture = tuple[str, bytes, str]  # caption, content, media type
 
 STYLE = """
 :root { --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --best: #ecfdf5; }
@@ -32,3 +37,37 @@ footer { margin-top: 56px; border-top: 1px solid var(--line); padding-top: 12px;
 
 def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def section(title: str, note: str, pictures: Sequence[Picture]) -> str:
+    """A heading with pictures; nothing where there are none."""
+    if not pictures:
+        return ""
+    parts = [f'<h2>{title}</h2><p class="soft">{note}</p>']
+    for caption, content, media_type in pictures:
+        shown = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        image = f'<img alt="{escape(caption or title)}" src="{data_uri(content, media_type)}">'
+        parts.append(f"<figure>{shown}{image}</figure>")
+    return "".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A time with the unit that suits it.
+
+    >>> duration(0.00002), duration(0.0213), duration(47.3), duration(600), duration(8000)
+    ('20 &micro;s', '21.3 ms', '47.3 s', '10.0 min', '2.2 h')
+    """
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} &micro;s"
+    for limit, in_unit, unit in ((1, seconds * 1e3, "ms"), (120, seconds, "s"), (7200, seconds / 60, "min")):
+        if seconds < limit:
+            return f"{in_unit:.1f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def footer(report: dict[str, Any], extractor: str) -> str:
+    """What made a report.json: commit, versions, and a sentence about the network."""
+    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+    commit = report["git_commit"] or "unknown (no git repository)"
+    lines = (f"Commit {commit}. {versions}.", extractor, "All numbers are in report.json beside this file.")
+    return "<footer>" + "<br>".join(escape(line) for line in lines) + "</footer>"

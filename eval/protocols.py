@@ -29,7 +29,8 @@ LEAST_IMAGES = {"fid": 2, "kid": 2, "patch_fid": 2, "fd_dinov2": 2, "precision_r
 LOWER_IS_BETTER = {"fid": True, "kid": True, "patch_fid": True, "fd_dinov2": True, "cmmd": True} | dict.fromkeys(
     ("inception_score", "precision", "recall", "clip_score", "aesthetic"), False
 )
-DIGITS = "digits-10k"  # a study of its own, eval/digits: its networks and images are made here
+# studies of their own (eval/digits, eval/emoji) with --teacher and --student, of images and networks that are made here
+STUDIES = DIGITS, EMOJI = ("digits-10k", "emoji-2k")
 INCEPTION_MODES = ("clean", "legacy_tensorflow", "legacy_pytorch")
 
 
@@ -186,10 +187,10 @@ PROTOCOLS: dict[str, Protocol] = {
 
 def get_protocol(name: str) -> Protocol:
     """ValueError for an unknown name, with the nearest known one."""
-    if name == DIGITS:
-        raise UserError(f"protocol {DIGITS} is for `python -m eval run` with --teacher and --student")
+    if name in STUDIES:
+        raise UserError(f"protocol {name} is for `python -m eval run` with --teacher and --student")
     if name not in PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}{_near(name, (*PROTOCOLS, DIGITS))}")
+        raise UserError(f"unknown protocol {name!r}{_near(name, (*PROTOCOLS, *STUDIES))}")
     return PROTOCOLS[name]
 
 

@@ -48,12 +48,16 @@ class Sampler:
         seed: int = 0,
         captions: Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        encoded: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """The images of these indices, uint8 (b, c, h, w); captions, labels: one for each of them. labels: classes, None: drawn.
+        encoded: in place of captions, the arguments that give the pipeline what its text encoder has made of them.
         ValueError for NaN.
         """
         inputs: dict[str, Any] = {"generator": [image_generator(seed, i) for i in indices]}
-        if self.takes == "prompt":
+        if encoded is not None:
+            inputs |= encoded
+        elif self.takes == "prompt":
             inputs["prompt"] = list(captions)
         else:
             inputs["batch_size"] = len(indices)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.assets import pictures as emoji
+from pipelines import emoji
 from scripts.assets.assemble import sums
 from scripts.assets.pairs import shortened
 from scripts.assets.vae import difference
@@ -76,7 +76,9 @@ def test_schedule_is_that_of_sd15(pipe):
     assert config.clip_sample is False  # what DDIM is made from; latents are not within [-1, 1]
 
 
-@pytest.mark.parametrize("text", ["Schwarzwälder Kirschtorte", "日本の寺", "🍎", "q", "red apple", ""])
+@pytest.mark.parametrize(
+    "text", ["Schwarzwälder Kirschtorte", "日本の寺", "🍎", "👩‍🚀 🏳️‍🌈", "qwxzv flurbl-9", "q", "red apple", ""]
+)
 def test_any_text_has_tokens(pipe, text):
     """Bytes stand in for unknown words, so nothing is lost: the end token within a text would be an unknown one."""
     tokenizer = pipe.tokenizer
@@ -84,6 +86,8 @@ def test_any_text_has_tokens(pipe, text):
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in ids[1:-1]
+    assert tokenizer.unk_token_id == tokenizer.eos_token_id  # so there is no unknown token in it either
+    assert 0 <= min(ids) <= max(ids) < pipe.text_encoder.config.vocab_size
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.lower().replace(" ", "")
 
 

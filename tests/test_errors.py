@@ -42,13 +42,13 @@ COMMANDS: dict[str, tuple[Callable, object, str, list[str]]] = {
     "eval generate": (
         evaluation.main,
         evaluation,
-        "_require_writable",
+        "require_writable",
         ["generate", "--protocol", "custom", "--model", "y", *OUT],
     ),
     "eval reference": (
         evaluation.main,
         evaluation,
-        "_require_writable",
+        "require_writable",
         ["reference", "--protocol", "custom", "--reference", "y", *OUT],
     ),
     "eval compare": (evaluation.main, evaluation, "_compare", ["compare", "x", *OUT]),

@@ -17,11 +17,11 @@ from torch import nn
 
 from eval.__main__ import main
 from eval.digits.evaluate import check_fits, evaluate
-from eval.digits.protocol import PROTOCOLS
 from eval.digits.report import FILES, write_report
 from eval.digits.runs import Run, find_run
 from eval.figures import grid, panels
 from eval.metrics import class_balance
+from eval.studies import PROTOCOLS
 from eval.training_log import curves, ess_by_level, read_metrics
 from pipelines.atomic import write_atomically
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipelines.errors import UserError
-from pipelines.images import ImageSet, to_unit
+from pipelines.images import ImageSet, load_digits, to_unit
 from pipelines.provenance import git_commit, versions
 from pipelines.reading import loading
 
@@ -27,11 +27,12 @@ from ..metrics import (
     pixel_std,
     random_halves,
 )
+from ..studies import Protocol
 from .features import EXTRACTORS, FeatureExtractor
 from .generate import Generated, generate
-from .protocol import DATASETS, Protocol
 from .runs import Role, Run
 
+DATASETS: dict[str, Callable[[], ImageSet]] = {"digits": load_digits}
 PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")
 FLOOR_SPLITS = 10
 CURVE_IMAGES = 2000  # for each snapshot: enough to see the trend, and labelled as what it is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from ..html import STYLE, data_uri
+from ..html import STYLE, Picture, duration, footer, section
 
 COLUMNS = (
     "Method",
@@ -43,8 +43,6 @@ SECTIONS = (
     ),
 )
 
-Picture = tuple[str, bytes, str]  # caption, content, media type
-
 
 def page(report: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
     """report: what report.json holds. pictures: those of each section; a section without any is left out."""
@@ -64,23 +62,12 @@ def page(report: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
 <p class="lead">{escape(protocol["computed"])}</p>
 {warning}
 {_table(report)}
-{"".join(_section(title, note, pictures.get(key, [])) for key, title, note in SECTIONS)}
+{"".join(section(title, note, pictures.get(key, [])) for key, title, note in SECTIONS)}
 <h2>What the numbers mean</h2>
 {_notes(report)}
-{_footer(report)}
+{footer(report, f"Extractor {report['extractor']['name']}, sha256 {report['extractor']['sha256']}.")}
 </body></html>
 """
-
-
-def _section(title: str, note: str, pictures: list[Picture]) -> str:
-    if not pictures:
-        return ""
-    parts = [f'<h2>{title}</h2><p class="soft">{note}</p>']
-    for caption, content, media_type in pictures:
-        shown = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        image = f'<img alt="{escape(caption or title)}" src="{data_uri(content, media_type)}">'
-        parts.append(f"<figure>{shown}{image}</figure>")
-    return "".join(parts)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -113,25 +100,11 @@ def _row(name: str, numbers: dict[str, Any]) -> list[str]:
         f"{numbers['energy_distance']:.4f}",
         f"{numbers['pixel_std']:.3f}",
         f"{numbers['label_accuracy']:.1%}" if "label_accuracy" in numbers else NOTHING,
-        NOTHING if numbers["train_seconds"] is None else _duration(numbers["train_seconds"]),
+        NOTHING if numbers["train_seconds"] is None else duration(numbers["train_seconds"]),
         NOTHING if not calls else _count(sum(calls.values())),
         f"{numbers['calls_per_image']:g}",
-        _duration(numbers["seconds_per_image"]),
+        duration(numbers["seconds_per_image"]),
     ]
-
-
-def _duration(seconds: float) -> str:
-    """A time with the unit that suits it.
-
-    >>> _duration(0.00002), _duration(0.0213), _duration(47.3), _duration(600), _duration(8000)
-    ('20 &micro;s', '21.3 ms', '47.3 s', '10.0 min', '2.2 h')
-    """
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} &micro;s"
-    for limit, in_unit, unit in ((1, seconds * 1e3, "ms"), (120, seconds, "s"), (7200, seconds / 60, "min")):
-        if seconds < limit:
-            return f"{in_unit:.1f} {unit}"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _count(number: float) -> str:
@@ -192,14 +165,3 @@ def _notes(report: dict[str, Any]) -> str:
         )
     items = "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in notes.items())
     return f"<dl>{items}</dl>"
-
-
-def _footer(report: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    extractor = report["extractor"]
-    lines = (
-        f"Commit {report['git_commit'] or 'unknown (no git repository)'}. {versions}.",
-        f"Extractor {extractor['name']}, sha256 {extractor['sha256']}.",
-        "All numbers are in report.json beside this file.",
-    )
-    return "<footer>" + "<br>".join(escape(line) for line in lines) + "</footer>"

@@ -10,7 +10,6 @@ assets/emoji_clip in float16 and the sums of all files to assets/manifest.json.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
+from pipelines.assets import sum_of
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
 
@@ -78,12 +78,10 @@ def pipeline(vae: str, clip: str, unet: str | None) -> StableDiffusionPipeline:
 
 
 def sums(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size and sha256 of every file but the manifest itself and texts for readers."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("manifest.json", "README.md"))
-    return {
-        f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
-        for f in files
-    }
+    """Size and sha256 of every file but the manifest itself, what was measured of them, and texts for readers."""
+    left_out = ("manifest.json", "measured.json", "README.md")
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in left_out)
+    return {f.relative_to(folder).as_posix(): sum_of(f) for f in files}
 
 
 def ship(vae: str, clip: str, unet: str | None) -> None:

@@ -22,10 +22,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from pipelines import emoji
 from pipelines.launch import user_errors
 from trainers.config import Optimizer
 
-from . import pictures as emoji
 from .fitting import draws, fit
 
 WIDTH, TOKENS, MERGES = 128, 77, 3072

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from eval.frechet import GaussianStats, frechet_distance
+from pipelines import emoji
 from pipelines.launch import user_errors
 from pipelines.stable_diffusion import load_pipeline
 
-from . import pictures as emoji
 from .assemble import load_clip
 from .clip import embed, plain_pairs, retrieval
 

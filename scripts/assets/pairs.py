@@ -19,10 +19,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from pipelines import emoji
 from pipelines.images import to_pixels
 from pipelines.launch import user_errors
-
-from . import pictures as emoji
 
 WITHOUT_STYLE, WITHOUT_BACKGROUND = 15, 15  # percent of captions
 SHIPPED = Path("assets/emoji/captioned_32.parquet")

@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torchvision.utils import save_image
 
+from pipelines import emoji
 from pipelines.launch import user_errors
 from trainers.config import Optimizer
 
-from . import pictures as emoji
 from .fitting import draws, fit
 
 LATENTS = 8

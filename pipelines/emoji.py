@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.errors import UserError
+from .assets import EMOJI, remedy, shown
+from .errors import UserError
 
-FILE = "assets/emoji/emoji_32.parquet"
+FILE = EMOJI / "emoji_32.parquet"
 SIZE = 32
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 # What the teacher is trained on: a person can name these at 32x32. The autoencoder and CLIP see all groups.
@@ -58,12 +59,12 @@ def is_held_out(code: str) -> bool:
     return int(hashlib.sha256(code.encode()).hexdigest()[:8], 16) % 100 < HELD_OUT_PERCENT
 
 
-def load(file: str = FILE) -> Pictures:
+def load(file: str | Path = FILE) -> Pictures:
     from PIL import Image
     from pyarrow.parquet import read_table
 
     if not Path(file).is_file():
-        raise UserError(f"no such file {file!r}; it is part of the repository: git checkout {file}")
+        raise UserError(f"{shown(Path(file))} is missing; {remedy([Path(file)])}")
     rows = read_table(file).to_pylist()
     images = [np.asarray(Image.open(io.BytesIO(r["image"]["bytes"])).convert("RGBA")) for r in rows]
     rgba = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

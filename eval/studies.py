@@ -1,19 +1,17 @@
-"""Evaluation protocols by name: everything that a published number depends on besides the model."""
+"""Protocols of the studies that need nothing from elsewhere: a teacher and its students beside real images that are here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipelines.errors import UserError
-from pipelines.images import ImageSet, load_digits
 
-DATASETS: dict[str, Callable[[], ImageSet]] = {"digits": load_digits}
+from .protocols import DIGITS, EMOJI
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """num_images generated from `seed` on, compared with all images of `dataset` by the features of `extractor`.
+    """num_images generated from `seed` on, compared with the images of `dataset` by the features of `extractor`.
 
     standard_images is the protocol's own num_images; where they differ the report says so.
     """
@@ -47,5 +45,6 @@ class Protocol:
 
 
 PROTOCOLS: dict[str, Protocol] = {
-    "digits-10k": Protocol("digits-10k", dataset="digits", extractor="digits-classifier", num_images=10_000),
+    DIGITS: Protocol(DIGITS, dataset="digits", extractor="digits-classifier", num_images=10_000),
+    EMOJI: Protocol(EMOJI, dataset="emoji", extractor="emoji_clip", num_images=2_000, batch_size=32),
 }

@@ -1,0 +1,28 @@
+"""Measure the embedded teacher with all its steps for protocol emoji-2k, so that no evaluation has to: assets/measured.json.
+
+    python -m scripts.assets.measure
+
+Takes some minutes (2,000 pictures of 50 steps); none where the file is of these weights already.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from eval.emoji.evaluate import evaluate
+from eval.emoji.teacher import SHIPPED
+from eval.protocols import EMOJI
+from eval.studies import PROTOCOLS
+from pipelines.assets import EMOJI_SD, check_assets
+from pipelines.launch import user_errors
+
+
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    with user_errors():
+        check_assets()
+        evaluate(PROTOCOLS[EMOJI], str(EMOJI_SD), (), kept_in=SHIPPED)
+
+
+if __name__ == "__main__":
+    main()
