@@ -1,6 +1,7 @@
 """The main job, small but real: distil the embedded Stable Diffusion by LoRA, run the students in a stock pipeline, measure.
 
     python -m scripts.quickstart [--output outputs/quickstart] [--objectives vardiu ...] [--seed N] [--workers N]
+                                 [--steps N] [--num-images N]
 
 Every part is the command a user would run (they are printed); this script only runs the distillations side by side, since one
 thread each is the fastest use of a CPU for networks this small. Run again, it continues where it was stopped.
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 from pipelines import atomic
+from pipelines.assets import EMOJI, EMOJI_CLIP, EMOJI_SD, check_assets
 from pipelines.numbers import whole
 
 from .jobs import Job, cores, exit_cleanly, run, run_all
@@ -41,14 +43,22 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seed", type=whole(0), default=0, help="of the distillations")
     parser.add_argument("--workers", type=whole(1), default=None, help="distillations at a time (default: one a core, at most 3)")
+    parser.add_argument("--steps", type=whole(1), help="of each distillation (default: its recipe's)")
+    parser.add_argument("--num-images", type=whole(2), help="that are measured (default: the protocol's; the report says if not)")
     args = parser.parse_args()
+    check_assets(EMOJI, EMOJI_SD, EMOJI_CLIP)
     objectives = list(dict.fromkeys(args.objectives))
     workers = args.workers or min(len(objectives), cores())
     output, runs, start = args.output, args.output / "runs", time.perf_counter()
 
-    jobs = [Job(name, Path(f"configs/emoji_{name}.yaml"), runs / name, [f"seed={args.seed}"]) for name in objectives]
-    run_all(jobs, workers, threads=max(1, cores() // workers))
+    given = [f"seed={args.seed}", *([f"steps={args.steps}"] if args.steps else [])]
+    run_all(
+        [Job(name, Path(f"configs/emoji_{name}.yaml"), runs / name, given) for name in objectives],
+        workers,
+        threads=max(1, cores() // workers),
+    )
     measure = [sys.executable, "-m", "eval", "run", "--protocol", "emoji-2k", "--teacher", TEACHER]
+    measure += ["--num-images", str(args.num_images), "--force"] if args.num_images else []
     run([*measure, "--student", *(f"{name}={runs / name}" for name in objectives), "--output", str(output)], cores())
 
     seconds = time.perf_counter() - start
