@@ -13,7 +13,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart study-digits assets assets-teacher bench-digits bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
+.PHONY: help install quickstart study-digits assets assets-teacher bench-digits bench-emoji bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ study-digits: $(RUNTIME) ## train a teacher on 8x8 digits, distil it four ways, 
 
 bench-digits: $(RUNTIME) ## all objectives on the digits, three seeds, equal time: outputs/bench/digits.{json,png}; under 40 minutes
 	$(BIN)/python -m scripts.bench_images $(ARGS)
+
+bench-emoji: $(RUNTIME) ## the quickstart's students, 20 minutes each, three seeds, beside LCM-LoRA: outputs/bench/emoji.{json,png}; 3 hours
+	$(BIN)/python -m scripts.bench_emoji $(ARGS)
 
 bench-covariances: $(RUNTIME) ## what each covariance of the posterior buys (after bench-digits): outputs/bench/covariances.json
 	$(BIN)/python -m scripts.bench_covariances $(ARGS)

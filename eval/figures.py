@@ -208,11 +208,14 @@ def ess_chart(runs: Sequence[tuple[str, dict[float, tuple[list[int], list[float]
 
 
 def benchmark_chart(
-    curves: dict[str, dict[str, list[dict[str, float]]]], titles: dict[str, str], floor: dict[str, float]
+    curves: dict[str, dict[str, list[dict[str, float]]]],
+    titles: dict[str, str],
+    floor: dict[str, float],
+    floor_label: str = "two halves of the real images",
 ) -> Figure:
     """method -> seed -> points: for each key of titles a chart against seconds and one against calls, all axes logarithmic.
 
-    Lines are medians over seeds, bands the range; the dashed line is what two halves of the real images read (`floor`).
+    Lines are medians over seeds, bands the range; the dashed line is `floor`.
     """
     figure = Figure(figsize=(11, 3.1 * len(titles) + 0.6), layout="constrained")
     for row, (key, title) in enumerate(titles.items()):
@@ -225,7 +228,7 @@ def benchmark_chart(
                 axes.plot(where, middle, color=student_colour(i), linewidth=1.6, marker="o", markersize=2.5, label=label)
                 axes.fill_between(where, low, high, color=student_colour(i), alpha=0.15, linewidth=0)
             if key in floor:
-                axes.axhline(floor[key], color=REAL, linewidth=1, linestyle=(0, (4, 3)), label="two halves of the real images")
+                axes.axhline(floor[key], color=REAL, linewidth=1, linestyle=(0, (4, 3)), label=floor_label)
             axes.set_xscale("log")
             axes.set_yscale("log")
             style_axes(axes, title, "seconds of training on one thread" if x == "seconds" else "network calls in training")

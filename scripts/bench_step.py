@@ -49,6 +49,7 @@ from trainers.posteriors import COVARIANCES, UNetPosterior
 from trainers.stable_diffusion import ALL_LAYERS
 
 from .jobs import cores, exit_cleanly
+from .lcm_lora import Grid, lcm_loss
 
 SHAPES: dict[str, dict[str, Any]] = {
     # Stable Diffusion 1.5: 859.5M weights, 512x512 images
@@ -163,23 +164,16 @@ def lcm_step(shape: dict[str, Any], device: torch.device) -> Callable[[], None]:
     student.network.enable_gradient_checkpointing(student.checkpointed)
     optimizer = torch.optim.AdamW(role.parameters(), lr=1e-5)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    abar = scheduler.alphas_cumprod.to(device)
+    grid = Grid(scheduler.alphas_cumprod.to(device))
     z, eps = torch.randn(2, 1, 4, shape["side"], shape["side"], device=device)
-    text = torch.randn(2, 1, 77, shape["unet"]["cross_attention_dim"], device=device)
-    t, t_next = torch.tensor([499], device=device), torch.tensor([479], device=device)
+    text, empty = torch.randn(2, 1, 77, shape["unet"]["cross_attention_dim"], device=device)
+    index, w = torch.tensor([24], device=device), torch.tensor([GUIDANCE - 1], device=device)
 
-    def x0_of(out: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return (x - (1 - abar[t]).sqrt() * out.float()) / abar[t].sqrt()
+    def frozen(x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return teacher(x_t.to(shape["dtype"]), t, encoder_hidden_states.to(shape["dtype"])).sample.float()
 
     def step() -> None:
-        x_t = abar[t].sqrt() * z + (1 - abar[t]).sqrt() * eps
-        predicted = x0_of(role(x_t, t, encoder_hidden_states=text[0]), x_t, t)
-        with torch.no_grad():
-            given = [teacher(x_t.to(shape["dtype"]), t, c.to(shape["dtype"])).sample.float() for c in text]
-            out = given[1] + GUIDANCE * (given[0] - given[1])
-            x_next = abar[t_next].sqrt() * x0_of(out, x_t, t) + (1 - abar[t_next]).sqrt() * out
-            target = x0_of(role(x_next, t_next, encoder_hidden_states=text[0]), x_next, t_next)
-        ((predicted - target).square() + 1e-6).sqrt().mean().backward()  # pseudo-Huber
+        lcm_loss(role, frozen, grid, z, eps, index, w, text, empty).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -138,19 +138,12 @@ def evaluate(
     started: time.perf_counter() at the start of the command (default: now).
     """
     started = time.perf_counter() if started is None else started
-    real = prompts.reference(pictures or (pictures := emoji.load()))
-    captions = prompts.prompts(real, protocol.num_images)
     many, one = load_teacher(teacher_path, steps)
     samplers = [load_student(run, teacher_path) for run in students]
-    clip = Clip(EMOJI_CLIP.name, find(EMOJI_CLIP.name, str(EMOJI_CLIP), EMOJI_CLIP), ("features", "cosine"))
-    workers, size = Workers(cores()), protocol.batch_size
-    units = of_texts(clip, real.captions, size, workers)
-    measured_real = measure_real(real, units, prompts.held_out(pictures), clip, size, workers)
-    texts = encode(many.pipe, captions, units[: len(captions)], size, workers)
-    say(f"real pictures against themselves (halves): FD {measured_real.facts['fd']:.4f}")
+    judge = make_judge(protocol, many, pictures, say)
 
     def model(name: str, sampler: Sampler, drawn: Drawn, numbers: dict[str, float], run: Run | None = None) -> Measured:
-        facts = {"seconds_per_image": drawn.seconds + texts.seconds, "n": protocol.num_images, "call": sampler.call}
+        facts = {"seconds_per_image": drawn.seconds + judge.texts.seconds, "n": protocol.num_images, "call": sampler.call}
         facts |= {"scheduler": type(sampler.pipe.scheduler).__name__}
         if run is not None:
             facts |= {"train_seconds": run.info.get("train_seconds"), "train_steps": run.info.get("steps")}
@@ -159,21 +152,56 @@ def evaluate(
             f"{name}: FD {numbers['fd']:.4f}, CLIP score {numbers['clip_score']:.3f}, "
             f"{1000 * facts['seconds_per_image']:.1f} ms a picture"
         )
-        return Measured(name, numbers | facts, drawn.pixels[: LIVE * size], run)
+        return Measured(name, numbers | facts, drawn.pixels[: LIVE * protocol.batch_size], run)
 
-    def measure(name: str, sampler: Sampler, run: Run | None = None) -> Measured:
-        drawn = draw(sampler, blocks(0, len(captions), size), protocol.seed, texts, clip, workers, name)
-        return model(name, sampler, drawn, drawn.numbers(measured_real.stats, texts.units), run)
-
-    kept, live = teacher_numbers(many, protocol, captions, texts, clip, measured_real, workers, kept_in, say)
+    kept, live = teacher_numbers(many, judge, kept_in, say)
     first = model(f"teacher, {steps} steps", many, live, kept.numbers)
     source = {"measured": "now" if kept.file is None else shown(kept.file), "seconds_to_measure": round(kept.seconds, 1)}
     first = replace(first, numbers=first.numbers | source)
-    second = measure("teacher, 1 step", one)
-    others = tuple(measure(run.name, sampler, run) for run, sampler in zip(students, samplers, strict=True))
-    machine = {"cores": workers.count, "text_seconds_per_image": texts.seconds}
-    machine["decoder_seconds_per_image"] = decoder_seconds(many.pipe, size)
-    return Evaluation(protocol, captions, measured_real, clip.describe(), first, second, others, machine, started)
+    second = model("teacher, 1 step", one, *judge.measure(one, "teacher, 1 step"))
+    others = tuple(
+        model(run.name, sampler, *judge.measure(sampler, run.name), run) for run, sampler in zip(students, samplers, strict=True)
+    )
+    machine = {"cores": judge.workers.count, "text_seconds_per_image": judge.texts.seconds}
+    machine["decoder_seconds_per_image"] = decoder_seconds(many.pipe, protocol.batch_size)
+    return Evaluation(protocol, judge.captions, judge.real, judge.clip.describe(), first, second, others, machine, started)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What all models of a study are measured with, made once: the prompts and what encoders make of them, the real pictures."""
+
+    protocol: Protocol
+    captions: list[str]
+    real: Real
+    texts: Texts
+    clip: Clip
+    workers: Workers
+
+    def measure(self, sampler: Sampler, label: str) -> tuple[Drawn, dict[str, float]]:
+        """All the pictures of a model that shares the teacher's text encoder; fd and clip_score."""
+        parts = blocks(0, len(self.captions), self.protocol.batch_size)
+        drawn = draw(sampler, parts, self.protocol.seed, self.texts, self.clip, self.workers, label)
+        return drawn, drawn.numbers(self.real.stats, self.texts.units)
+
+
+def make_judge(
+    protocol: Protocol,
+    teacher: Sampler,
+    pictures: emoji.Pictures | None = None,
+    say: Callable[[str], None] = tqdm.write,
+) -> Judge:
+    """pictures: default: those of assets/emoji."""
+    pictures = pictures or emoji.load()
+    real = prompts.reference(pictures)
+    captions = prompts.prompts(real, protocol.num_images)
+    clip = Clip(EMOJI_CLIP.name, find(EMOJI_CLIP.name, str(EMOJI_CLIP), EMOJI_CLIP), ("features", "cosine"))
+    workers, size = Workers(cores()), protocol.batch_size
+    units = of_texts(clip, real.captions, size, workers)
+    measured_real = measure_real(real, units, prompts.held_out(pictures), clip, size, workers)
+    texts = encode(teacher.pipe, captions, units[: len(captions)], size, workers)
+    say(f"real pictures against themselves (halves): FD {measured_real.facts['fd']:.4f}")
+    return Judge(protocol, captions, measured_real, texts, clip, workers)
 
 
 def load_student(run: Run, base_model: str) -> Sampler:
@@ -207,25 +235,16 @@ def measure_real(
     return Real(stats, digest, facts)
 
 
-def teacher_numbers(
-    many: Sampler,
-    protocol: Protocol,
-    captions: list[str],
-    texts: Texts,
-    clip: Clip,
-    real: Real,
-    workers: Workers,
-    kept_in: Path,
-    say: Callable[[str], None],
-) -> tuple[Kept, Drawn]:
+def teacher_numbers(many: Sampler, judge: Judge, kept_in: Path, say: Callable[[str], None]) -> tuple[Kept, Drawn]:
     """fd and clip_score of the teacher with all its steps, kept ones where they fit; and its first pictures, drawn now."""
-    found = identity(many, protocol, captions, clip, real)
+    protocol, texts, workers = judge.protocol, judge.texts, judge.workers
+    found = identity(many, judge)
     kept, why = teacher.look_up(found, (SHIPPED, kept_in))
     n, steps = protocol.num_images, many.call["num_inference_steps"]
     # a guided call of the network has two rows a picture: so it has as many rows as a call of the students
     size = max(1, protocol.batch_size // 2) if is_guided(many) else protocol.batch_size
     label, start = f"teacher, {steps} steps", time.perf_counter()
-    live = draw(many, blocks(0, min(n, LIVE * size), size), protocol.seed, texts, clip, workers, label)
+    live = draw(many, blocks(0, min(n, LIVE * size), size), protocol.seed, texts, judge.clip, workers, label)
     if kept is not None:
         say(f"{label}: FD and CLIP score are those kept in {shown(kept.file)}, measured in {kept.seconds:.0f} s")
         return kept, live
@@ -234,15 +253,16 @@ def teacher_numbers(
     if rest:
         minutes = live.seconds * (n - len(live.pixels)) / workers.count / 60
         say(f"{label}: no numbers to use again ({why}); drawing all {n:,} pictures now, about {minutes:.1f} min, this once")
-        drawn = live + draw(many, rest, protocol.seed, texts, clip, workers, label)
-    numbers, seconds = drawn.numbers(real.stats, texts.units), time.perf_counter() - start
+        drawn = live + draw(many, rest, protocol.seed, texts, judge.clip, workers, label)
+    numbers, seconds = drawn.numbers(judge.real.stats, texts.units), time.perf_counter() - start
     teacher.keep(kept_in, found, numbers, seconds)
     return Kept(numbers, None, seconds), live
 
 
-def identity(many: Sampler, protocol: Protocol, captions: list[str], clip: Clip, real: Real) -> dict[str, Any]:
+def identity(many: Sampler, judge: Judge) -> dict[str, Any]:
     """All that the teacher's numbers depend on, part by part."""
-    measuring = {f"clip.{key}": value for key, value in clip.describe().items() if key not in ("file", "published")}
+    protocol = judge.protocol
+    measuring = {f"clip.{key}": value for key, value in judge.clip.describe().items() if key not in ("file", "published")}
     chosen = {"n": protocol.num_images, "seed": protocol.seed, "batch_size": protocol.batch_size}
-    chosen |= {"format": teacher.FORMAT, "captions": sha256_of(captions), "reference": real.sha256}
-    return many.identity(captions) | measuring | chosen
+    chosen |= {"format": teacher.FORMAT, "captions": sha256_of(judge.captions), "reference": judge.real.sha256}
+    return many.identity(judge.captions) | measuring | chosen
