@@ -16,7 +16,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()))')
 .PHONY: help install quickstart study-digits assets assets-teacher bench-digits bench-emoji bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(RUNTIME) ## create .venv with the runtime and this project in editable mode
 
@@ -98,11 +98,17 @@ clean: ## remove .venv and caches; outputs/ stays
 
 # pip is asked for, not only python: a venv made without ensurepip looks finished and is not.
 $(RUNTIME): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "Python 3.11, 3.12 or 3.13 is needed; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(not (3, 11) <= v < (3, 15) or v == (3, 14, 1))' || { \
+	  echo "Python 3.11 to 3.14 is needed (not 3.14.1, which torchvision refuses); '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
 	  echo "Name another one, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes minutes, PyTorch is large."
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || test "$$(uname -sm)" != "Linux x86_64" || { \
+	  echo "With the CUDA libraries that come with it: about 3 GB of downloads, 5.6 GB on disk."; \
+	  command -v nvidia-smi >/dev/null || printf '%s\n' \
+	    "There is no NVIDIA GPU here (no nvidia-smi). PyTorch's CPU build does without them and is much smaller: stop this with Ctrl-C, then" \
+	    "  $(BIN)/python -m pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu" \
+	    "  make $(MAKECMDGOALS)"; }
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt -e .
 	@touch $@
 

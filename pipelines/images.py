@@ -1,4 +1,4 @@
-"""Image sets in memory: scikit-learn digits, local parquet files, folders and zip files of pictures, and hub data sets.
+"""Image sets in memory: the 8x8 digits, local parquet files, folders and zip files of pictures, and hub data sets.
 
 Pixels are uint8 (n, c, h, w) everywhere outside a network; networks see float32 in [-1, 1].
 """
@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import data_sets
 from .decode import Rules, decode
 from .errors import UserError
 from .labels import LABELS_FILE, MAX_CLASSES, folder_labels
+from .reading import loading
 from .walk import Pictures, examples, refuse_pictures, say
 
 # Decoded images are held in memory; this bounds a set to what a workstation can hold beside a model.
 MAX_BYTES = 8 * 2**30
 
+
+DIGITS = Path(__file__).with_name("digits.safetensors")  # images uint8 (n, 8, 8) of 0..16, labels uint8 (n,)
 
 ENLARGED = "smaller than image_size, enlarged"  # a note as those of decoding
 
@@ -55,16 +59,18 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 def load_digits(image_size: int = 8) -> ImageSet:
-    """The 1,797 grey 8x8 digits that ship with scikit-learn (0..16 rescaled to 0..255), enlarged bilinearly to image_size."""
-    from sklearn.datasets import load_digits as sklearn_digits
+    """The 1,797 grey 8x8 digits that scikit-learn has too (0..16 rescaled to 0..255), enlarged bilinearly to image_size.
 
-    digits = sklearn_digits()
-    _check_size(len(digits.images), 1, image_size, "data")
-    grey = torch.from_numpy(digits.images / 16 * 255)[:, None]
+    The test set of E. Alpaydin & C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (CC BY 4.0).
+    """
+    with loading(f"{DIGITS} cannot be read", "get it again: git checkout -- pipelines/digits.safetensors"):
+        digits = load_file(DIGITS)
+    _check_size(len(digits["images"]), 1, image_size, "data")
+    grey = digits["images"].double()[:, None] / 16 * 255
     if image_size != 8:
         grey = torch.nn.functional.interpolate(grey, (image_size, image_size), mode="bilinear", align_corners=False)
     pixels = grey.round().to(torch.uint8)
-    return ImageSet(pixels, torch.from_numpy(digits.target).long(), tuple(map(str, digits.target_names)))
+    return ImageSet(pixels, digits["labels"].long(), tuple("0123456789"))
 
 
 def load_rows(

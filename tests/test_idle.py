@@ -2,14 +2,18 @@
 
 import copy
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipelines.errors import UserError
 from trainers import cache, distill, setup, train_teacher
 from trainers.config import DistillConfig, TeacherConfig
 from trainers.config_file import ConfigError, load_config
+
+needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 
 LEVELS = {"name": "log_uniform", "low": 0.3, "high": 3.0}
 ADAM = {"lr": 1e-3}
@@ -127,7 +131,7 @@ def teacher_file(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("trackers", "message"),
     [
-        ("[tensorboard, wandb]", "trackers: 'wandb' is not installed"),
+        pytest.param("[tensorboard, wandb]", "trackers: 'wandb' is not installed", marks=needs_tensorboard),
         ("[wandb]", "trackers: 'wandb' is not installed"),
         ("[all, wandb]", "trackers: 'wandb' is not installed"),
         ("[nonsense]", "trackers: accelerate knows no 'nonsense'; expected some of"),
@@ -137,6 +141,12 @@ def test_a_tracker_that_is_not_there(trackers, message, teacher_file, tmp_path, 
     """Before anything is written; accelerate would leave it out without a word."""
     assert message in refusal(train_teacher.main, ["--config", str(teacher_file), f"trackers={trackers}"], capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_extra_of_a_tracker_is_named(monkeypatch):
+    monkeypatch.setattr(setup, "get_available_trackers", list)
+    with pytest.raises(UserError, match=r"'tensorboard' is not installed; pip install -e \"\.\[tensorboard\]\", or leave it out"):
+        setup.check_trackers(["tensorboard"])
 
 
 # The command line -----------------------------------------------------------------------------------------------------

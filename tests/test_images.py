@@ -1,5 +1,6 @@
 """Image sets: pixels in and out of [-1, 1] exactly, parquet files and folders, crops, and every way they can be broken."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -15,6 +16,8 @@ from pipelines import images
 from pipelines.errors import UserError
 from pipelines.images import ImageSet, load_digits, load_folder, load_parquet, to_pixels, to_unit
 
+# of pixels and labels that sklearn.datasets.load_digits() gave (1.9.1), scaled to 0..255
+SCIKIT_LEARNS = "0b7e9c3202d7bcd255d6a19a238d3743bf5e320ba74812a6679958a017c55382"
 CIFAR10 = Path(__file__).resolve().parents[1] / "../shared/data/cifar10/test.parquet"
 
 
@@ -60,6 +63,7 @@ def test_digits():
     assert (digits.pixels.dtype, digits.labels.dtype, len(digits)) == (torch.uint8, torch.int64, 1797)
     assert digits.class_names == tuple("0123456789")
     assert to_unit(digits.pixels).std().item() == pytest.approx(0.7521, abs=1e-3)  # configs/digits_teacher.yaml: sigma_data
+    assert hashlib.sha256(digits.pixels.numpy().tobytes() + digits.labels.numpy().tobytes()).hexdigest() == SCIKIT_LEARNS
     # 0..16 -> 0..255; the 17 grey values and nothing else
     assert digits.pixels.unique().tolist() == [round(v / 16 * 255) for v in range(17)]
 
@@ -393,6 +397,16 @@ def test_pictures_that_are_enlarged_are_counted(tmp_path, capsys):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
     load_folder(str(tmp_path), 16, 3)
     assert "2 pictures: smaller than image_size, enlarged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", None])
+def test_digits_that_are_damaged_or_missing(content, tmp_path, monkeypatch):
+    file = tmp_path / "digits.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(images, "DIGITS", file)
+    with pytest.raises((UserError, FileNotFoundError), match=r"digits\.safetensors"):
+        load_digits()
 
 
 def test_digits_too_large_for_memory_are_refused():

@@ -69,6 +69,8 @@ def test_an_optimiser_goes_on_from_a_checkpoint_bit_for_bit(bits, tmp_path):
 
 def test_a_missing_library_is_named_before_anything_starts(monkeypatch):
     monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="bits: 8 needs bitsandbytes, which is not installed; pip install bitsandbytes"):
+    with pytest.raises(
+        ValueError, match=r"bits: 8 needs bitsandbytes, which is not installed; pip install -e \"\.\[8bit\]\", or use 32"
+    ):
         Optimizer(lr=1e-3, bits=8)
     Optimizer(lr=1e-3)

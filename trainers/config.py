@@ -103,7 +103,7 @@ class Optimizer(Strict):
     @model_validator(mode="after")
     def _installed(self):
         if self.bits == 8 and find_spec("bitsandbytes") is None:
-            raise ValueError("bits: 8 needs bitsandbytes, which is not installed; pip install bitsandbytes, or use 32")
+            raise ValueError('bits: 8 needs bitsandbytes, which is not installed; pip install -e ".[8bit]", or use 32')
         return self
 
 

@@ -74,7 +74,7 @@ class Strict(BaseModel):
 
 
 class DigitsData(Strict):
-    """The 8x8 digits that ship with scikit-learn, enlarged bilinearly to image_size."""
+    """The 8x8 digits that come with this project, enlarged bilinearly to image_size."""
 
     name: Literal["digits"]
     image_size: Annotated[int, Field(ge=8)] = 8

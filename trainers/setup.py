@@ -80,8 +80,9 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in known:
             raise UserError(f"trackers: accelerate knows no {name!r}; expected some of {', '.join(known)}")
         if name != "all" and name not in installed:
+            package = 'pip install -e ".[tensorboard]"' if name == "tensorboard" else "install its package"
             raise UserError(
-                f"trackers: {name!r} is not installed; install its package, or leave it out of trackers "
+                f"trackers: {name!r} is not installed; {package}, or leave it out of trackers "
                 f"(installed: {', '.join(installed) or 'none'})"
             )
 

@@ -33,7 +33,7 @@ from .generate import Generated, generate
 from .runs import Role, Run
 
 DATASETS: dict[str, Callable[[], ImageSet]] = {"digits": load_digits}
-PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")
+PACKAGES = ("torch", "numpy", "diffusers")
 FLOOR_SPLITS = 10
 CURVE_IMAGES = 2000  # for each snapshot: enough to see the trend, and labelled as what it is
 
