@@ -13,7 +13,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart study-digits assets assets-teacher bench-digits bench-emoji bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test lint format clean
+.PHONY: help install quickstart study-digits assets assets-teacher bench-digits bench-emoji bench-covariances bench-memory bench-step bench-text bench-cifar bench-edm bench-eval bench-mog40 test test-all lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,7 +81,10 @@ assets-teacher: $(RUNTIME) ## train only its U-Net further: make assets-teacher 
 	$(ASSET).look --output $(WORK)/look
 	$(ASSET).measure
 
-test: $(DEV) ## run the tests
+test: $(DEV) ## run the quick tests, which reach every module and command: under five minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+test-all: $(DEV) ## run all tests: about 25 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(DEV) ## check style and formatting

@@ -268,6 +268,7 @@ def test_gradient_of_the_posterior(num_samples, world, assert_all_close):
     assert_all_close(wrong_score, world.gradients(by_hand, world.student), 1e-9)
 
 
+@pytest.mark.slow
 def test_exact_posterior_is_stationary(world):
     """For q and x0_mean exact, phi's gradient is zero on average, whatever the pool; for a wrong q it is not."""
     for posterior in (world.exact, world.wrong):

@@ -115,6 +115,7 @@ def test_what_is_kept_is_made_again_where_it_depends_on_something_else(tmp_path)
     assert found({"images": 6}) == 3
 
 
+@pytest.mark.slow
 def test_a_judge_is_trained_again_on_other_images(tmp_path):
     file = tmp_path / "judge.safetensors"
     pixels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -131,6 +132,7 @@ def test_a_judge_is_trained_again_on_other_images(tmp_path):
         assert not all(torch.equal(first[k], changed[k]) for k in first)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_all_or_itself(tmp_path):
     """The good run writes its file when the bad one has failed: it is stopped, or comes to its end."""
 
@@ -187,6 +189,7 @@ def test_peak_memory_counts_what_is_alive_at_a_time():
         assert memory.now == 4 * 1000
 
 
+@pytest.mark.slow
 def test_memory_of_the_recipe_and_of_many_proposals(tmp_path):
     """At most 1.6 times of training the student alone; K costs the K images (and their latents), not K activations."""
     batch = 32

@@ -467,6 +467,7 @@ numpy.save(sys.argv[1] + "/images.npy", pipeline(3, **given).images)
 """
 
 
+@pytest.mark.slow
 def test_pipeline_save_and_load_in_a_fresh_process(tmp_path, randomise):
     unet = randomise(PatchUNet(**SMALL, num_classes=3, attention_levels=(0,))).float().eval()
     pipeline = quiet(EDMPipeline(unet, EDMScheduler(sigma_data=0.4, sigma_max=3.0, rho=5.0, num_inference_steps=3)))

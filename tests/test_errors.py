@@ -191,6 +191,7 @@ BOM = b"\xef\xbb\xbf"
     ],
     ids=["latin-1", "line 3", "utf-16", "deep", "digits", "nul", "alias", "key"],
 )
+@pytest.mark.slow
 def test_a_configuration_that_cannot_be_read_is_named(content, said, tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_bytes(content)

@@ -24,6 +24,7 @@ def digits():
     return load_digits()
 
 
+@pytest.mark.slow
 def test_accuracy_and_standardised_features(extractor, digits):
     features = extractor(digits.pixels)
     assert extractor.accuracy >= 0.975
@@ -42,6 +43,7 @@ def test_describes_itself(extractor):
     assert description["accuracy"] == extractor.accuracy
 
 
+@pytest.mark.slow
 def test_two_trainings_agree_bit_for_bit_whatever_the_threads(digits):
     threads = torch.get_num_threads()
     found = []
@@ -61,6 +63,7 @@ def test_two_trainings_agree_bit_for_bit_whatever_the_threads(digits):
     assert train_digits_extractor(seed=1, epochs=1).sha256 != train_digits_extractor(seed=0, epochs=1).sha256
 
 
+@pytest.mark.slow
 def test_same_weights_with_other_cpu_instructions():
     """As on another processor: without vector instructions sums round differently, and the rounded weights hide it."""
     code = "from eval.digits.features import train_digits_extractor; print(train_digits_extractor(epochs=4).sha256)"

@@ -68,6 +68,7 @@ def test_mmd_of_many_points_is_the_mean_over_blocks(monkeypatch):
     assert points.mmd(x, y) == pytest.approx(tuple(expected), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_true_samples(mixture):
     """No better numbers are to be had: log-density is minus the entropy of three islands, up to their tiny overlap."""
     n = 20_000
@@ -83,6 +84,7 @@ def test_true_samples(mixture):
     assert abs(found["energy"]) < 5e-3
 
 
+@pytest.mark.slow
 def test_a_missing_mode_shows_in_all_but_the_density(mixture):
     """One island less: KL log(8/7), two modes, and a *higher* log-density."""
     x = mixture.sample(30_000, torch.Generator().manual_seed(1)).flatten(1)
@@ -152,6 +154,7 @@ def test_pushforward_of_a_linear_student():
     assert values.mean().item() == pytest.approx(kl, abs=4 * values.std().item() / math.sqrt(500) + 5e-3)
 
 
+@pytest.mark.slow
 def test_memory_of_many_points():
     """A million points; of the sums over pairs, whose blocks have one size however many there are, two blocks."""
     program = """

@@ -76,6 +76,7 @@ def reported(runs) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_writes_three_whole_files(reported):
     assert sorted(os.listdir(reported)) == sorted(FILES)
     assert (reported / "report.json").stat().st_mode & 0o444 == 0o444
@@ -161,6 +162,7 @@ class Copier:
         return SimpleNamespace(images=self.unet(self.pixels[indices] / 255))
 
 
+@pytest.mark.slow
 def test_a_model_that_copies_is_found_out(tmp_path):
     protocol = PROTOCOLS["digits-10k"].adjusted(1797, force=True)
     run = Run("copier", tmp_path)
@@ -294,6 +296,7 @@ def test_a_model_of_other_images_is_refused_before_work(channels, side, tmp_path
         check_fits(pipe, run, "teacher", (1, 8, 8))
 
 
+@pytest.mark.slow
 def test_module_entry_point(tmp_path):
     argv = "run --protocol digits-10k --teacher nowhere --student x=nowhere --output out".split()
     done = subprocess.run(

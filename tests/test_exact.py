@@ -56,6 +56,7 @@ def drawn(pipeline: EDMPipeline, n: int = 5, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+@pytest.mark.slow
 def test_recipes_run(file, tmp_path):
     """Whole, but for their length: a student of points, and a picture of them."""
     more = ["objective.posterior.warmup_updates=1"] if "vardiu" in file.stem else []
@@ -173,6 +174,7 @@ def test_diff_instruct_from_it(learned, tmp_path):
 
 
 @pytest.mark.parametrize(("stem", "share"), [("mog40_vardiu", 0.15), ("mog40_vardiu_gaussian", 0.4)])
+@pytest.mark.slow
 def test_learns_three_modes(stem, share, tmp_path):
     """A few hundred updates of small networks: from one Gaussian to three islands, by every measure that is not blind.
 

@@ -103,6 +103,7 @@ def test_other_parents(command):
         ("--gradient_accumulation_steps 1 --dynamo_backend no", None),
     ],
 )
+@pytest.mark.slow
 def test_accelerate_itself(option, message, tmp_path):
     """Gradient accumulation reaches a process in no variable: only the launcher's command line has it."""
     script = tmp_path / "script.py"

@@ -98,6 +98,7 @@ def updates(objective: dict, teacher: Path, folder: Path, micro: int | None) -> 
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_whole_batch(case, teacher, images, tmp_path):
     expected, whole = updates(CASES[case], teacher, tmp_path, None)
     assert all(float(g.abs().max()) > 1e-3 for g in expected)

@@ -52,6 +52,7 @@ def test_every_weight_is_used(randn, randomise):
     assert silent == []
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same(randn, randomise):
     """Outputs and gradients; every block of either sort is compiled."""
     unet, inputs = randomise(PatchUNet(**DEEP)), deep_inputs(randn)

@@ -241,6 +241,7 @@ def test_moments_of_samples(case, make, randn):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_log_determinant(case, make, randn):
     """log q = log N(noise) + log |det dnoise/dz|, the Jacobian by automatic differentiation, of both directions."""
     covariance, maps = make(case, batch=1, scale=0.3)
@@ -254,6 +255,7 @@ def test_log_determinant(case, make, randn):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "haar"])
+@pytest.mark.slow
 def test_integrates_to_one(case, make):
     """The sum over a grid of +-20 on images of two pixels: one column of two channels."""
     covariance, maps = make(case, shape=(2, 1, 1), batch=3, scale=0.4)
@@ -279,6 +281,7 @@ def test_mean_of_importance_weights_is_one(case, make, randn):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_gradients(case, make, randn):
     """Of densities in z and of samples in their noise, and of both in the maps and the weights, against finite differences."""
     covariance, maps = make(case, shape=SQUARE, batch=2)
@@ -291,6 +294,7 @@ def test_gradients(case, make, randn):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_each_sample_has_its_own_density(case, make, randn):
     covariance, maps = make(case)
     z = randn(B, K, *SHAPE)

@@ -115,6 +115,7 @@ def test_warm_up_says_its_rate_and_keeps_to_the_levels_of_the_first_step(tmp_pat
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 @pytest.mark.parametrize("stop_after", [1, 3, WARMUP - 1, WARMUP, WARMUP + 1, WARMUP + 2 * (ALONE + 1)])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_at_the_rate_it_would_have_had(stop_after, schedule, tmp_path):
     """In the middle of the warm-up, at its end and between steps: the same rates and, to the bit, the same end."""
     optimizer = scheduled(schedule)

@@ -278,6 +278,7 @@ def test_resuming_a_complete_run_changes_nothing(lab, watched, tmp_path):
     assert watched.made[1].count == 0
 
 
+@pytest.mark.slow
 def test_resuming_from_a_checkpoint_by_its_path(lab, tmp_path):
     """An older checkpoint is resumed, newer ones lie beside it: what is saved now is not what is removed."""
     whole = end_state(lab.distil("diff_instruct", tmp_path / "whole", steps=7, keep_checkpoints=9, checkpoint_every=1))
@@ -306,6 +307,7 @@ def test_levels_drawn_by_effective_size_go_on_as_they_were(lab, watched, tmp_pat
     assert end_state(output) == whole
 
 
+@pytest.mark.slow
 def test_a_step_count_raised_later_continues_a_finished_run(lab, tmp_path):
     whole = end_state(lab.distil("vardiu", tmp_path / "whole", steps=5, log_every=1))
     output = lab.distil("vardiu", tmp_path / "run", steps=3, log_every=1)
@@ -328,6 +330,7 @@ FILES = ["networks.safetensors", "objective.safetensors", "ema.safetensors", "op
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_remedy_works(name, damage, lab, tmp_path, capsys):
     output = lab.copy("vardiu", tmp_path / "run")
     damaged = output / "checkpoints" / "step_00000009"
@@ -378,6 +381,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(objective, override, m
 
 
 @pytest.mark.parametrize("fails_at", ["second file", "rename"])
+@pytest.mark.slow
 def test_a_save_that_fails_leaves_the_checkpoint_before_it(fails_at, lab, tmp_path, monkeypatch):
     if fails_at == "rename":
         replace = os.replace

@@ -173,6 +173,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("k", "d"), [(127, 1009), (211, 53), (512, 20011)])
+@pytest.mark.slow
 def test_memory_is_quadratic_in_samples_or_linear_in_pixels(k, d, generator):
     """No (K, K, D) tensor is ever made: for the last pair it would take 21 GB."""
     x = torch.randn(k, 1, d, 1, generator=generator).requires_grad_()
@@ -191,6 +192,7 @@ def mean_power_of_normal(shift: float, std: float, beta: float) -> float:
 
 
 @pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.slow
 def test_unbiased_for_two_gaussians(beta, randn):
     """E loss = E|S - T|^beta - 1/2 E|S - S'|^beta already for K = 2, where counting i = j would halve the second term."""
     mean_s, std_s, mean_t, std_t, n, k = 0.4, 0.7, -0.3, 1.1, 3000, 2

@@ -68,6 +68,7 @@ def test_every_grid_pulls_a_pixel_as_hard(make_draw, randn):
 
 
 @pytest.mark.parametrize(("grids", "low", "high"), [([1], 0.0, 0.02), ([8], 0.15, 1.0), ([1, 8], 0.07, 0.5)])
+@pytest.mark.slow
 def test_grids_see_detail_that_the_whole_does_not(grids, low, high, make_draw, generator):
     """Data of variance 1.75 and 0.25 on a chequerboard, students of variance 1 everywhere: same mean, same overall spread.
 

@@ -38,6 +38,7 @@ def inputs(reference, sigma):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.slow
 def test_denoiser_is_the_snapshots(case, reference, converted, dtype, tolerance):
     """Every family, every sigma, with class labels, null labels and augment labels."""
     ref, pipe = reference(case), EDMPipeline.from_pretrained(converted(case), dtype=dtype)

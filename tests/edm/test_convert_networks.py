@@ -80,6 +80,7 @@ def converted(ref, tmp_path, **options):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_networks_of_other_shapes(tmp_path, new_reference, name):
     ref = new_reference("EDMPrecond", NETWORKS[name])
     made = converted(ref, tmp_path)

@@ -155,6 +155,7 @@ def test_truncated_anywhere(tmp_path, reference):
         refused(tmp_path, data[:cut], r"truncated|damaged|ends here")
 
 
+@pytest.mark.slow
 def test_any_byte_changed(tmp_path, reference, converted):
     """Either refused, or a change to a number or to what is not read: nothing else can come of a damaged file."""
     data = bytearray(reference("vp_ddpmpp").dump())

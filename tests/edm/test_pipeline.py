@@ -64,6 +64,7 @@ def pipe(case, converted) -> EDMPipeline:
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.slow
 def test_heun_sampler(case, pipe, reference, stochastic):
     """Deterministic and with churn, at the noise levels that the network knows, from the same noise."""
     ref = reference(case)

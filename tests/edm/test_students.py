@@ -105,6 +105,7 @@ def one_step(pipe: EDMPipeline, z: torch.Tensor, labels) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.slow
 def test_lora_student(objective, configure, converted, tmp_path):
     """20 steps: the file holds the adapter alone; loaded, in this process and a fresh one, it is bit for bit the trainer's."""
     file = configure(objective)
@@ -157,6 +158,7 @@ def test_lora_student(objective, configure, converted, tmp_path):
 
 @pytest.mark.parametrize("case", ["edm_ddpmpp", "vp_ddpmpp", "ve_ncsnpp", "edm_adm", "iddpm_adm"], scope="session")
 @pytest.mark.parametrize("objective", ["diff_instruct", "vardiu_shared"])
+@pytest.mark.slow
 def test_every_preconditioning(case, objective, configure, converted, tmp_path):
     """Adapters on every family of networks learn and load; a frozen posterior or score starts as the teacher."""
     file = configure(objective, case, steps=2, batch_size=2, sample_every=None, checkpoint_every=None)
@@ -173,6 +175,7 @@ def test_every_preconditioning(case, objective, configure, converted, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["edm_ddpmpp", "vp_ddpmpp", "ve_ncsnpp", "edm_adm", "iddpm_adm"], scope="session")
+@pytest.mark.slow
 def test_roles_start_as_the_teacher(case, configure):
     """Student at its readout, fake score, the posterior's mean by every network made of the teacher's: all the same function."""
     for objective in ("diff_instruct", "vardiu_shared", "vardiu_adapter", "vardiu_copy"):
@@ -243,6 +246,7 @@ def gradients(objective, models) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*_edm_*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.slow
 def test_recipes_run_when_shrunk(recipe, converted, pictures, tmp_path):
     """The files as they are, on a small teacher of the same kind."""
     teacher = converted("edm_ncsnpp" if "imagenet" in recipe.stem else "edm_ddpmpp")

@@ -43,6 +43,7 @@ def parquet(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("label_column", ["null", "label"])
 @pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
+@pytest.mark.slow
 def test_the_recipe_trains_from_parquet(architecture, label_column, parquet, tmp_path):
     data = f"data={{name: parquet, files: [{parquet}], image_column: img, label_column: {label_column}, image_size: 32}}"
     run = [f"output_dir={tmp_path}", data, f"network.architecture={architecture}", *SMALL]

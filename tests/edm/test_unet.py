@@ -70,6 +70,7 @@ def test_gradient_checkpointing_changes_nothing(unet, inputs):
         assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same(unet, inputs):
     compiled = copy.deepcopy(unet)
     compiled.compile_repeated_blocks(backend="eager")

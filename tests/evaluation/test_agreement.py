@@ -60,6 +60,7 @@ def test_clean_fid(command, networks, sets, tmp_path, measured, values):
     assert found["kid"] == pytest.approx(all_pairs, abs=4 * spread)  # its subsets are other ones; exactly: test_distances
 
 
+@pytest.mark.slow
 def test_torch_fidelity(command, networks, sets, tmp_path, measured):
     """All four numbers, its own subsets and shuffles included."""
     assert command("--metrics", *ALL) == 0
@@ -105,6 +106,7 @@ def test_torch_fidelity(command, networks, sets, tmp_path, measured):
     assert found["recall"]["value"] == pytest.approx(theirs["recall"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_torchmetrics(command, networks, sets, tmp_path, values):
     assert command("--metrics", "fid", "inception_score") == 0
     features = SameNetwork(networks.inception)

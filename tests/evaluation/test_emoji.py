@@ -146,6 +146,7 @@ def closed_form(a: np.ndarray, b: np.ndarray) -> float:
     return float(((means[0] - means[1]) ** 2).sum() + np.trace(covs[0]) + np.trace(covs[1]) - 2 * np.sqrt(middle).sum())
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_transformers_and_numpy(evaluated, few):
     real = prompts.reference(few)
     reference, texts = by_transformers(real.pixels, real.captions)

@@ -57,6 +57,7 @@ def test_torchscript_features_are_clean_fids(mode, networks, sets, tmp_path):
     assert relative(ours(sets.a_pixels)["features"], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_full_network_agrees_everywhere(full_inception, make_pictures, tmp_path):
     """One set of weights: TorchScript, pytorch-fid's file, clean-fid's wrapper, torch-fidelity's network."""
     script, weights = full_inception
@@ -74,6 +75,7 @@ def test_full_network_agrees_everywhere(full_inception, make_pictures, tmp_path)
         assert relative(ours["logits"], fidelity[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_legacy_pytorch_is_clean_fids(full_inception, make_pictures, monkeypatch):
     from cleanfid import inception_pytorch
     from cleanfid.features import build_feature_extractor

@@ -46,6 +46,7 @@ def expected(edm, tmp_path_factory) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_matter(edm, expected, tmp_path):
     assert main(options(edm, tmp_path, "--batch-size", "64")) == 0
     assert contents(tmp_path) == expected

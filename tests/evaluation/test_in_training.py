@@ -57,6 +57,7 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_finished_student(config, networks, sets, tmp_path, one_thread):
     """The last line's FID is that of the stored student's images from the same seeds, by hand."""
     distill.main(config("run", {}))
@@ -74,6 +75,7 @@ def test_numbers_are_those_of_the_finished_student(config, networks, sets, tmp_p
     assert (tmp_path / "run" / "evaluation.svg").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_training_does_not_notice(config, tmp_path):
     distill.main(config("with", {"metrics": ["fid", "inception_score", "precision_recall"]}))
     distill.main(config("without"))
@@ -85,6 +87,7 @@ def test_training_does_not_notice(config, tmp_path):
     assert {"evaluation/precision", "evaluation/inception_score"} <= rows(tmp_path / "with")[-1].keys()
 
 
+@pytest.mark.slow
 def test_resumed_run_has_the_same_numbers(config, tmp_path):
     distill.main(config("whole", {}))
     distill.main([*config("parts", {}), "steps=2"])
@@ -92,6 +95,7 @@ def test_resumed_run_has_the_same_numbers(config, tmp_path):
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_statistics_as_reference(config, networks, sets, tmp_path):
     distill.main(config("images", {}))
     extractor = Inception(Found(networks.inception, sha256(networks.inception), False), "clean")

@@ -28,6 +28,7 @@ ALL = ("fid", "kid", "inception_score", "precision_recall")
 # All at once ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictures, measured, values):
     """Nine metrics, seven networks, every image decoded once; CLIP score and aesthetic score of one model share it."""
     a, b = (save_pictures(make_pictures(n, s, 310), tmp_path / f"set{s}") for n, s in ((13, 1), (17, 2)))
@@ -57,6 +58,7 @@ def test_every_metric_in_one_pass(networks, tmp_path, make_pictures, save_pictur
     assert "the covariance has not full rank" in page
 
 
+@pytest.mark.slow
 def test_patches_are_of_the_images_as_they_are(networks, tmp_path, make_pictures, save_pictures, values):
     """Patch FID under a crop to 64 pixels is the FID of what lies within 299 pixels of the middle, cut out by hand."""
     folders = {}
@@ -74,6 +76,7 @@ def test_patches_are_of_the_images_as_they_are(networks, tmp_path, make_pictures
     assert found["fid"] != pytest.approx(found["patch_fid"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_statistics_give_what_images_give(command, networks, sets, tmp_path, values):
     call = [
         "reference",
@@ -121,6 +124,7 @@ def test_workers(method, networks, sets):
     assert torch.equal(alone.rows["inception"], helped.rows["inception"])
 
 
+@pytest.mark.slow
 def test_model_from_generation_to_report(edm, networks, sets, tmp_path, measured):
     """run: two draws of generated images; killed after generating, it goes on without making one anew."""
     call = [

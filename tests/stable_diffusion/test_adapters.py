@@ -148,6 +148,7 @@ def student_loss(name: str, x0: Tensor, eps: Tensor, t: Tensor, condition, teach
     ("loss", "checkpointing", "kind"),
     [("vsd", False, "sd15"), ("vsd", True, "sd15"), ("sid", False, "sd15"), ("sid", True, "sd15"), ("sid", True, "sdxl")],
 )
+@pytest.mark.slow
 def test_gradients_are_those_of_separate_networks(loss, checkpointing, kind, base, inputs, fill, randn):
     """Student's and aux's gradients equal those of three deep copies, 1e-9, whichever role runs between forward and backward and
     is active during it; each backward leaves the other's alone."""
@@ -406,6 +407,7 @@ def process_group(tmp_path):
 
 
 @every_kind
+@pytest.mark.slow
 def test_sharded_weights_do_not_show(kind, base, inputs, fill, process_group):
     """FSDP2's hooks around every block: frozen weights are shards, adapters are not; outputs and both roles' gradients stay."""
     plain, split, (x, t, condition) = SharedNetwork(base(kind)), SharedNetwork(base(kind)), inputs(kind)

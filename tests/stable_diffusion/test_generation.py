@@ -109,6 +109,7 @@ def other_lora(model: Path) -> None:
     ],
     ids=["vae", "activation", "tokenizer", "scheduler", "alpha"],
 )
+@pytest.mark.slow
 def test_another_model_in_the_same_place_is_refused(change, said, student, tiny, captions, tmp_path, capsys):
     """One LoRA, one base model, each under its own path all the time."""
     model = Path(shutil.copytree(tiny["sd15"], tmp_path / "model"))
@@ -144,6 +145,7 @@ def test_a_student_of_another_level(recipe, distil, fresh_accelerator):
     assert np.array_equal(sampler([3], 0, ["a cat"]).permute(0, 2, 3, 1).numpy(), (expected * 255).round().astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_whole_run_with_captions(student, tiny, captions, tmp_path):
     """CLIP score and latency of a student beside its teacher."""
     clip = random_networks.clip(tmp_path / "clip")

@@ -58,6 +58,7 @@ def test_a_students_lora_by_any_name(student, tiny):
         assert torch.equal(drawn(sampler), expected)
 
 
+@pytest.mark.slow
 def test_a_lora_beside_a_student(student, style):
     """Both act: what diffusers draws with both adapters set by hand; reported, and not the student's alone."""
     sampler = load_sampler(str(student), lora=str(style))

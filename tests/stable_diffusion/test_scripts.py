@@ -50,6 +50,7 @@ def one_step(pipe: DiffusionPipeline) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.slow
 def test_a_kohya_file_acts_as_the_student(kind, student, tiny, tmp_path):
     """alpha / rank = 1/2 is folded in, since diffusers' converter writes alpha = rank; every layer is there."""
     folder, file = student(kind), tmp_path / "out" / "kohya.safetensors"
@@ -82,6 +83,7 @@ def test_what_cannot_be_exported(student, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_grid_of_teacher_and_student(student, tmp_path, capsys):
     folder, file = student("sd15"), tmp_path / "grid.png"
     prompts = ["--prompt", "a cat", "--prompt", "a dog on a mat", "--prompt", "a red house"]
@@ -102,6 +104,7 @@ def test_a_grid_without_a_student(tmp_path, capsys):
 
 @pytest.mark.parametrize("layout", ["ours", "three_copies"])
 @pytest.mark.parametrize("objective", ["vardiu", "diff_instruct", "varflow_k2"])
+@pytest.mark.slow
 def test_a_measured_step_is_a_training_step(objective, layout, fresh_accelerator, one_thread):
     """It moves the adapters of every network of the objective, and nothing else."""
     step = bench_step.our_step(SHAPE, objective, layout == "three_copies", CPU)

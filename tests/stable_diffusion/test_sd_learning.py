@@ -129,6 +129,7 @@ def varflow(kind: str, recipe, images: dict, **more) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["sd21", "sdxl"])
+@pytest.mark.slow
 def test_varflow_brings_the_student_nearer_to_the_data(kind, recipe, images, loaded, distil):
     """On captioned images. Measured where there is signal: 128 samples, three levels, the same numbers before and after."""
     config = varflow(kind, recipe, images)
@@ -248,6 +249,7 @@ def student_samples(trainer: Trainer) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("objective", ["diff_instruct", "vardiu"])
+@pytest.mark.slow
 def test_both_networks_learn(objective, kind, recipe, loaded, distil):
     """From the end of the warm-up to the end of the run, on a fixed batch of 64:
 

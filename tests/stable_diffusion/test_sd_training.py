@@ -117,6 +117,7 @@ def recomputed(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_neither_micro_batches_nor_recomputed_blocks_show(name, recipe, tmp_path, recomputed, distil):
     """2 of 4 at a time, or each block computed again in backward: logged numbers and weights up to rounding."""
     config = variant(name, recipe, steps=2, checkpoint_every=2)
@@ -139,6 +140,7 @@ def test_neither_micro_batches_nor_recomputed_blocks_show(name, recipe, tmp_path
                 assert values[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.slow
 def test_compiled_blocks_do_not_show(recipe, tmp_path, distil):
     """One compilation serves the teacher and both adapters, recomputed in backward: it must tell them apart."""
     config = variant("vardiu", recipe, steps=2, checkpoint_every=2, gradient_checkpointing=True)

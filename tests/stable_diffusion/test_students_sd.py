@@ -183,6 +183,7 @@ STEP = LOAD.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["varflow", "diff_instruct", "vardiu", "sd21", "sdxl"])
+@pytest.mark.slow
 def test_lora_in_the_stock_pipeline(name, trained, elsewhere):
     """One step of diffusers alone is the trainer's x0, to 1e-5 of the largest, loaded without a complaint; rank and alpha
     survive, and so does the image when the LoRA is fused and unloaded."""
@@ -240,6 +241,7 @@ def merged(teacher: str, loras: list[tuple[Path, float, float]]) -> UNet2DCondit
     return unet
 
 
+@pytest.mark.slow
 def test_style_on_top(trained, style, elsewhere):
     """With another LoRA, set_adapters adds the two in the weights asked for: equal to the sum of the files' own products."""
     run = trained("diff_instruct")
@@ -408,6 +410,7 @@ def test_damaged_students_are_named(name, trained, tmp_path):
     assert "broken" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_base_model_that_has_moved(trained, tmp_path):
     """base_model= says where it lies now, and without it the message says so; nothing there is no student."""
     run = trained("vardiu")

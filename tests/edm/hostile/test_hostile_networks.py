@@ -26,6 +26,7 @@ def shared(levels: int = 60):
 
 
 @pytest.mark.parametrize(("module", "key"), [(m, k) for m, keys in ATTRIBUTES.items() for k in keys])
+@pytest.mark.slow
 def test_attributes_of_a_network(refused, small, with_attribute, module, key):
     refused(with_attribute(small, module, key, shared()), "")
     refused(with_attribute(small, module, key, [shared()]), "")

@@ -123,6 +123,7 @@ NESTED = {
 
 @pytest.mark.parametrize("value", [deep(), deep(b"\x85", 60), laughs()], ids=["deep", "60 deep", "shared"])
 @pytest.mark.parametrize("where", NESTED)
+@pytest.mark.slow
 def test_nested_tuples(refused, where, value):
     """Hashing, printing or comparing them would end the process, or never end."""
     refused(NESTED[where](value), "")
@@ -135,6 +136,7 @@ def list_of(v: bytes) -> bytes:
 @pytest.mark.parametrize(
     "where", ["what is called", "the meta", "the name of the class", "a class's name", "the modules", "a key"]
 )
+@pytest.mark.slow
 def test_nested_lists_and_dictionaries(refused, where):
     deep_lists = b"]" * 400_000 + b"a" * 399_999
     deep_dicts = (b"}" + text("k")) * 100_000 + b"N" + b"s" * 100_000
@@ -175,6 +177,7 @@ def test_nested_lists_and_dictionaries(refused, where):
         (whole(b"(K\x01K\x02K\x03K\x04K\x05K\x06K\x07K\x08K\x09t" + b"\x85" * 3), "'ema' is a tuple; expected a network"),
     ],
 )
+@pytest.mark.slow
 def test_bombs(refused, content, match):
     refused(content, match)
 
@@ -200,6 +203,7 @@ def test_a_large_tuple_used_again_and_again(refused):
     refused(whole(tensor(shape=many, strides=get(70_000))), "a tensor whose shape is a tuple")
 
 
+@pytest.mark.slow
 def test_a_storage_read_again_and_again(refused):
     """Inside it, a pickle of many steps."""
     inner = b"\x80\x02" + b"N0"[:1] * 20_000 + b"."
