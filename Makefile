@@ -77,6 +77,7 @@ assets-teacher: $(RUNTIME) ## train only its U-Net further: make assets-teacher 
 	test -f $(WORK)/start/model_index.json || $(ASSET).assemble --vae $(VAE) --clip $(CLIP) --unet assets/emoji_sd/unet --output $(WORK)/start
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	  -m trainers.train_teacher --config configs/emoji_teacher.yaml $(ARGS)
+	$(ASSET).pairs --ship
 	$(ASSET).assemble --ship --vae $(VAE) --clip $(CLIP) --unet $(WORK)/teacher/teacher/unet
 	$(ASSET).look --output $(WORK)/look
 	$(ASSET).measure
