@@ -71,3 +71,26 @@ def footer(report: dict[str, Any], extractor: str) -> str:
     commit = report["git_commit"] or "unknown (no git repository)"
     lines = (f"Commit {commit}. {versions}.", extractor, "All numbers are in report.json beside this file.")
     return "<footer>" + "<br>".join(escape(line) for line in lines) + "</footer>"
+
+
+def study_page(title: str, report: dict[str, Any], things: str, body: str, extractor: str) -> str:
+    """The page of a study: head, what was computed, a warning where numbers were forced, `body`, footer. things: what was drawn."""
+    protocol = report["protocol"]
+    warning = (
+        ""
+        if protocol["standard"]
+        else f'<p class="warn"><b>Not the protocol:</b> {protocol["n"]:,} {things} were forced. Compare these distances '
+        f"only with others at the same number of {things}.</p>"
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Evaluation {escape(protocol["name"])}</title><style>{STYLE}</style></head>
+<body>
+<h1>{escape(title)}</h1>
+<p class="lead">{escape(protocol["computed"])}</p>
+{warning}
+{body}
+{footer(report, f"Extractor {extractor}, sha256 {report['extractor']['sha256']}.")}
+</body></html>
+"""

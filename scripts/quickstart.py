@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
+from textwrap import indent
 
+from eval.emoji.page import NEXT
 from pipelines import atomic
 from pipelines.assets import EMOJI, EMOJI_CLIP, EMOJI_SD, check_assets
 from pipelines.numbers import whole
@@ -23,18 +26,6 @@ from .jobs import Job, cores, exit_cleanly, run, run_all
 
 TEACHER = "assets/emoji_sd"
 OBJECTIVES = ("vardiu", "varflow", "diff_instruct")
-NEXT = """
-Next, with your own Stable Diffusion (a GPU, and a file of prompts, one a line):
-
-    accelerate launch -m trainers.distill --config configs/sd15_vardiu.yaml data.file=my_prompts.txt
-
-    pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    pipe.load_lora_weights("outputs/sd15_vardiu/student")
-    pipe.scheduler = LCMScheduler.from_pretrained("outputs/sd15_vardiu/student", subfolder="scheduler")
-    image = pipe("a red bicycle", num_inference_steps=1, guidance_scale=1.0).images[0]
-
-docs/stable_diffusion.md says which objective when. To play with a student: python -m scripts.demo {student}
-"""
 
 
 def main() -> None:
@@ -65,7 +56,10 @@ def main() -> None:
     report = output / "report.json"
     atomic.write_text(report, json.dumps(json.loads(report.read_text()) | {"seconds_total": round(seconds, 1)}, indent=1) + "\n")
     print(f"\n{seconds:.0f} s in all. Open {output}/report.html, or look at {output}/samples.png.")
-    print(NEXT.format(student=runs / objectives[0]))
+    print(
+        f"\nNext, with your own Stable Diffusion (docs/stable_diffusion.md says which objective when):\n\n{indent(NEXT, '    ')}"
+    )
+    print(f"\nTo play with a student: python -m scripts.demo {shlex.quote(str(runs / objectives[0]))}")
 
 
 if __name__ == "__main__":

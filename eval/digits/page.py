@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from ..html import STYLE, Picture, duration, footer, section
+from ..html import Picture, duration, section, study_page
 
 COLUMNS = (
     "Method",
@@ -46,28 +46,11 @@ SECTIONS = (
 
 def page(report: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
     """report: what report.json holds. pictures: those of each section; a section without any is left out."""
-    protocol = report["protocol"]
-    warning = ""
-    if not protocol["standard"]:
-        warning = (
-            f'<p class="warn"><b>Not the protocol:</b> {protocol["n"]:,} images were forced. Compare these distances '
-            "only with others at the same number of images.</p>"
-        )
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation {escape(protocol["name"])}</title><style>{STYLE}</style></head>
-<body>
-<h1>Evaluation: {escape(protocol["name"])}</h1>
-<p class="lead">{escape(protocol["computed"])}</p>
-{warning}
-{_table(report)}
-{"".join(section(title, note, pictures.get(key, [])) for key, title, note in SECTIONS)}
+    body = f"""{_table(report)}
+{"".join(section(title, text, pictures.get(key, [])) for key, title, text in SECTIONS)}
 <h2>What the numbers mean</h2>
-{_notes(report)}
-{footer(report, f"Extractor {report['extractor']['name']}, sha256 {report['extractor']['sha256']}.")}
-</body></html>
-"""
+{_notes(report)}"""
+    return study_page(f"Evaluation: {report['protocol']['name']}", report, "images", body, report["extractor"]["name"])
 
 
 def _table(report: dict[str, Any]) -> str:

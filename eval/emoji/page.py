@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from ..html import STYLE, Picture, duration, footer, section
+from ..html import Picture, duration, section, study_page
 
 COLUMNS = ("Method", "FD-CLIP-mini", "&times; teacher", "CLIP score", "&times; teacher", "Time / image", "Faster", "Training")
 
@@ -32,30 +32,19 @@ python -m eval run --config configs/eval/coco30k.yaml --model outputs/sd15_vardi
 
 def page(report: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
     """report: what report.json holds. pictures: those of each section; a section without any is left out."""
-    protocol, extractor = report["protocol"], report["extractor"]
-    warning = ""
-    if not protocol["standard"]:
-        warning = (
-            f'<p class="warn"><b>Not the protocol:</b> {protocol["n"]:,} pictures were forced. Compare these distances '
-            "only with others at the same number of pictures.</p>"
-        )
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation {escape(protocol["name"])}</title><style>{STYLE}</style></head>
-<body>
-<h1>One step instead of {report["teacher"]["call"]["num_inference_steps"]}</h1>
-<p class="lead">{escape(protocol["computed"])}</p>
-{warning}
-{_table(report)}
+    body = f"""{_table(report)}
 {"".join(section(title, text, pictures.get(key, [])) for key, title, text in SECTIONS)}
 <h2>What the numbers mean</h2>
 {_notes(report)}
 <h2>Next: your own Stable Diffusion</h2>
-<pre>{escape(NEXT)}</pre>
-{footer(report, f"Extractor {extractor['network']}, sha256 {extractor['sha256']}.")}
-</body></html>
-"""
+<pre>{escape(NEXT)}</pre>"""
+    return study_page(
+        f"One step instead of {report['teacher']['call']['num_inference_steps']}",
+        report,
+        "pictures",
+        body,
+        report["extractor"]["network"],
+    )
 
 
 def _table(report: dict[str, Any]) -> str:
