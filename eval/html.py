@@ -74,7 +74,7 @@ def footer(report: dict[str, Any], extractor: str) -> str:
 
 
 def study_page(title: str, report: dict[str, Any], things: str, body: str, extractor: str) -> str:
-    """The page of a study: head, what was computed, a warning where numbers were forced, `body`, footer. things: what was drawn."""
+    """The page of a study: what was computed, a warning where numbers were forced, `body`. things: what was drawn."""
     protocol = report["protocol"]
     warning = (
         ""

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,9 @@ from PIL import Image
 
 from eval.__main__ import main
 from eval.digits.runs import find_run
+from eval.emoji import evaluate as evaluation
 from eval.emoji import prompts, teacher
-from eval.emoji.drawing import Workers, blocks, draw, encode, of_texts
+from eval.emoji.drawing import Texts, Workers, blocks, draw, encode, of_texts
 from eval.emoji.evaluate import evaluate
 from eval.emoji.report import FILES, write_report
 from eval.extractors import Clip
@@ -80,6 +82,19 @@ def evaluated(few, run, protocol, tmp_path_factory) -> SimpleNamespace:
     write_report(found, folder)
     report = json.loads((folder / "report.json").read_text())
     return SimpleNamespace(result=found, folder=folder, said=said, report=report, students=students)
+
+
+def test_seconds_of_a_picture_have_its_prompts_in_them(few, run, protocol, tmp_path, monkeypatch):
+    """Prompts are encoded once for all models; every model pays for them all the same. Here a prompt takes a thousand seconds."""
+
+    def slow(*args) -> Texts:
+        return replace(encode(*args), seconds=1000.0)
+
+    monkeypatch.setattr(evaluation, "encode", slow)
+    students = [find_run("a", run, "student")]
+    found = evaluate(protocol, str(EMOJI_SD), students, tmp_path / "teacher.json", few, STEPS, lambda line: None)
+    for model in found.models:
+        assert 1000 < model.numbers["seconds_per_image"] < 1100
 
 
 # What is asked for -----------------------------------------------------------------------------------------------------------
