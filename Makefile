@@ -29,7 +29,7 @@ study-digits: $(RUNTIME) ## train a teacher on 8x8 digits, distil it four ways, 
 bench-digits: $(RUNTIME) ## all objectives on the digits, three seeds, equal time: outputs/bench/digits.{json,png}; under 40 minutes
 	$(BIN)/python -m scripts.bench_images $(ARGS)
 
-bench-emoji: $(RUNTIME) ## the quickstart's students, 20 minutes each, three seeds, beside LCM-LoRA: outputs/bench/emoji.{json,png}; 3 hours
+bench-emoji: $(RUNTIME) ## the quickstart's students, 20 minutes each, three seeds, beside LCM-LoRA: outputs/bench/emoji.{json,png}; 3 hours of two cores
 	$(BIN)/python -m scripts.bench_emoji $(ARGS)
 
 bench-covariances: $(RUNTIME) ## what each covariance of the posterior buys (after bench-digits): outputs/bench/covariances.json

@@ -18,7 +18,7 @@ FILE = EMOJI / "emoji_32.parquet"
 SIZE = 32
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 # What the teacher is trained on: a person can name these at 32x32. The autoencoder and CLIP see all groups.
-GROUPS = ("smileys-emotion", "animals-nature", "food-drink", "travel-places")
+GROUPS = ("smileys-emotion", "animals-nature", "food-drink")
 BACKGROUNDS = {
     "light blue": (200, 222, 246),
     "light pink": (248, 212, 222),

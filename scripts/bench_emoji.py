@@ -15,11 +15,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from diffusers import LCMScheduler
 
@@ -33,6 +34,7 @@ from pipelines.assets import EMOJI as PICTURES
 from pipelines.assets import EMOJI_CLIP, EMOJI_SD, check_assets
 from pipelines.numbers import finite, whole
 from pipelines.provenance import git_commit, versions
+from trainers.teachers import base_weights
 
 from .jobs import Job, cores, exit_cleanly, kept, run, run_all
 from .quickstart import OBJECTIVES, TEACHER
@@ -74,16 +76,23 @@ def trial_options() -> list[str]:
     return [f"steps={TRIAL}", "log_every=10", "sample_every=null", "checkpoint_every=null", "resume=no"]
 
 
-def train_lcm(seconds: float, seeds: int, runs: Path) -> Iterator[tuple[str, int, Path]]:
+def train_lcm(seconds: float, seeds: int, runs: Path) -> list[tuple[str, int, Path]]:
+    """(name, seed, folder) of each, as many trained at a time as there are cores. One that was stopped begins again."""
     recipe = yaml.safe_load(config_of("vardiu").read_text())
-    for name, more in LCM.items():
-        for seed in range(seeds):
-            folder = runs / f"{name}_{seed}"
-            if not (folder / "lcm.json").is_file():
-                shape = ["--rank", str(recipe["student"]["lora"]["rank"]), "--batch-size", str(recipe["batch_size"])]
-                given = ["--teacher", TEACHER, "--seconds", f"{seconds:g}", "--seed", str(seed), *shape, *more]
-                run([sys.executable, "-m", "scripts.lcm_lora", "--output", str(folder), *given], 1)
-            yield name, seed, folder
+    shape = ["--rank", str(recipe["student"]["lora"]["rank"]), "--batch-size", str(recipe["batch_size"])]
+    wanted = [(name, seed, runs / f"{name}_{seed}") for name in LCM for seed in range(seeds)]
+
+    weights = base_weights(TEACHER, torch.float32, None)
+
+    def one(run_of: tuple[str, int, Path]) -> None:
+        name, seed, folder = run_of
+        given = ["--teacher", TEACHER, "--seconds", f"{seconds:g}", "--seed", str(seed), *shape, *LCM[name]]
+        command = [sys.executable, "-m", "scripts.lcm_lora", "--output", str(folder), *given]
+        kept(runs / f"{name}_{seed}.json", {"given": given, "base_weights": weights}, lambda: run(command, 1))
+
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(one, wanted))
+    return wanted
 
 
 def lcm_sampler(folder: Path, steps: int) -> Sampler:
@@ -111,7 +120,7 @@ def main() -> None:
     runs, start = args.output / "emoji", time.perf_counter()
     runs.mkdir(parents=True, exist_ok=True)
     trained = train(list(dict.fromkeys(args.objectives)), args.seeds, args.seconds, runs)
-    others = list(train_lcm(args.seconds, args.seeds, runs))
+    others = train_lcm(args.seconds, args.seeds, runs)
 
     many, one = load_teacher(TEACHER)
     judge = make_judge(protocol, many)

@@ -16,7 +16,7 @@ from pipelines.images import ImageSet
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule
 from trainers.data import Images
 from trainers.draws import DrawSource
-from trainers.objectives.energy import condition_vector, energy_loss, pairwise_power, spread
+from trainers.objectives.energy import condition_vector, energy_loss, energy_score, pairwise_power, spread
 from trainers.objectives.varflow import VarFlow
 
 BETAS = (0.5, 1.0, 1.5, 1.9)
@@ -208,7 +208,63 @@ def test_unbiased_for_two_gaussians(beta, randn):
         assert float(losses.mean()) == pytest.approx(expected, abs=4 * error)
 
 
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.7])
+def test_energy_score_by_hand(beta, randn):
+    """Three student samples for each of five data samples, in a row; the pairs k != l are 6."""
+    x, y = randn(15, *SHAPE[1:]), randn(*SHAPE)
+    expected = []
+    for i in range(5):
+        mine = x[3 * i : 3 * i + 3]
+        between = math.fsum(distance(a, y[i]) ** beta for a in mine) / 3
+        within = math.fsum(distance(mine[k], mine[j]) ** beta for k in range(3) for j in range(3) if j != k) / 6
+        expected.append(between - within / 2)
+    assert energy_score(x, y, beta).tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_energy_score_where_samples_coincide(randn):
+    """Value and gradient stay finite: |x|^beta has none at 0."""
+    y = randn(2, 3)
+    x = y.repeat_interleave(2, 0).requires_grad_()
+    score = energy_score(x, y, 0.5)
+    assert score.tolist() == [0.0, 0.0]
+    (gradient,) = torch.autograd.grad(score.sum(), x)
+    assert torch.equal(gradient, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize(("students", "data"), [(5, 5), (7, 3), (0, 2)])
+def test_energy_score_needs_two_samples_for_each(students, data):
+    with pytest.raises(ValueError, match=f"got {students}, {data}"):
+        energy_score(torch.zeros(students, 2), torch.zeros(data, 2), 1.0)
+
+
 # The objective -----------------------------------------------------------------------------------------------------------
+
+
+def test_several_samples_for_each_condition_match_its_own_law(make_draw):
+    """Class 0 is +1 or +3, class 1 is -1 or -3, each as often. Exact means over all draws, by the energy distance of two points:
+
+    with D(P, Q) = E|X - Y| - E|X - X'| / 2 - E|Y - Y'| / 2 >= 0, the loss is D + E|Y - Y'| / 2, and E|Y - Y'| / 2 = 1/2.
+    The right student: 1/2. Classes swapped (the same marginal): E|X - Y| = 4, so 4 - 1/2. Collapsed to the means +-2: 1.
+    """
+    centre = torch.tensor([2.0, -2.0], dtype=torch.float64)
+
+    def mean_loss(sign: float, width: float) -> float:
+        student = nn.Module()
+        student.forward = lambda z, condition: sign * centre[condition["class_labels"]].view(-1, 1, 1, 1) + width * z.sign()
+        objective = VarFlow(student, RectifiedFlowSchedule(), lambda u, p: u, "uniform", 1.0, samples_per_condition=2)
+        losses = []
+        for label, z, other, side in product((0, 1), (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0)):
+            value = torch.full((1, 1, 1, 1), 1.0, dtype=torch.float64)
+            normals = {"z_1": other * value, "eps_1": 0 * value, "data_eps": 0 * value}
+            condition = {"class_labels": torch.tensor([label])}
+            x0 = centre[label] + side * value
+            draw = make_draw(z * value, 0 * value, torch.zeros(1, dtype=torch.float64), condition, x0, normals)
+            losses.append(float(objective.loss(draw).loss.mean()))
+        return math.fsum(losses) / len(losses)
+
+    assert mean_loss(1.0, 1.0) == pytest.approx(0.5)
+    assert mean_loss(-1.0, 1.0) == pytest.approx(3.5)
+    assert mean_loss(1.0, 0.0) == pytest.approx(1.0)
 
 
 def test_noised_at_one_level(make_draw, randn):
@@ -309,7 +365,15 @@ class TinyTeacher(nn.Module):
         return self.out(self.hidden((x + shift).tanh().to(self.out.weight.dtype)).tanh())
 
 
-@pytest.mark.parametrize("options", [{}, {"condition_scale": 0.7}, {"condition_scale": 0.7, "features": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"condition_scale": 0.7},
+        {"condition_scale": 0.7, "features": True},
+        {"samples_per_condition": 3, "features": True},
+    ],
+)
 @pytest.mark.parametrize("weighting", ["sigma2", "dmd"])
 @pytest.mark.parametrize("cross", ["full", "paired"])
 @pytest.mark.parametrize("dtype", PRECISIONS)

@@ -322,6 +322,14 @@ class VarFlowConfig(Strict):
     condition_scale: Annotated[float, Field(ge=0)] = 0.0  # of the condition in the distance; 0 matches images whatever they say
     features: bool = False  # compare the frozen teacher's feature maps of x_t too
     grids: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # n: a distance for each block of an n x n grid; 1: the whole
+    samples_per_condition: PositiveInt = 1  # student samples for each data sample; above 1 they are matched with it alone
+
+    @model_validator(mode="after")
+    def _matching_fits(self):
+        for key in ("cross", "condition_scale"):
+            if self.samples_per_condition > 1 and key in self.model_fields_set:
+                raise ValueError(f"{key} has no effect with samples_per_condition={self.samples_per_condition}; remove it")
+        return self
 
 
 class VarDiUConfig(Strict):

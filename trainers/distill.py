@@ -136,7 +136,7 @@ def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, d
     drawn = levels.sampler(o.levels, config.steps, t_range)
     if o.name == "varflow":
         more = {"condition_scale": o.condition_scale, "num_classes": models.num_classes, "grids": o.grids}
-        more["features"] = models.features() if o.features else None
+        more |= {"features": models.features() if o.features else None, "samples_per_condition": o.samples_per_condition}
         if any(side % n for n in o.grids for side in models.latent_shape[1:]):
             raise UserError(f"objective.grids: {o.grids} must all divide the sides of the latents, {models.latent_shape[1:]}")
         return VarFlow(student, teacher.schedule, drawn, o.weighting, o.beta, o.cross, sigma_data, **more), {}

@@ -1,9 +1,10 @@
 """What is asked for in protocol emoji-2k, and the real pictures: a function of the pictures in assets/emoji alone.
 
-Of the emoji in the groups that the teacher is trained on, those not held out, each style of each counts once. They are sorted by
-the sha256 of "<code>|<style>"; the same hash chooses one of the six backgrounds. Their whole captions, "red apple, noto style, on
-light blue", in this order are the prompts, as many as the protocol has images; all of them, on these backgrounds, are the
-reference. The held-out ones, made so on each of the six backgrounds, show what new pictures of the same kind measure.
+Of the emoji in the groups that the teacher is trained on, those not held out, each style of each is one picture. They are sorted
+by the sha256 of "<code>|<style>"; the same hash chooses one of the six backgrounds. All of them so, and then all of them again on
+the next background, are the reference; their whole captions, "red apple, noto style, on light blue", in this order are the
+prompts, as many as the protocol has images. The held-out ones, made so on each of the six backgrounds, show what new pictures of
+the same kind measure.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Captioned:
 
 
 def reference(pictures: emoji.Pictures) -> Captioned:
-    """The pictures that the teacher is trained on, each on one background. The first n captions are the prompts."""
-    return _captioned(pictures.part(held_out=False, groups=emoji.GROUPS), turns=1)
+    """The pictures that the teacher is trained on, each on two backgrounds. The first n captions are the prompts."""
+    return _captioned(pictures.part(held_out=False, groups=emoji.GROUPS), turns=2)
 
 
 def held_out(pictures: emoji.Pictures) -> Captioned:
@@ -48,12 +49,12 @@ def prompts(real: Captioned, n: int) -> list[str]:
 
 
 def _captioned(pictures: emoji.Pictures, turns: int) -> Captioned:
-    """turns: how many backgrounds each is put on, from the one of its hash on."""
+    """turns: how many backgrounds each is put on, from the one of its hash on; a turn of all before the next."""
     digests = [hashlib.sha256(f"{c}|{s}".encode()).digest() for c, s in zip(pictures.codes, pictures.styles, strict=True)]
     order = sorted(range(len(pictures)), key=lambda i: digests[i])
-    rows = [i for i in order for _ in range(turns)]
+    rows = order * turns
     names, colours = list(emoji.BACKGROUNDS), emoji.palette()
-    backgrounds = [(int.from_bytes(digests[i][-4:]) + k % turns) % len(names) for k, i in enumerate(rows)]
+    backgrounds = [(int.from_bytes(digests[i][-4:]) + turn) % len(names) for turn in range(turns) for i in order]
     pixels = to_pixels(emoji.on_background(pictures.rgba[rows], colours[torch.tensor(backgrounds, dtype=torch.long)]))
     captions = [emoji.caption(pictures.names[i], pictures.styles[i], names[b]) for i, b in zip(rows, backgrounds, strict=True)]
     return Captioned(pixels, captions)

@@ -4,8 +4,8 @@
     python -m scripts.assets.pairs --ship
 
 Writes train.parquet and held_out.parquet with columns image, caption, name, style, background, which `data: {name: captions}`
-reads. --ship writes assets/emoji/captioned_32.parquet instead: each training picture once, which the students' recipes read.
-Which captions leave out style or background, and that one background, follow from a hash: the same files on every machine.
+reads. --ship writes assets/emoji/captioned_32.parquet instead: each training picture on two backgrounds, which the students'
+recipes read. Which captions leave out style or background, and those two, follow from a hash: the same files on every machine.
 """
 
 from __future__ import annotations
@@ -34,13 +34,8 @@ def shortened(name: str, style: str, background: str) -> str:
     return emoji.caption(name, style if says_style else None, background if says_background else None)
 
 
-def one_background(name: str, style: str) -> int:
-    """Its place in BACKGROUNDS, by a hash of the two."""
-    return hashlib.sha256(f"{name}|{style}".encode()).digest()[0] % len(emoji.BACKGROUNDS)
-
-
-def write(pictures: emoji.Pictures, file: Path, once: bool = False) -> None:
-    """Each picture on every background, or once, on one of them."""
+def write(pictures: emoji.Pictures, file: Path, backgrounds: int) -> None:
+    """Each picture on so many backgrounds, from one on that a hash of its name and style chooses."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -48,7 +43,8 @@ def write(pictures: emoji.Pictures, file: Path, once: bool = False) -> None:
     palette, names = emoji.palette(), list(emoji.BACKGROUNDS)
     for i in tqdm(range(len(pictures)), desc=file.stem, mininterval=5):
         name, style = pictures.names[i], pictures.styles[i]
-        chosen = [one_background(name, style)] if once else list(range(len(names)))
+        first = hashlib.sha256(f"{name}|{style}".encode()).digest()[0]
+        chosen = [(first + turn) % len(names) for turn in range(backgrounds)]
         pixels = to_pixels(emoji.on_background(pictures.rgba[i].expand(len(chosen), -1, -1, -1), palette[chosen]))
         for image, background in zip(pixels, (names[b] for b in chosen), strict=True):
             stream = io.BytesIO()
@@ -73,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         pictures = emoji.load()
         if args.ship:
-            write(pictures.part(held_out=False, groups=tuple(args.groups)), SHIPPED, once=True)
+            write(pictures.part(held_out=False, groups=tuple(args.groups)), SHIPPED, backgrounds=2)
             return
         for name, held_out in (("train", False), ("held_out", True)):
-            write(pictures.part(held_out, tuple(args.groups)), args.output / f"{name}.parquet")
+            write(pictures.part(held_out, tuple(args.groups)), args.output / f"{name}.parquet", len(emoji.BACKGROUNDS))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m scripts.assets.vae [--output outputs/assets/vae] [--steps N] [--start assets/emoji_sd/vae]
 
 L1 of pixels and of their differences to the neighbours, with a small pull of the latents to a standard normal. Writes
-<output>/vae, a diffusers AutoencoderKL whose scaling_factor gives latents variance 1. Stopped and started again, it goes on.
+<output>/vae, a diffusers AutoencoderKL whose scaling_factor gives latents variance 1. With --latents-of VAE it learns that one's
+latents instead of its own, so that a U-Net which draws them need not learn again. Stopped and started again, it goes on.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from pipelines import emoji
+from pipelines.errors import UserError
 from pipelines.launch import user_errors
 from trainers.config import Optimizer
 
 from .fitting import draws, fit
 
 LATENTS = 8
+LOG_STD = 0.1  # the weight of the latents' noise beside their means, where those of another autoencoder are learned
 KL = 2e-3  # a weight of .002 leaves each latent a noise of a few percent of its spread
 
 
@@ -32,7 +35,7 @@ def new(latents: int = LATENTS) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 128),
+        block_out_channels=(32, 32, 64),  # narrow: the decoder is a good part of what a picture of a one-step student costs
         layers_per_block=1,
         latent_channels=latents,
         norm_num_groups=8,
@@ -57,6 +60,12 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
     return error.abs().mean() + 0.5 * edges
 
 
+def moments(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log of the standard deviation of the latents, each (b, latents, 8, 8)."""
+    gaussian = vae.encode(images).latent_dist
+    return gaussian.mean.float(), 0.5 * gaussian.logvar.float()
+
+
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample.float() for x in images.split(64)]).clamp(-1, 1)
@@ -76,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--latents", type=int, default=LATENTS)
     parser.add_argument("--start", help="an AutoencoderKL to start from instead of random weights")
-    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder, and so the latents, as they are")
+    parser.add_argument("--latents-of", help="an AutoencoderKL whose latents are to be encoded to and decoded from")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 arithmetic: for processors without it")
     args = parser.parse_args(argv)
     with user_errors():
@@ -84,20 +93,27 @@ def main(argv: list[str] | None = None) -> None:
         train, kept = pictures.part(held_out=False), held_out(pictures)
         vae = (AutoencoderKL.from_pretrained(args.start) if args.start else new(args.latents)).train()
         vae.to(memory_format=torch.channels_last)
-        if args.decoder_only:
-            vae.encoder.requires_grad_(False)
-            vae.quant_conv.requires_grad_(False)
+        other = AutoencoderKL.from_pretrained(args.latents_of).requires_grad_(False) if args.latents_of else None
+        if other is not None and other.config.latent_channels != vae.config.latent_channels:
+            raise UserError(
+                f"--latents-of {args.latents_of!r} has {other.config.latent_channels} latent channels, "
+                f"this autoencoder {vae.config.latent_channels}"
+            )
 
         def loss(step: int) -> tuple[Tensor, dict[str, float]]:
             generator = draws(0, step)
             x = batch(train, args.batch_size, generator).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
-                gaussian = vae.encode(x).latent_dist
-                mean, std = gaussian.mean.float(), gaussian.std.float()
-                z = mean + std * torch.randn(mean.shape, generator=generator)
+                mine = moments(vae, x)
+                mean, log_std = mine if other is None else moments(other, x)
+                z = mean + log_std.exp() * torch.randn(mean.shape, generator=generator)
                 y = vae.decode(z).sample.float()
-            kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-            return difference(y, x) + KL * kl, {"l1": float((y - x).abs().mean().detach()), "kl": float(kl.detach())}
+            if other is None:
+                name, pull = "kl", 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).mean()
+            else:
+                name, pull = "latents", (mine[0] - mean).square().mean() + LOG_STD * (mine[1] - log_std).square().mean()
+            total = difference(y, x) + (KL if other is None else 1.0) * pull
+            return total, {"l1": float((y - x).abs().mean().detach()), name: float(pull.detach())}
 
         def picture(file: Path) -> None:
             shown = kept[:: max(1, len(kept) // 48)][:48]
@@ -118,15 +134,15 @@ def main(argv: list[str] | None = None) -> None:
             picture,
         )
         with ema.swapped():
-            finish(vae.eval(), train, kept, args.output)
+            finish(vae.eval(), train, kept, args.output, None if other is None else other.config.scaling_factor)
 
 
-def finish(vae: AutoencoderKL, train: emoji.Pictures, kept: Tensor, output: Path) -> None:
-    """Set the scaling factor, measure on the held-out pictures, save."""
+def finish(vae: AutoencoderKL, train: emoji.Pictures, kept: Tensor, output: Path, scaling_factor: float | None) -> None:
+    """Set the scaling factor (None: the one that gives latents variance 1), measure on the held-out pictures, save."""
     with torch.no_grad():
         x = batch(train, 1024, draws(0, -1))
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(64)])
-        vae.register_to_config(scaling_factor=float(1 / latents.std()))
+        vae.register_to_config(scaling_factor=scaling_factor or float(1 / latents.std()))
     error = reconstruct(vae, kept) - kept
     numbers = {
         "held_out_l1": float(error.abs().mean()),  # of [-1, 1]

@@ -49,6 +49,32 @@ def energy_loss(
     return between - within / 2
 
 
+def energy_score(x_student: Tensor, x_data: Tensor, beta: float) -> Tensor:
+    """Of m student samples for each condition and one data sample of it, the energy score (Gneiting & Raftery 2007, Eq. 22),
+
+        1/m sum_k |xS_k - xT|^beta - 1/2 1/(m (m - 1)) sum_{k != l} |xS_k - xS_l|^beta,
+
+    whose mean over data is least where the student's law *of each condition* is the data's. x_student (b m, ...), the m of a
+    condition in a row, x_data (b, ...) -> (b,) float64.
+    """
+    b = len(x_data)
+    m = len(x_student) // b
+    if m < 2 or len(x_student) != b * m:
+        raise ValueError(
+            f"the energy score needs the same number of samples, at least 2, a data sample; got {len(x_student)}, {b}"
+        )
+    x, y = (v.reshape(b, -1, *v.shape[1:]) for v in (x_student, x_data))
+    between = distance_power(x, y, beta).mean(1)
+    first, second = torch.triu_indices(m, m, 1)
+    return between - distance_power(x[:, first], x[:, second], beta).mean(1) / 2
+
+
+def distance_power(x: Tensor, y: Tensor, beta: float) -> Tensor:
+    """|x - y|^beta of x, y (b, m or 1, ...) -> (b, m) float64; value and gradient are 0 where they coincide."""
+    square = (x.double() - y.double()).square().flatten(2).sum(2)
+    return torch.where(square == 0, 0.0, torch.where(square == 0, 1.0, square).pow(beta / 2))
+
+
 def condition_vector(condition: Condition, num_classes: int) -> Tensor:
     """What a condition says, (b, n) of length 1 a row: SDXL's pooled text, else the mean over tokens; a class as one-hot."""
     if "class_labels" in condition:

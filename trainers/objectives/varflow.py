@@ -6,6 +6,11 @@ Student sample i and data sample i share their condition. The cross term is then
 an expectation over independent draws is what Eq. 9 says. The condition can be part of the sample (`condition_scale` > 0: joint
 matching, of images *and* what was asked for) or not (marginal matching, as in the paper: prompts may then be ignored).
 
+With m = `samples_per_condition` > 1 nothing is compared across conditions: m student samples are drawn for each condition and
+matched with its own data sample i, in the mean over data the energy distance of the two laws *of that condition* (energy score),
+
+    1/m sum_k |xS_ik - xT_i|^beta - 1/2 mean_{k != l} |xS_ik - xS_il|^beta
+
 In many dimensions the distance is blind to detail: all samples are about equally far from one another, and what remains is their
 mean and their overall spread. `grids` adds the distances of the blocks of n x n grids, each an energy distance of marginals, so
 still >= 0 and 0 for equal laws:
@@ -27,11 +32,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipelines.denoiser import FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Condition, FeatureMaps, OneStepGenerator
 from pipelines.noise import Level, Schedule, add_noise, weight
 
 from .base import Draw, LevelSampler, LossTerms, Phase, dot, sample_level
-from .energy import condition_vector, energy_loss, grid_blocks, spread, unit_channels
+from .energy import condition_vector, energy_loss, energy_score, grid_blocks, spread, unit_channels
 
 
 class Batch(NamedTuple):
@@ -64,6 +69,7 @@ class VarFlow:
         num_classes: int = 0,
         grids: Sequence[int] = (1,),
         features: FeatureMaps | None = None,
+        samples_per_condition: int = 1,
     ) -> None:
         self.networks: dict[str, nn.Module] = {"student": student}
         self.state: dict[str, Tensor] = {}
@@ -71,10 +77,12 @@ class VarFlow:
         self.student, self.schedule, self.levels, self.weighting = student, schedule, levels, weighting
         self.beta, self.cross, self.sigma_data, self.condition_scale = beta, cross, sigma_data, condition_scale
         self.num_classes, self.grids, self.features = num_classes, tuple(grids), features
+        self.samples = samples_per_condition
         self.phases = (Phase("student", ("student",), self.loss, prepare=self.prepare),)
 
     def batch_loss(self, student: Batch, data: Batch, said: Tensor | None, same_condition: bool) -> Tensor:
-        """(K,) over a whole batch that is noised to one level, without w(t); said (K, n): the condition vectors, if any.
+        """(K,) over a whole batch that is noised to one level, without w(t), of K m student and K data samples; said (K, n): the
+        condition vectors, if any.
 
         The mean over all grids and feature maps, each of which pulls its elements as hard as the others do. At condition_scale 1
         two conditions of the batch are as far apart, in root mean square, as two blocks of unit variance: prompts of one data set
@@ -87,9 +95,13 @@ class VarFlow:
         total = torch.zeros((), dtype=torch.float64, device=student.x_t.device)
         for view in views:
             for pair in zip(*view, strict=True):
-                if said is not None:
-                    pair = [torch.cat([x, said * x.shape[1] ** 0.5], 1) for x in pair]
-                total = total + energy_loss(*pair, self.beta, self.cross, same_condition) / len(view[0]) ** 0.5
+                if self.samples > 1:
+                    loss = energy_score(*pair, self.beta)
+                else:
+                    if said is not None:
+                        pair = [torch.cat([x, said * x.shape[1] ** 0.5], 1) for x in pair]
+                    loss = energy_loss(*pair, self.beta, self.cross, same_condition)
+                total = total + loss / len(view[0]) ** 0.5
         return total / len(views)
 
     def said(self, draw: Draw) -> Tensor | None:
@@ -97,28 +109,47 @@ class VarFlow:
             return None
         return condition_vector(draw.condition, self.num_classes)
 
-    def compared(self, x0: Tensor, eps: Tensor, draw: Draw) -> Batch:
-        """What is compared of x0 (b, c, h, w): noised to the batch's level, and the feature maps of that."""
+    def compared(self, x0: Tensor, eps: Tensor, condition: Condition, draw: Draw) -> Batch:
+        """What is compared of x0 (n, c, h, w): noised to the batch's level, and the feature maps of that."""
         level = self.level(draw, len(x0))
         x_t = add_noise(x0, eps, level)
-        return Batch(x_t, self.features(x_t, level, draw.condition) if self.features else [])
+        return Batch(x_t, self.features(x_t, level, condition) if self.features else [])
+
+    def drawn(self, draw: Draw) -> tuple[Tensor, Tensor, Condition]:
+        """z and eps (b m, c, h, w) and the condition of m samples for each row of the batch, a row's one after the other."""
+        if self.samples == 1:
+            return draw.z, draw.eps, draw.condition
+        shape = draw.z.shape[1:]
+        z, eps = (
+            [first, *(draw.normal(f"{name}_{k}", *shape) for k in range(1, self.samples))]
+            for name, first in (("z", draw.z), ("eps", draw.eps))
+        )
+        condition = draw.condition and {key: value.repeat_interleave(self.samples, 0) for key, value in draw.condition.items()}
+        return torch.stack(z, 1).flatten(0, 1), torch.stack(eps, 1).flatten(0, 1), condition
+
+    def of_student(self, draw: Draw) -> tuple[Tensor, Batch]:
+        """x0 (b m, c, h, w), and what is compared of it."""
+        z, eps, condition = self.drawn(draw)
+        x0 = self.student(z, condition)
+        return x0, self.compared(x0, eps, condition, draw)
 
     def level(self, draw: Draw, rows: int) -> Level:
         """The one level of a batch."""
         return sample_level(draw.shared_u.expand(rows), self.levels, draw.progress, self.schedule)
 
     def level_weight(self, draw: Draw, x0: Tensor, x0_data: Tensor) -> Tensor:
-        return weight(self.weighting, self.level(draw, len(x0)), x0, x0_data, self.sigma_data).flatten()
+        """(b,), the mean over a row's samples. x0 (b m, c, h, w), x0_data (b, c, h, w)."""
+        x0_data = x0_data.repeat_interleave(self.samples, 0)
+        return weight(self.weighting, self.level(draw, len(x0)), x0, x0_data, self.sigma_data).view(-1, self.samples).mean(1)
 
     @torch.no_grad()
     def of_data(self, draw: Draw) -> Batch:
-        return self.compared(draw.x0, draw.normal("data_eps", *draw.eps.shape[1:]), draw)
+        return self.compared(draw.x0, draw.normal("data_eps", *draw.eps.shape[1:]), draw.condition, draw)
 
     def prepare(self, draws: Sequence[Draw], gather: Callable[[Tensor], Tensor]) -> list[tuple[Batch, Tensor]]:
         """For each micro-batch its rows of (K dL/d what is compared, per-sample loss), exact over all processes."""
         with torch.no_grad():
-            x0 = [self.student(d.z, d.condition) for d in draws]
-            mine = [self.compared(x, d.eps, d) for x, d in zip(x0, draws, strict=True)]
+            x0, mine = zip(*(self.of_student(d) for d in draws), strict=True)
         student, data = (gathered(batches, gather) for batches in (mine, [self.of_data(d) for d in draws]))
         leaves = [t.requires_grad_() for t in (student.x_t, *student.features)]
         said = [self.said(d) for d in draws]
@@ -126,21 +157,23 @@ class VarFlow:
         w = self.level_weight(draws[0], *(gather(torch.cat(t)) for t in (x0, [d.x0 for d in draws])))
         per_sample = w * self.batch_loss(student, data, said, draws[0].condition is not None)
         gradients = torch.autograd.grad(per_sample.sum(), leaves)
-        first, sizes = draws[0].first_row, [len(x) for x in x0]  # this process's rows start here
-        rows = slice(first, first + sum(sizes))
-        parts = zip(*(t[rows].split(sizes) for t in (*gradients, per_sample.detach())), strict=True)
-        return [(Batch(x_t, features), value) for x_t, *features, value in parts]
+        first, sizes = draws[0].first_row, [len(d.x0) for d in draws]  # this process's rows start here
+        rows, m = slice(first, first + sum(sizes)), self.samples
+        parts = zip(*(g.unflatten(0, (-1, m))[rows].split(sizes) for g in gradients), strict=True)
+        values = per_sample.detach()[rows].split(sizes)
+        flat = ([g.flatten(0, 1) for g in part] for part in parts)
+        return [(Batch(x_t, features), value) for (x_t, *features), value in zip(flat, values, strict=True)]
 
     def loss(self, draw: Draw, context: tuple[Batch, Tensor] | None = None) -> LossTerms:
-        x0 = self.student(draw.z, draw.condition)
+        x0, batch = self.of_student(draw)
         metrics = {"x0_std": x0.detach().std()}
-        batch = self.compared(x0, draw.eps, draw)
         if context is None:
             loss = self.batch_loss(batch, self.of_data(draw), self.said(draw), draw.condition is not None)
             return LossTerms(self.level_weight(draw, x0, draw.x0) * loss, metrics)
         gradient, value = context
         # its gradient is that of the batch's loss through this micro-batch; its value is replaced by the loss's
         surrogate = sum(dot(g, x) for g, x in zip((gradient.x_t, *gradient.features), (batch.x_t, *batch.features), strict=True))
+        surrogate = surrogate.view(-1, self.samples).sum(1)
         return LossTerms(surrogate - surrogate.detach() + value, metrics)
 
 
