@@ -29,12 +29,11 @@ def printable(text: str, longest: int = LONGEST) -> str:
 def shown(value: object, longest: int = 80) -> str:
     """A value in a message: its repr, cut where it is long, deep or wide (what YAML's anchors make of it may have no end)."""
     limits = reprlib.Repr()
-    limits.maxstring = limits.maxother = limits.maxlong = 10 * longest
+    limits.maxstring = limits.maxother = 10 * longest
     limits.maxlevel, limits.maxlist, limits.maxdict = 4, 20, 20
-    try:
-        text = limits.repr(value)
-    except ValueError:  # python writes no integers of thousands of digits
-        text = f"<{type(value).__name__}>"
+    # python writes no integers of more than 4,300 digits
+    limits.repr_int = lambda number, level: repr(number) if number.bit_length() < 10_000 else f"<{type(number).__name__}>"
+    text = limits.repr(value)
     return printable(text if len(text) <= longest else f"{text[:longest]}...")
 
 

@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -45,9 +46,13 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, folder: Path, steps: int, health: tuple[HealthCheck, ...]) -> None:
         self.accelerator, self.folder, self.health = accelerator, folder, health
         self.sums: dict[str, tuple[float, int]] = {}
-        self.terminal = Terminal()
-        shown = accelerator.is_main_process
-        self.bar = tqdm(total=steps, disable=not shown, unit="step", dynamic_ncols=True, file=self.terminal)
+        self.terminal, self.steps = Terminal(), steps
+
+    @cached_property
+    def bar(self) -> tqdm:
+        """Drawn when it is first needed: a run that cannot start shows none."""
+        hidden = not self.accelerator.is_main_process
+        return tqdm(total=self.steps, disable=hidden, unit="step", dynamic_ncols=True, file=self.terminal)
 
     @property
     def files(self) -> list[Path]:

@@ -205,11 +205,17 @@ def make_judge(
 
 
 def load_student(run: Run, base_model: str) -> Sampler:
-    """The stock pipeline of the teacher with the student's LoRA and scheduler, called as the student's card says."""
+    """The stock pipeline of the teacher with the student's LoRA and scheduler, called as the student's card says.
+
+    The LoRA is fused into the weights, as one does who draws many pictures: a call then takes what the teacher's takes.
+    """
     if run.info.get("family") != "sd":
         raise UserError(f"student {run.name!r}: {run.model} is no student of a StableDiffusionPipeline, which this study is of")
     sampler = load_sampler(str(run.model), base_model=base_model)
     check_fits(sampler, f"student {run.name!r}")
+    if run.info.get("weights") == "lora":
+        sampler.pipe.fuse_lora()
+        sampler.pipe.unload_lora_weights()
     return sampler
 
 

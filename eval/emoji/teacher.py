@@ -27,7 +27,7 @@ from pipelines.stable_diffusion import one_step_scheduler
 
 from ..sampler import Sampler, load_sampler
 
-STEPS, GUIDANCE = 50, 3.0
+STEPS, GUIDANCE = 50, 2.0
 FORMAT = 1  # of how pictures are made and measured: a change of these rules needs another number
 SHIPPED = ASSETS / "measured.json"
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "peft")

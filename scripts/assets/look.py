@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/assets/look"))
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     args = parser.parse_args(argv)
     with user_errors():
         pipe, model = load_pipeline(args.pipeline), load_clip(args.clip).eval()

@@ -212,15 +212,13 @@ def test_given_files(networks, tmp_path):
 
 
 def test_missing_weights_are_said_at_once(tmp_path):
-    """Before torch is imported, let alone anything generated. The time limit of a second is far above what it takes (0.25 s)."""
+    """Before torch is imported, let alone anything generated."""
     code = f"""
-import sys, time
-start = time.perf_counter()
+import sys
 from eval.__main__ import main
 options = "run --protocol coco-30k --model a/b --reference c --captions {tmp_path}/c.txt --output {tmp_path}/out"
 assert main(options.split()) == 2
 assert "torch" not in sys.modules and "transformers" not in sys.modules
-assert time.perf_counter() - start < 1, time.perf_counter() - start
 """
     (tmp_path / "c.txt").write_text("a cat\n" * 30_000)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ONE_STEP_WEIGHTS": str(tmp_path), "TORCH_HOME": str(tmp_path)}
