@@ -32,7 +32,7 @@ from .clip import embed, plain_pairs, retrieval
 NAMES = (
     "grinning face, crying face, red heart, cat face, pile of poo, skull, ghost, robot, red apple, banana, pizza, hamburger, "
     "strawberry, birthday cake, dog face, frog, tropical fish, octopus, lady beetle, sunflower, cactus, deciduous tree, "
-    "rocket, airplane, bicycle, automobile, bus, sailboat, house, fire, sun, rainbow"
+    "rabbit face, panda, penguin, watermelon, carrot, doughnut, rose, pig face, cherries, butterfly"
 ).split(", ")
 
 
