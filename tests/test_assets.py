@@ -120,8 +120,8 @@ def test_captions(pictures):
     assert emoji.caption("red apple", "noto", "light blue") == "red apple, noto style, on light blue"
     assert emoji.caption("red apple", None, "light blue") == "red apple, on light blue"
     said = [shortened(n, s, "light blue") for n, s in zip(pictures.names, pictures.styles, strict=True)]
-    assert 0.82 < sum("style" in s for s in said) / len(said) < 0.88
-    assert 0.82 < sum("on light blue" in s for s in said) / len(said) < 0.88
+    assert 0.37 < sum("style" in s for s in said) / len(said) < 0.43
+    assert 0.37 < sum("on light blue" in s for s in said) / len(said) < 0.43
 
 
 def test_transparency_shows_the_background():

@@ -119,7 +119,7 @@ class Evaluation:
         return (
             f"FD-CLIP-mini (Fréchet distance on the {self.real.stats.dim} image features of assets/emoji_clip) and CLIP score "
             f"(mean cosine of picture and caption by the same network) of {p.num_images:,} pictures{forced}, one seed each from "
-            f"seed {p.seed}, for as many captions of training pictures; distance to {self.real.facts['n']:,} real pictures."
+            f"seed {p.seed}, for as many names of training pictures; distance to {self.real.facts['n']:,} real pictures."
         )
 
 

@@ -22,7 +22,7 @@ from pipelines.images import to_pixels
 
 @dataclass(frozen=True)
 class Captioned:
-    """pixels uint8 (n, 3, 32, 32) and the caption of each."""
+    """pixels uint8 (n, 3, 32, 32) and the caption of each: its name."""
 
     pixels: Tensor
     captions: list[str]
@@ -53,8 +53,7 @@ def _captioned(pictures: emoji.Pictures, turns: int) -> Captioned:
     digests = [hashlib.sha256(f"{c}|{s}".encode()).digest() for c, s in zip(pictures.codes, pictures.styles, strict=True)]
     order = sorted(range(len(pictures)), key=lambda i: digests[i])
     rows = order * turns
-    names, colours = list(emoji.BACKGROUNDS), emoji.palette()
-    backgrounds = [(int.from_bytes(digests[i][-4:]) + turn) % len(names) for turn in range(turns) for i in order]
+    colours = emoji.palette()
+    backgrounds = [(int.from_bytes(digests[i][-4:]) + turn) % len(colours) for turn in range(turns) for i in order]
     pixels = to_pixels(emoji.on_background(pictures.rgba[rows], colours[torch.tensor(backgrounds, dtype=torch.long)]))
-    captions = [emoji.caption(pictures.names[i], pictures.styles[i], names[b]) for i, b in zip(rows, backgrounds, strict=True)]
-    return Captioned(pixels, captions)
+    return Captioned(pixels, [pictures.names[i] for i in rows])

@@ -23,7 +23,7 @@ from pipelines import emoji
 from pipelines.images import to_pixels
 from pipelines.launch import user_errors
 
-WITHOUT_STYLE, WITHOUT_BACKGROUND = 15, 15  # percent of captions
+WITHOUT_STYLE, WITHOUT_BACKGROUND = 60, 60  # percent of captions
 SHIPPED = Path("assets/emoji/captioned_32.parquet")
 
 
