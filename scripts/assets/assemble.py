@@ -23,6 +23,7 @@ from pipelines.errors import UserError
 from pipelines.launch import user_errors
 
 ASSETS = Path("assets")
+READ_FROM = ("_name_or_path", "is_local", "local_files_only")
 
 
 def new_unet(latents: int, text_width: int) -> UNet2DConditionModel:
@@ -100,9 +101,14 @@ def ship(vae: str, clip: str, unet: str | None) -> None:
         for part in parts:
             part["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2) + "\n")
-    for folder in ("unet", "vae"):  # where they were read from is nobody's business
-        file = ASSETS / "emoji_sd" / folder / "config.json"
-        kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+    for name in (
+        "emoji_sd/unet/config",
+        "emoji_sd/vae/config",
+        "emoji_sd/tokenizer/tokenizer_config",
+        "emoji_clip/tokenizer_config",
+    ):
+        file = ASSETS / f"{name}.json"  # where they were read from is nobody's business
+        kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in READ_FROM}
         file.write_text(json.dumps(kept, indent=2) + "\n")
     (ASSETS / "manifest.json").write_text(json.dumps(sums(ASSETS), indent=1) + "\n")
 
