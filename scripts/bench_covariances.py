@@ -22,7 +22,6 @@ from pipelines.noise import Level
 from trainers import checkpoint
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
-from trainers.distill import build_objective
 from trainers.draws import DrawSource
 from trainers.edm import EDMModels
 from trainers.objectives.base import sample_level
@@ -50,7 +49,7 @@ def bounds(config: DistillConfig, folder: Path) -> dict[str, float]:
     """The networks of the last checkpoint, measured on fresh draws."""
     models = EDMModels(config)
     teacher, student, shape = models.teacher, models.student, models.latent_shape
-    objective, _ = build_objective(config, models)
+    objective = config.objective.build(models, config.steps)
     assert isinstance(objective, VarDiU)
     tensors, _ = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
     checkpoint.restore_tensors(checkpoint.network_tensors(objective.networks), tensors["networks"], str(folder))

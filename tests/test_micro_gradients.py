@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.images import ImageSet
 from trainers import setup, train_teacher
-from trainers.config import DistillConfig, Network, TeacherConfig
+from trainers.config import DistillConfig, TeacherConfig
+from trainers.config_networks import Network
 from trainers.data import Images
 from trainers.distill import make_trainer
 

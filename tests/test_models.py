@@ -1,12 +1,10 @@
 """trainers/models.py: what both families of teachers share."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from trainers.config import Posterior
 from trainers.models import build_covariance, refuse
+from trainers.posteriors.section import Posterior
 
 
 @pytest.mark.parametrize("covariance", ["learned", "flow"])
@@ -17,8 +15,7 @@ def test_a_covariance_starts_by_the_seed_alone(covariance):
     def numbers(seed: int, state: int) -> list[torch.Tensor]:
         torch.manual_seed(state)
         before = torch.get_rng_state()
-        config = SimpleNamespace(seed=seed, objective=SimpleNamespace(posterior=posterior))
-        made = build_covariance(config, (3, 4, 4))
+        made = build_covariance(posterior, seed, (3, 4, 4))
         assert torch.equal(torch.get_rng_state(), before)
         return list(made.state_dict().values())
 
@@ -35,7 +32,7 @@ def test_refuse_names_the_first_setting_that_is_given():
 
 def test_a_new_network_starts_by_the_seed_and_its_role():
     """A student and a fake score that start alike would have no difference to learn from."""
-    from trainers.config import Network
+    from trainers.config_networks import Network
     from trainers.setup import build_unet
 
     def weights(seed: int, role: str) -> torch.Tensor:

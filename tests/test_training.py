@@ -27,8 +27,9 @@ from pipelines.denoiser import Denoiser
 from pipelines.images import load_folder, to_unit
 from pipelines.students import load_student, read_info
 from trainers import checkpoint, distill, train_teacher
-from trainers.config import DistillConfig, Optimizer, Run, TeacherConfig
+from trainers.config import DistillConfig, Run, TeacherConfig
 from trainers.config_file import load_config
+from trainers.config_networks import Optimizer
 from trainers.data import Images
 from trainers.draws import DrawSource
 from trainers.edm import EDMModels
@@ -361,7 +362,7 @@ def test_where_a_posterior_starts(network, guidance_scale, lab, tmp_path):
     config = load_config(DistillConfig, lab.config("amortized_score", tmp_path / "run"), overrides)
     models = EDMModels(config)
     teacher = models.teacher.requires_grad_(False)
-    posterior, again = (models.posterior(with_mean=True) for _ in range(2))
+    posterior, again = (models.posterior(config.objective.posterior, with_mean=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(posterior.parameters(), again.parameters(), strict=True))
     assert posterior.on_teacher_features == (network == "shared")
 

@@ -17,12 +17,15 @@ from pipelines.identity import weights_sha256
 from pipelines.students import save_edm_student
 
 from . import augment, setup
-from .config import DistillConfig, Lora
+from .config import DistillConfig
 from .config_data import TEXT_DATA
+from .config_networks import Lora
 from .data import Images, Labels, Points
 from .levels import check_levels
-from .models import add_role, build_covariance, pixels, refuse, unit_noise
+from .models import add_role, build_covariance, check_needs, pixels, refuse, unit_noise
+from .objectives.base import Need
 from .posteriors import UNetPosterior
+from .posteriors.section import Posterior
 from .teachers import load_edm_teacher
 
 
@@ -42,12 +45,12 @@ class EDMModels:
         self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
         self.num_classes = shape.num_classes or 0
         self.sampling_range = (grid.sigma_min, grid.sigma_max)
-        if not self.num_classes and config.objective.name == "varflow" and config.objective.condition_scale:
-            raise UserError("objective.condition_scale has no effect: the teacher is unconditional; remove it")
-        data = setup.load_data(config.data) if config.data else None
-        self._check_data(data)
-        if data is not None and config.objective.name == "varflow":
-            self.examples = data
+        for need in config.objective.needs():
+            if need.what == "condition_vector" and need.value and not self.num_classes:
+                raise UserError(f"{need.key} has no effect: the teacher is unconditional; remove it")
+        if config.data:
+            self.examples = data = setup.load_data(config.data)
+            self._check_data(data)
         else:
             self.examples = Labels(self.num_classes) if self.num_classes else None
         base_weights = weights_sha256({"unet": pipeline.unet})
@@ -87,17 +90,15 @@ class EDMModels:
         network = self.base.network
         return whole_copy(network) if lora is None else add_role(self.base, name, lora, block_layers(network), self.config.seed)
 
-    def _check_data(self, data: Images | Points | None) -> None:
+    def _check_data(self, data: Images | Points) -> None:
         """The data must be what the teacher makes: same channels, resolution and classes."""
-        if data is None:
-            return
         if data.shape != self.latent_shape:
             raise UserError(
                 f"data: images are {data.shape} (channels, height, width), the teacher "
                 f"{self.config.teacher.path!r} makes {self.latent_shape}; set data.image_size={self.latent_shape[1]} and "
                 f"data.channels={self.latent_shape[0]}, or another teacher"
             )
-        if self.config.objective.name == "varflow" and self.num_classes != len(data.class_names):
+        if self.num_classes != len(data.class_names):
             raise UserError(
                 f"data: {len(data.class_names)} classes, the teacher has {self.num_classes}; "
                 "give labels for a class-conditional teacher and none for an unconditional one"
@@ -107,18 +108,18 @@ class EDMModels:
         """Without guidance: x_t of either side is compared under its own label."""
         return FeatureMaps(self._denoiser(self.base.teacher()), (self.base.network.bottom,))
 
-    def fake_score(self) -> Denoiser:
+    def fake_score(self, section: Any) -> Denoiser:
         """A copy trains with the teacher's dropout."""
         labels = self.base.network.config.get("augment_dim", 0)
-        if self.config.objective.fake_score.augment and labels != augment.DIM:
+        if section.augment and labels != augment.DIM:
             raise UserError(
                 f"objective.fake_score.augment: the teacher has augment_dim={labels}, {augment.DIM} are needed; set it to 0"
             )
-        return self._denoiser(self._role("aux", self.config.objective.fake_score.lora).train())
+        return self._denoiser(self._role("aux", section.lora).train())
 
-    def posterior(self, with_mean: bool) -> UNetPosterior:
-        p, base, behind = self.config.objective.posterior, self.base.network, self._behind
-        covariance = build_covariance(self.config, self.latent_shape)
+    def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
+        p, base, behind = section, self.base.network, self._behind
+        covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         if isinstance(p.network, str):
             network = {
@@ -172,8 +173,13 @@ def check(config: DistillConfig) -> None:
         "student.readout_t": s.readout_t,
         "student.network": s.network,
         "student.preconditioning": s.preconditioning,
-        "objective.fake_score.network": getattr(config.objective, "fake_score", None) and config.objective.fake_score.network,
     }
     refuse("an EDM teacher", settings)
-    if config.objective.name != "varflow":
+    check_needs(config.objective.needs(), refusal)
+    if not config.objective.built.needs_data:
         refuse(f"an EDM teacher and objective {config.objective.name!r}, which need no data", {"data": config.data})
+
+
+def refusal(need: Need) -> str | None:
+    """Why an objective cannot have what it asks for, or None."""
+    return f"{need.key} has no effect for an EDM teacher; remove it" if need.what == "network" else None

@@ -21,8 +21,10 @@ from . import setup
 from .config import DistillConfig
 from .config_data import TEXT_DATA
 from .levels import check_levels
-from .models import build_covariance, pixels, refuse, unit_noise
+from .models import build_covariance, check_needs, pixels, refuse, unit_noise
+from .objectives.base import Need
 from .posteriors import UNetPosterior
+from .posteriors.section import Posterior
 
 
 class ExactModels:
@@ -49,7 +51,7 @@ class ExactModels:
         self.schedule = exact.schedule
         self.sampling_range = (0.004 * self.sigma_data, 160 * self.sigma_data)  # EDM's 0.002 to 80, of data of spread 0.5
         self.teacher = Denoiser(exact, self.schedule, "sample", self.sigma_data)
-        self.examples = data if config.objective.name == "varflow" else None
+        self.examples = data if config.objective.built.needs_data else None
         sigma_init = config.student.sigma_init or self.sigma_data
         known = config.student.preconditioning or "edm"
         network = self._network(config.student.network, "student", self.latent_shape[0])
@@ -76,18 +78,18 @@ class ExactModels:
     def _denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.schedule, EDM(self.sigma_data), self.sigma_data)
 
-    def fake_score(self) -> Denoiser:
+    def fake_score(self, section: Any) -> Denoiser:
         """From nothing, so it wants warm-up updates: an exact teacher has no weights to start from."""
-        section = self.config.objective.fake_score.network or self.config.student.network
-        return self._denoiser(self._network(section, "fake_score", self.latent_shape[0]))
+        network = section.network or self.config.student.network
+        return self._denoiser(self._network(network, "fake_score", self.latent_shape[0]))
 
     def features(self) -> FeatureMaps:
         raise UserError("objective.features: an exact teacher has no network and no feature maps; remove it")
 
-    def posterior(self, with_mean: bool) -> UNetPosterior:
-        covariance = build_covariance(self.config, self.latent_shape)
+    def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
+        covariance = build_covariance(section, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
-        network = self._network(self.config.objective.posterior.network, "posterior", out_channels)
+        network = self._network(section.network, "posterior", out_channels)
         return UNetPosterior(network, covariance, self.sigma_data, with_mean)
 
     def preview(self) -> Tensor:
@@ -111,7 +113,7 @@ class ExactModels:
 
 def check(config: DistillConfig) -> None:
     """ValueError for settings that an exact teacher lacks or needs, before anything is loaded."""
-    t, s, o = config.teacher, config.student, config.objective
+    t, s = config.teacher, config.student
     if config.data is None or isinstance(config.data, TEXT_DATA):
         raise UserError("data: an exact teacher is that of a mixture or of an image set; add one, e.g. data={name: mixture}")
     if t.exact == "density" and config.data.name != "mixture":
@@ -120,13 +122,7 @@ def check(config: DistillConfig) -> None:
         raise UserError("data: an exact teacher is unconditional; remove the labels")
     if s.network is None:
         raise UserError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
-    posterior = getattr(o, "posterior", None)
-    if posterior is not None and isinstance(posterior.network, str):
-        raise UserError(
-            f"objective.posterior.network: {posterior.network!r} builds on a teacher's network, an exact teacher has none; "
-            "give a section, e.g. {width: 400, layers: 4}"
-        )
-    fake_score = getattr(o, "fake_score", None)
+    check_needs(config.objective.needs(), refusal)
     settings = {
         "teacher.guidance_scale": t.guidance_scale if t.guidance_scale != 1 else None,
         "teacher.negative_prompt": t.negative_prompt,
@@ -134,10 +130,19 @@ def check(config: DistillConfig) -> None:
         "teacher.dtype": None if t.dtype == "float32" else t.dtype,
         "student.readout_t": s.readout_t,
         "student.lora": s.lora,
-        "objective.fake_score.lora": fake_score and fake_score.lora,
-        "objective.fake_score.augment": (fake_score and fake_score.augment) or None,
-        "objective.condition_scale": getattr(o, "condition_scale", 0) or None,
         "student.image_range": s.image_range if config.data.name == "mixture" else None,
         "evaluation": config.evaluation if config.data.name == "mixture" else None,
     }
     refuse("an exact teacher", settings)
+
+
+def refusal(need: Need) -> str | None:
+    """Why an objective cannot have what it asks for, or None."""
+    if need.what in ("lora", "augment", "condition_vector"):
+        return f"{need.key} has no effect for an exact teacher; remove it"
+    if need.what == "posterior" and isinstance(need.value, str):
+        return (
+            f"{need.key}: {need.value!r} builds on a teacher's network, an exact teacher has none; "
+            "give a section, e.g. {width: 400, layers: 4}"
+        )
+    return None

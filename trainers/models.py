@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,36 +11,24 @@ from peft import LoraConfig
 from torch import Tensor
 
 from pipelines.adapters import Role, SharedNetwork
-from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Condition
 from pipelines.errors import UserError
 
-from .config import DistillConfig, Lora
+from .config import DistillConfig
+from .config_networks import Lora
 from .data import Examples
 from .draws import derive_seed
-from .posteriors import COVARIANCES, Covariance, UNetPosterior
+from .objectives.base import Need, Parts
+from .posteriors import COVARIANCES, Covariance
+from .posteriors.section import Posterior
 
 
-class Models(Protocol):
-    """latent_shape (c, h, w) of z and x0; num_classes of a class-conditional teacher, else 0; sampling_range: the lowest and the
-    highest t at which the teacher is sampled.
-    """
+class Models(Parts, Protocol):
+    """sampling_range: the lowest and the highest t at which the teacher is sampled."""
 
-    teacher: Denoiser
-    student: OneStepGenerator
-    latent_shape: tuple[int, int, int]
-    num_classes: int
     sampling_range: tuple[float, float]
     examples: Examples | None
     facts: dict[str, Any]
-
-    def fake_score(self) -> Denoiser:
-        """A score network that starts as the teacher."""
-
-    def features(self) -> FeatureMaps:
-        """Maps of the frozen network at its lowest resolution, and, where it has them, the next."""
-
-    def posterior(self, with_mean: bool) -> UNetPosterior:
-        """A posterior that starts as the prior, its mean, where it has one, as the teacher if it is made from its weights."""
 
     def preview(self) -> Tensor:
         """Images (n, c, h, w) in [0, 1] from fixed noise."""
@@ -81,12 +69,18 @@ def add_role(base: SharedNetwork, name: str, lora: Lora, layers: Sequence[str], 
         return base.add_adapter(name, LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True))
 
 
-def build_covariance(config: DistillConfig, shape: tuple[int, int, int]) -> Covariance:
+def build_covariance(p: Posterior, seed: int, shape: tuple[int, int, int]) -> Covariance:
     """The posterior's covariance over latents (c, h, w); what it draws to start with depends on the seed alone."""
-    p = config.objective.posterior
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "init", "covariance"))
+        torch.manual_seed(derive_seed(seed, "init", "covariance"))
         return COVARIANCES[p.covariance](shape, **p.covariance_options())
+
+
+def check_needs(needs: Iterable[Need], refusal: Callable[[Need], str | None]) -> None:
+    """UserError for the first thing that an objective asks for and a family has not: refusal(need) says why, or None."""
+    for need in needs:
+        if need.value and (reason := refusal(need)):
+            raise UserError(reason)
 
 
 def refuse(family: str, settings: dict[str, Any]) -> None:

@@ -28,8 +28,10 @@ from pipelines.paths import path_option
 from pipelines.provenance import git_commit, versions
 
 from . import resume
-from .config import Data, EDMNetwork, Network, PointNetwork, Run, TeacherConfig
+from .config import Run, TeacherConfig
+from .config_data import Data
 from .config_file import load_config
+from .config_networks import EDMNetwork, Network, PointNetwork
 from .data import Images, Points
 from .draws import derive_seed, split
 from .lock import check_unlocked

@@ -18,12 +18,15 @@ from pipelines.identity import weights_sha256
 from pipelines.students import save_stable_diffusion
 
 from .cache import open_cache
-from .config import DistillConfig, Lora, Network
+from .config import DistillConfig
 from .config_data import TEXT_DATA
+from .config_networks import Lora, Network
 from .draws import derive_seed
 from .levels import check_levels
-from .models import add_role, build_covariance, refuse, unit_noise
+from .models import add_role, build_covariance, check_needs, refuse, unit_noise
+from .objectives.base import Need
 from .posteriors import UNetPosterior
+from .posteriors.section import Posterior
 from .setup import sharded
 from .teachers import teacher_folder
 
@@ -79,17 +82,17 @@ class StableDiffusionModels:
             return Whole(whole_copy(self.base.network))
         return add_role(self.base, name, lora, ALL_LAYERS, self.config.seed)
 
-    def fake_score(self) -> Denoiser:
-        return sd.denoiser(self.pipe, self._role("aux", self.config.objective.fake_score.lora))
+    def fake_score(self, section: Any) -> Denoiser:
+        return sd.denoiser(self.pipe, self._role("aux", section.lora))
 
     def features(self) -> FeatureMaps:
         """Without guidance: x_t of either side is compared under its own condition."""
         network = self.base.network
         return FeatureMaps(sd.denoiser(self.pipe, self.base.teacher()), (network.mid_block, network.up_blocks[0]))
 
-    def posterior(self, with_mean: bool) -> UNetPosterior:
-        p, base = self.config.objective.posterior, self.base.network
-        covariance = build_covariance(self.config, self.latent_shape)
+    def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
+        p, base = section, self.base.network
+        covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         if p.network == "adapter":
             network = AdapterHead(self._role("aux", p.lora), out_channels)
@@ -138,28 +141,38 @@ class StableDiffusionModels:
 
 def check(config: DistillConfig) -> None:
     """What does not fit a Stable Diffusion teacher is refused, before anything is loaded."""
-    s, o = config.student, config.objective
+    s = config.student
     if config.compile and sharded():
         raise UserError("compile: FSDP and compiled blocks do not go together; set compile: null, or use gpu_8.yaml")
-    augmented = o.fake_score.augment or None if o.name == "diff_instruct" else None
     refused = {
         "student.sigma_init": s.sigma_init,
         "student.image_range": s.image_range,
         "student.network": s.network,
         "student.preconditioning": s.preconditioning,
-        "objective.fake_score.network": getattr(getattr(o, "fake_score", None), "network", None),
-        "objective.fake_score.augment": augmented,
     }
     refuse("a Stable Diffusion teacher", refused)
     if config.teacher.guidance_scale == 1:
         refuse("a teacher without guidance (guidance_scale 1)", {"teacher.negative_prompt": config.teacher.negative_prompt})
     if not isinstance(config.data, TEXT_DATA):
         raise UserError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
-    if o.name == "vardiu" and o.posterior.network in ("shared", "copy"):
-        raise UserError(
-            f"objective.posterior.network: {o.posterior.network!r} is for EDM teachers; set adapter, or a section "
+    check_needs(config.objective.needs(), refusal)
+
+
+def refusal(need: Need) -> str | None:
+    """Why an objective cannot have what it asks for, or None."""
+    if need.what in ("network", "augment"):
+        return f"{need.key} has no effect for a Stable Diffusion teacher; remove it"
+    if need.what != "posterior" or need.value == "adapter":
+        return None
+    if isinstance(need.value, str):
+        return (
+            f"{need.key}: {need.value!r} is for EDM teachers; set adapter, or a section "
             "{channels: ..., channel_mult: [...]} for a small network of its own"
         )
+    for key in ("patch_size", "dropout"):
+        if getattr(need.value, key) != type(need.value).model_fields[key].default:
+            return f"{need.key}.{key} has no effect for a Stable Diffusion teacher; remove it"
+    return None
 
 
 class TextUNet(nn.Module):
@@ -183,9 +196,6 @@ class TextUNet(nn.Module):
 
 def small_unet(network: Network, base: nn.Module, shape: tuple[int, int, int], out_channels: int, seed: int) -> TextUNet:
     """UNet2DConditionModel with the widths of a `network` section; its last layer starts at zero."""
-    for key in ("patch_size", "dropout"):
-        if getattr(network, key) != type(network).model_fields[key].default:
-            raise UserError(f"objective.posterior.network.{key} has no effect for a Stable Diffusion teacher; remove it")
     levels = range(len(network.channel_mult))
     down = tuple("CrossAttnDownBlock2D" if i in network.attention_levels else "DownBlock2D" for i in levels)
     up = tuple(reversed([d.replace("Down", "Up") for d in down]))
