@@ -127,9 +127,8 @@ def test_lora_student(objective, configure, converted, tmp_path):
     models = EDMModels(load_config(DistillConfig, str(file), []))
     if objective in ("diff_instruct", "vardiu_adapter"):
         o = models.config.objective
-        _ = (
-            models.fake_score(o.fake_score) if objective == "diff_instruct" else models.posterior(o.posterior, True)
-        )  # a second adapter changes nothing
+        # a second adapter changes nothing
+        _ = models.fake_score(o.fake_score) if objective == "diff_instruct" else models.posterior(o.posterior, True)
     models.student.to(memory_format=torch.channels_last)
     ema, (tensors, _) = (
         Ema(models.student, constant_decay(0.5)),
