@@ -23,7 +23,7 @@ from trainers import checkpoint
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
 from trainers.draws import DrawSource
-from trainers.edm import EDMModels
+from trainers.families.edm import Family
 from trainers.objectives.base import sample_level
 from trainers.objectives.importance import log_importance, log_standard_normal
 from trainers.objectives.vardiu import VarDiU
@@ -47,7 +47,7 @@ def log_density_of_data(x_t: Tensor, level: Level, data: Tensor) -> Tensor:
 @torch.no_grad()
 def bounds(config: DistillConfig, folder: Path) -> dict[str, float]:
     """The networks of the last checkpoint, measured on fresh draws."""
-    models = EDMModels(config)
+    models = Family(config)
     teacher, student, shape = models.teacher, models.student, models.latent_shape
     objective = config.objective.build(models, config.steps)
     assert isinstance(objective, VarDiU)

@@ -44,9 +44,9 @@ from trainers.config_file import validate
 from trainers.config_networks import Lora
 from trainers.data import Tensors
 from trainers.draws import DrawSource
+from trainers.families.stable_diffusion import ALL_LAYERS
 from trainers.loop import Trainer
 from trainers.posteriors import COVARIANCES, UNetPosterior
-from trainers.stable_diffusion import ALL_LAYERS
 
 from .jobs import cores, exit_cleanly
 from .lcm_lora import Grid, lcm_loss
@@ -68,7 +68,7 @@ GUIDANCE = 7.5
 
 
 class RandomModels:
-    """trainers.models.Models of a network with random weights; `copies`: a network for each role instead of adapters on one."""
+    """objectives.base.Parts of a network with random weights; `copies`: a network for each role instead of adapters on one."""
 
     num_classes = 0
 

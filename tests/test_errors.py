@@ -29,7 +29,8 @@ from scripts import convert_edm, export_kohya, jobs, sample
 from trainers import cache, distill, train_teacher
 from trainers.config import DistillConfig, TeacherConfig
 from trainers.config_file import ConfigError, load_config
-from trainers.teachers import family_of, load_edm_teacher
+from trainers.families import family_of
+from trainers.families.edm import load_edm_teacher
 
 # Every command: where its work begins, and words that get it there.
 OUT = ["--output", "{tmp}/out"]

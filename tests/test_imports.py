@@ -30,7 +30,7 @@ FORBIDDEN = {
 
 # What may be imported all the same: the command that puts a run together, evaluations in it included; and the page of a run,
 # since charts and pages are made in eval/ alone, and this one shows what was measured on the way.
-ALLOWED = {("trainers/distill.py", "eval.in_training"), ("trainers/setup.py", "eval.run_page")}
+ALLOWED = {("trainers/distill.py", "eval.in_training"), ("trainers/command.py", "eval.run_page")}
 
 # Loading a pickle runs whatever code it names.
 UNPICKLERS = {f"{m}.{f}" for m in ("pickle", "_pickle", "dill", "cloudpickle") for f in ("load", "loads")}
@@ -174,7 +174,7 @@ ACCEPTED = [
         "import eval.frechet as frechet\nfrom eval.report import html\nimport evaluate",
     ),
     (import_direction, "trainers/distill.py", "from eval.in_training import InTraining"),
-    (import_direction, "trainers/setup.py", "from eval.run_page import write_page"),
+    (import_direction, "trainers/command.py", "from eval.run_page import write_page"),
     (script_shadows_nothing, "scripts/run_eval.py", ""),
     (script_shadows_nothing, "scripts/__init__.py", ""),
     (script_shadows_nothing, "eval/profile.py", ""),

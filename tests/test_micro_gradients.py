@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from pipelines.edm import EDMPipeline, EDMScheduler
 from pipelines.images import ImageSet
-from trainers import setup, train_teacher
+from trainers import data as data_sets
+from trainers import networks, train_teacher
 from trainers.config import DistillConfig, TeacherConfig
 from trainers.config_networks import Network
 from trainers.data import Images
@@ -58,7 +59,7 @@ PER_MICRO_BATCH = ("x0_std", "x0_gap")  # spreads of the samples that are at han
 def teacher(tmp_path_factory) -> Path:
     """A class-conditional network of 2x6x6 images whose weights are all random: none of its zeros hides anything."""
     shape = {"in_channels": 2, "out_channels": 2, "num_classes": 3}
-    unet = setup.build_unet(Network(channels=8, num_blocks=1), 0, "teacher", 6, **shape)
+    unet = networks.build_unet(Network(channels=8, num_blocks=1), 0, "teacher", 6, **shape)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -73,7 +74,7 @@ def images(monkeypatch) -> None:
     """What a `data` section names: eleven images of three classes."""
     pixels = torch.randint(0, 256, (11, 2, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = Images(ImageSet(pixels, torch.arange(11) % 3, ("a", "b", "c")))
-    monkeypatch.setattr(setup, "load_data", lambda section: data)
+    monkeypatch.setattr(data_sets, "load_data", lambda section: data)
 
 
 def updates(objective: dict, teacher: Path, folder: Path, micro: int | None) -> tuple[list, list]:

@@ -1,9 +1,9 @@
-"""trainers/models.py: what both families of teachers share."""
+"""trainers/families/base.py: what both families of teachers share."""
 
 import pytest
 import torch
 
-from trainers.models import build_covariance, refuse
+from trainers.families.base import build_covariance, refuse
 from trainers.posteriors.section import Posterior
 
 
@@ -33,7 +33,7 @@ def test_refuse_names_the_first_setting_that_is_given():
 def test_a_new_network_starts_by_the_seed_and_its_role():
     """A student and a fake score that start alike would have no difference to learn from."""
     from trainers.config_networks import Network
-    from trainers.setup import build_unet
+    from trainers.networks import build_unet
 
     def weights(seed: int, role: str) -> torch.Tensor:
         unet = build_unet(Network(channels=8, num_blocks=1), seed, role, 8, in_channels=1, out_channels=1, num_classes=0)

@@ -32,12 +32,12 @@ from trainers.config_file import load_config
 from trainers.config_networks import Optimizer
 from trainers.data import Images
 from trainers.draws import DrawSource
-from trainers.edm import EDMModels
 from trainers.ema import Ema, constant_decay, halflife_decay
+from trainers.families.edm import Family as EDMModels
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase
 from trainers.optimizers import learning_rate
-from trainers.setup import preview
+from trainers.preview import preview
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_2 = ROOT / "configs" / "accelerate" / "cpu_2.yaml"

@@ -16,22 +16,19 @@ from accelerate import Accelerator
 from pipelines.launch import user_errors
 from pipelines.provenance import git_commit, versions
 
-from . import setup
+from . import command
 from .config import DistillConfig
 from .draws import DrawSource
-from .edm import EDMModels
-from .exact import ExactModels
+from .families import family_for, teacher_folder
+from .families.base import Family
 from .loop import Trainer
-from .models import Models
 from .pictures import Watch
 from .sources import load_rows
-from .stable_diffusion import StableDiffusionModels
-from .teachers import family_of, teacher_folder
 
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        run(setup.parse(DistillConfig, __doc__, argv))
+        run(command.parse(DistillConfig, __doc__, argv))
 
 
 def run(config: DistillConfig) -> None:
@@ -42,13 +39,13 @@ def run(config: DistillConfig) -> None:
 
 def make_trainer(config: DistillConfig) -> Trainer:
     """All of a run, ready to start; nothing has been written yet."""
-    accelerator = setup.make_accelerator(config)
-    family = "exact" if config.teacher.exact else family_of(config.teacher.path)
-    setup.check_output(config, accelerator)
+    accelerator = command.make_accelerator(config)
+    family = family_for(config)
+    command.check_output(config, accelerator)
     planned = plan_evaluation(config)  # weights that are missing are an error now, not when a teacher has been loaded
-    models = load_models(config, family, accelerator)
+    models = family(config, accelerator)
     objective = config.objective.build(models, config.steps)
-    if setup.sharded():
+    if command.sharded():
         models.shard()
     draws = DrawSource(
         config.seed,
@@ -67,7 +64,7 @@ def make_trainer(config: DistillConfig) -> Trainer:
         "seed": config.seed,
         "device": str(accelerator.device),
         "threads": torch.get_num_threads(),
-        "versions": versions(setup.PACKAGES),
+        "versions": versions(command.PACKAGES),
         "git_commit": git_commit(),
     }
     return Trainer(
@@ -79,24 +76,18 @@ def make_trainer(config: DistillConfig) -> Trainer:
         draws,
         preview=models.preview,
         export=lambda folder, info: models.export(folder, facts | info),
-        record=lambda start: setup.record(config, accelerator, start),
+        record=lambda start: command.record(config, accelerator, start),
         evaluate=build_evaluation(config, planned, models, accelerator) if planned else None,
         evaluate_every=config.evaluation.every if config.evaluation else 0,
         watch=build_watch(config, models, accelerator),
-        page=setup.page(config, objective.health),
+        page=command.page(config, objective.health),
     )
 
 
-def build_watch(config: DistillConfig, models: Models, accelerator: Accelerator) -> Watch | None:
+def build_watch(config: DistillConfig, models: Family, accelerator: Accelerator) -> Watch | None:
     """Points are no pictures: theirs is a map of where they lie."""
     points = models.latent_shape[1:] == (1, 1)
     return Watch(models, config.seed, accelerator.device) if config.sample_every and not points else None
-
-
-def load_models(config: DistillConfig, family: str, accelerator: Accelerator) -> Models:
-    if family == "exact":
-        return ExactModels(config)
-    return EDMModels(config) if family == "edm" else StableDiffusionModels(config, accelerator)
 
 
 def plan_evaluation(config: DistillConfig) -> Any:
@@ -109,7 +100,7 @@ def plan_evaluation(config: DistillConfig) -> Any:
 
 
 def build_evaluation(
-    config: DistillConfig, planned: Any, models: Models, accelerator: Accelerator
+    config: DistillConfig, planned: Any, models: Family, accelerator: Accelerator
 ) -> Callable[[int], dict[str, float]]:
     """Image i is of prompt i, from the first again where there are fewer."""
     from eval.in_training import InTraining

@@ -23,12 +23,12 @@ from trainers.augment import augment
 from trainers.config import DistillConfig
 from trainers.config_file import load_config, validate
 from trainers.draws import DrawSource
-from trainers.edm import EDMModels
 from trainers.ema import Ema, constant_decay
+from trainers.families.edm import Family as EDMModels
 from trainers.levels import sampler
 from trainers.objectives.base import sample_level
 from trainers.objectives.diff_instruct import DiffInstruct
-from trainers.setup import preview
+from trainers.preview import preview
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")

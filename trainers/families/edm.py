@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_layer, whole_copy
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
-from pipelines.edm import EDMPipeline, EDMScheduler, PointNet
+from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet, PatchUNet, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
 from pipelines.errors import UserError
 from pipelines.identity import weights_sha256
+from pipelines.noise import EDMSchedule
+from pipelines.reading import damaged_weights, loading, read_json, refuse_single_file
 from pipelines.students import save_edm_student
 
-from . import augment, setup
-from .config import DistillConfig
-from .config_data import TEXT_DATA
-from .config_networks import Lora
-from .data import Images, Labels, Points
-from .levels import check_levels
-from .models import add_role, build_covariance, check_needs, pixels, refuse, unit_noise
-from .objectives.base import Need
-from .posteriors import UNetPosterior
-from .posteriors.section import Posterior
-from .teachers import load_edm_teacher
+from .. import augment, data
+from ..config import DistillConfig, TeacherConfig
+from ..config_data import TEXT_DATA
+from ..config_networks import Lora
+from ..data import Images, Labels, Points
+from ..levels import check_levels
+from ..networks import build_unet
+from ..objectives.base import Need
+from ..posteriors import UNetPosterior
+from ..posteriors.section import Posterior
+from ..preview import preview
+from .base import Learner, add_role, build_covariance, check_needs, check_settings, pixels, refuse, unit_noise
 
 
-class EDMModels:
-    """See models.Models. Students run without dropout: g(z) has to be one function of z for its score to mean anything."""
+class Family:
+    """See base.Family. Students run without dropout: g(z) has to be one function of z for its score to mean anything."""
 
     facts: dict[str, Any]
 
-    def __init__(self, config: DistillConfig) -> None:
+    def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
         self.config = config
         check(config)
         pipeline = load_edm_teacher(config.teacher.path)
@@ -49,8 +55,8 @@ class EDMModels:
             if need.what == "condition_vector" and need.value and not self.num_classes:
                 raise UserError(f"{need.key} has no effect: the teacher is unconditional; remove it")
         if config.data:
-            self.examples = data = setup.load_data(config.data)
-            self._check_data(data)
+            self.examples = data.load_data(config.data)
+            self._check_data(self.examples)
         else:
             self.examples = Labels(self.num_classes) if self.num_classes else None
         base_weights = weights_sha256({"unet": pipeline.unet})
@@ -90,17 +96,17 @@ class EDMModels:
         network = self.base.network
         return whole_copy(network) if lora is None else add_role(self.base, name, lora, block_layers(network), self.config.seed)
 
-    def _check_data(self, data: Images | Points) -> None:
+    def _check_data(self, given: Images | Points) -> None:
         """The data must be what the teacher makes: same channels, resolution and classes."""
-        if data.shape != self.latent_shape:
+        if given.shape != self.latent_shape:
             raise UserError(
-                f"data: images are {data.shape} (channels, height, width), the teacher "
+                f"data: images are {given.shape} (channels, height, width), the teacher "
                 f"{self.config.teacher.path!r} makes {self.latent_shape}; set data.image_size={self.latent_shape[1]} and "
                 f"data.channels={self.latent_shape[0]}, or another teacher"
             )
-        if self.num_classes != len(data.class_names):
+        if self.num_classes != len(given.class_names):
             raise UserError(
-                f"data: {len(data.class_names)} classes, the teacher has {self.num_classes}; "
+                f"data: {len(given.class_names)} classes, the teacher has {self.num_classes}; "
                 "give labels for a class-conditional teacher and none for an unconditional one"
             )
 
@@ -133,12 +139,12 @@ class EDMModels:
             return posterior
         channels, size, _ = self.latent_shape
         shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": self.num_classes}
-        network = setup.build_unet(p.network, self.config.seed, "posterior", size, **shape)
+        network = build_unet(p.network, self.config.seed, "posterior", size, **shape)
         return UNetPosterior(network, covariance, behind.sigma_data, with_mean)
 
     def preview(self) -> Tensor:
         with self.base.running("student" if self.config.student.lora else None):
-            return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+            return preview(self.pipeline, self.config.num_samples, self.config.seed)
 
     def condition(self, rows: Tensor) -> Condition:
         return {"class_labels": rows % self.num_classes} if self.num_classes else None
@@ -152,6 +158,14 @@ class EDMModels:
         with self.base.running("student" if self.config.student.lora else None):
             return self.pipeline(class_labels=labels, latents=z, output_type="pt").images
 
+    @staticmethod
+    def in_training(config: TeacherConfig, accelerator: Accelerator) -> Learner:
+        return NewTeacher(config)
+
+    @staticmethod
+    def network_of(path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+        return load_edm_teacher(path).unet
+
     def shard(self) -> None:
         raise UserError("FSDP has no effect for an EDM teacher, whose networks are small; use configs/accelerate/gpu_8.yaml")
 
@@ -161,20 +175,11 @@ class EDMModels:
 
 def check(config: DistillConfig) -> None:
     """Settings that only Stable Diffusion has are refused, before anything is loaded."""
-    t, s = config.teacher, config.student
     if isinstance(config.data, TEXT_DATA):
         raise UserError(
             f"data: {config.data.name!r} is for Stable Diffusion teachers; an EDM teacher takes digits, parquet, hub or folder"
         )
-    settings = {
-        "teacher.negative_prompt": t.negative_prompt,
-        "teacher.variant": t.variant,
-        "teacher.dtype": None if t.dtype == "float32" else t.dtype,
-        "student.readout_t": s.readout_t,
-        "student.network": s.network,
-        "student.preconditioning": s.preconditioning,
-    }
-    refuse("an EDM teacher", settings)
+    check_settings("an EDM teacher", config, {"path", "guidance_scale"}, {"sigma_init", "image_range", "lora"})
     check_needs(config.objective.needs(), refusal)
     if not config.objective.built.needs_data:
         refuse(f"an EDM teacher and objective {config.objective.name!r}, which need no data", {"data": config.data})
@@ -183,3 +188,87 @@ def check(config: DistillConfig) -> None:
 def refusal(need: Need) -> str | None:
     """Why an objective cannot have what it asks for, or None."""
     return f"{need.key} has no effect for an EDM teacher; remove it" if need.what == "network" else None
+
+
+class NewTeacher:
+    """A new EDM network on an image set. See base.Learner."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        scheduler = EDMScheduler(
+            sigma_data=config.sigma_data,
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            num_inference_steps=config.sampling_steps,
+        )
+        scheduler.sigmas(config.sampling_steps)  # a grid that cannot be sampled is an error now
+        check_levels(config, EDMSchedule(0.0, math.inf), (config.sigma_min, config.sigma_max))
+        self.examples = data.load_data(config.data)
+        self.latent_shape = self.examples.shape
+        channels, size = self.latent_shape[:2]
+        num_classes = len(self.examples.class_names)
+        shape = {"in_channels": channels, "out_channels": channels, "num_classes": num_classes}
+        if config.augment:
+            shape["augment_dim"] = augment.DIM
+        self.unet = build_unet(config.network, config.seed, "teacher", size, **shape)
+        self.pipeline = EDMPipeline(self.unet, scheduler)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.denoiser = self.pipeline.denoiser().train()
+        self.null_condition = {"class_labels": torch.tensor(num_classes)}
+        self.facts = {"image_size": size, "class_names": list(self.examples.class_names)}
+
+    def preview(self) -> Tensor:
+        self.unet.eval()
+        drawn = preview(self.pipeline, self.config.num_samples, self.config.seed)
+        self.unet.train()
+        return drawn
+
+
+def load_edm_teacher(path: str) -> EDMPipeline:
+    """An EDMPipeline folder, or the output_dir of train_teacher that holds one in teacher/.
+
+    FileNotFoundError / ValueError name what is missing or damaged, before anything is loaded.
+    """
+    folder = Path(path)
+    refuse_single_file(folder, "teacher.path")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"teacher.path: no such folder {path!r}; train one with `accelerate launch -m trainers.train_teacher "
+            "--config configs/digits_teacher.yaml` or give an EDMPipeline folder"
+        )
+    if not (folder / "model_index.json").is_file() and (folder / "teacher").is_dir():
+        folder = folder / "teacher"
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"teacher.path: {str(folder)!r} is not an EDMPipeline folder: it has no {name}")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"teacher.path: {str(folder)!r} has no weights: expected {weights.name} in unet/ (safetensors; pickles are refused)"
+        )
+    again = "copy or train it again"
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        try:
+            read_json(folder / name, again)
+        except UserError as error:
+            raise UserError(f"teacher.path: {error}") from error
+    named = read_json(folder / "model_index.json", again).get("unet")
+    networks = {cls.__name__: cls for cls in (EDMUNet, PatchUNet, PointNet)}
+    if not isinstance(named, list) or named[-1] not in networks:
+        raise UserError(f"teacher.path: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
+    network = networks[named[-1]]
+    try:
+        with safe_open(weights, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        raise UserError(f"teacher.path: {damaged_weights(weights, error)}") from error
+    with loading(f"teacher.path: {str(folder / 'unet' / 'config.json')!r} makes no network", again), torch.device("meta"):
+        expected = {n: tuple(t.shape) for n, t in network.from_config(network.load_config(folder / "unet")).state_dict().items()}
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise UserError(
+                f"teacher.path: {str(weights)!r} does not fit its config.json: {name} is {stored.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such tensor')}; copy or train it again"
+            )
+    with loading(f"teacher.path: {str(folder)!r} cannot be loaded", again):
+        return EDMPipeline.from_pretrained(folder, use_safetensors=True)

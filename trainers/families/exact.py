@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipelines.analytic import EmpiricalPosterior
@@ -17,18 +18,20 @@ from pipelines.noise import EDMSchedule
 from pipelines.preconditioning import EDM
 from pipelines.students import save_edm_student
 
-from . import setup
-from .config import DistillConfig
-from .config_data import TEXT_DATA
-from .levels import check_levels
-from .models import build_covariance, check_needs, pixels, refuse, unit_noise
-from .objectives.base import Need
-from .posteriors import UNetPosterior
-from .posteriors.section import Posterior
+from ..config import DistillConfig
+from ..config_data import TEXT_DATA
+from ..data import load_data
+from ..levels import check_levels
+from ..networks import build_unet
+from ..objectives.base import Need
+from ..posteriors import UNetPosterior
+from ..posteriors.section import Posterior
+from ..preview import preview
+from .base import build_covariance, check_needs, check_settings, pixels, refuse, unit_noise
 
 
-class ExactModels:
-    """See models.Models. Student, fake score and posterior are networks of their own behind EDM's preconditioning, whose
+class Family:
+    """See base.Family. Student, fake score and posterior are networks of their own behind EDM's preconditioning, whose
     sigma_data is the standard deviation of the data; all start from the seed. The student's last layer starts at zero, so that
     with EDM's preconditioning it starts as a Gaussian: at sigma_init = sigma_data as one of half the data's standard deviation.
     """
@@ -36,11 +39,11 @@ class ExactModels:
     num_classes = 0
     facts: dict[str, Any]
 
-    def __init__(self, config: DistillConfig) -> None:
+    def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
         self.config = config
         check(config)
         check_levels(config, EDMSchedule(0.0, math.inf))
-        data = setup.load_data(config.data)
+        data = load_data(config.data)
         self.latent_shape, points = data.shape, config.data.name == "mixture"
         if config.teacher.exact == "density":
             exact: nn.Module = data.mixture
@@ -73,7 +76,7 @@ class ExactModels:
     def _network(self, section: Any, role: str, out_channels: int) -> nn.Module:
         channels, size, _ = self.latent_shape
         shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": 0}
-        return setup.build_unet(section, self.config.seed, role, size, **shape)
+        return build_unet(section, self.config.seed, role, size, **shape)
 
     def _denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.schedule, EDM(self.sigma_data), self.sigma_data)
@@ -93,7 +96,7 @@ class ExactModels:
         return UNetPosterior(network, covariance, self.sigma_data, with_mean)
 
     def preview(self) -> Tensor:
-        return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
+        return preview(self.pipeline, self.config.num_samples, self.config.seed)
 
     def condition(self, rows: Tensor) -> None:
         return None
@@ -123,17 +126,10 @@ def check(config: DistillConfig) -> None:
     if s.network is None:
         raise UserError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
     check_needs(config.objective.needs(), refusal)
-    settings = {
-        "teacher.guidance_scale": t.guidance_scale if t.guidance_scale != 1 else None,
-        "teacher.negative_prompt": t.negative_prompt,
-        "teacher.variant": t.variant,
-        "teacher.dtype": None if t.dtype == "float32" else t.dtype,
-        "student.readout_t": s.readout_t,
-        "student.lora": s.lora,
-        "student.image_range": s.image_range if config.data.name == "mixture" else None,
-        "evaluation": config.evaluation if config.data.name == "mixture" else None,
-    }
-    refuse("an exact teacher", settings)
+    check_settings("an exact teacher", config, {"exact"}, {"network", "preconditioning", "sigma_init", "image_range"})
+    if config.data.name == "mixture":
+        points = {"student.image_range": s.image_range, "evaluation": config.evaluation}
+        refuse("an exact teacher", points)
 
 
 def refusal(need: Need) -> str | None:

@@ -1,30 +1,42 @@
-"""What a family of teachers (EDM, Stable Diffusion) gives to the distillation command: networks, rows to draw, ways to save."""
+"""What a family of teachers is to the commands: it loads, checks, builds roles, conditions, encodes, previews and exports.
+
+Each file of this folder has a class `Family`; nothing else asks which one it is. Shared by them: the functions below.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.adapters import Role, SharedNetwork
-from pipelines.denoiser import Condition
+from pipelines.denoiser import Condition, Denoiser
 from pipelines.errors import UserError
 
-from .config import DistillConfig
-from .config_networks import Lora
-from .data import Examples
-from .draws import derive_seed
-from .objectives.base import Need, Parts
-from .posteriors import COVARIANCES, Covariance
-from .posteriors.section import Posterior
+from ..config import DistillConfig, TeacherConfig
+from ..config_networks import Lora
+from ..data import Examples
+from ..draws import derive_seed
+from ..objectives.base import Need, Parts
+from ..posteriors import COVARIANCES, Covariance
+from ..posteriors.section import Posterior
+
+if TYPE_CHECKING:
+    from ..cache import Encoded
 
 
-class Models(Parts, Protocol):
-    """sampling_range: the lowest and the highest t at which the teacher is sampled."""
+class Family(Parts, Protocol):
+    """A teacher that is distilled, and all that is made of it: Family(config, accelerator) refuses what does not fit, before
+    anything is loaded where that can be told, and loads it.
+
+    sampling_range: the lowest and the highest t at which the teacher is sampled; facts: of the student, for student.json.
+    """
 
     sampling_range: tuple[float, float]
     examples: Examples | None
@@ -42,11 +54,37 @@ class Models(Parts, Protocol):
     def images(self, index: range) -> Tensor:
         """The student's images (b, c, h, w) in [0, 1]; image i depends on the seed and i alone."""
 
+    @staticmethod
+    def in_training(config: TeacherConfig, accelerator: Accelerator) -> Learner:
+        """A teacher of this family that is trained (trainers.train_teacher). Only of families that can be."""
+
+    @staticmethod
+    def network_of(path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+        """The frozen network of a teacher at `path`, whose hash its students note as base_weights."""
+
+    @staticmethod
+    def encoded(config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
+        """The cache of its data, made where it is not there yet (trainers.cache). Only of text-to-image families."""
+
     def shard(self) -> None:
         """Split frozen weights over the processes, once every role has been built."""
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         """The student as users load it."""
+
+
+class Learner(Protocol):
+    """A teacher in training: its denoiser, with a graph, and the pipeline that is saved of it. null_condition: see DrawSource."""
+
+    denoiser: Denoiser
+    pipeline: DiffusionPipeline
+    latent_shape: tuple[int, int, int]
+    examples: Examples
+    null_condition: Condition
+    facts: dict[str, Any]
+
+    def preview(self) -> Tensor:
+        """Images (n, c, h, w) in [0, 1] from fixed noise."""
 
 
 def pixels(x0: Tensor) -> Tensor:
@@ -81,6 +119,14 @@ def check_needs(needs: Iterable[Need], refusal: Callable[[Need], str | None]) ->
     for need in needs:
         if need.value and (reason := refusal(need)):
             raise UserError(reason)
+
+
+def check_settings(family: str, config: DistillConfig, teacher: set[str], student: set[str]) -> None:
+    """UserError for a setting of these sections that is given, and that the family does not have."""
+    for name, keys in (("teacher", teacher), ("student", student | {"optimizer"})):
+        section = getattr(config, name)
+        foreign = {k: f for k, f in type(section).model_fields.items() if k not in keys}
+        refuse(family, {f"{name}.{k}": getattr(section, k) for k, f in foreign.items() if getattr(section, k) != f.default})
 
 
 def refuse(family: str, settings: dict[str, Any]) -> None:
