@@ -245,7 +245,7 @@ class Role(nn.Module):
 
 
 class AdapterHead(nn.Module):
-    """A role of a U-Net with a last convolution of its own in place of the network's: (b, out_channels, h, w) in float32, zero at first."""
+    """A U-Net's role with a last convolution of its own in its place: (b, out_channels, h, w) in float32, zero at first."""
 
     def __init__(self, role: Role, out_channels: int) -> None:
         super().__init__()
