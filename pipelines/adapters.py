@@ -90,7 +90,7 @@ class SharedNetwork:
         with warnings.catch_warnings():  # a second adapter is what is wanted here
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             self.network.add_adapter(config, name)
-        self._layers = adapted_layers(self.network)
+        self._layers = list(adapted_layers(self.network).values())
         for key, parameter in self.network.named_parameters():
             if of_adapter(key, name):
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-def adapted_layers(network: nn.Module) -> list[BaseTunerLayer]:
-    """The layers on which adapters sit."""
-    return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+def adapted_layers(network: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers on which adapters sit, by name; the adapters on one are the keys of its `r`."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
 def switch(layers: Iterable[BaseTunerLayer], name: str | None) -> None:
