@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from .errors import UserError
-from .peft_layers import adapted_layers, of_adapter, of_adapters, own_layer, own_name, switch
+from .peft_layers import layers_with_adapters, of_adapter, of_adapters, own_layer, own_name, switch
 
 # A condition is flat; SDXL's network wants these two in a dictionary of their own.
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
@@ -90,7 +90,7 @@ class SharedNetwork:
         with warnings.catch_warnings():  # a second adapter is what is wanted here
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             self.network.add_adapter(config, name)
-        self._layers = list(adapted_layers(self.network).values())
+        self._layers = list(layers_with_adapters(self.network).values())
         for key, parameter in self.network.named_parameters():
             if of_adapter(key, name):
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

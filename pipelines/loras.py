@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .errors import UserError
-from .peft_layers import adapted_layers
+from .peft_layers import layers_with_adapters
 from .reading import damaged_weights
 from .walk import examples
 
@@ -195,7 +195,7 @@ def adapted_layers(network: nn.Module | None, adapters: Iterable[str]) -> set[st
     if network is None:
         return set()
     wanted = set(adapters)
-    return {_plain(n) for n, layer in adapted_layers(network).items() if wanted & set(layer.r)}
+    return {_plain(n) for n, layer in layers_with_adapters(network).items() if wanted & set(layer.r)}
 
 
 def layers_in(file: Path) -> set[str]:

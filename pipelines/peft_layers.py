@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-def adapted_layers(network: nn.Module) -> dict[str, BaseTunerLayer]:
+def layers_with_adapters(network: nn.Module) -> dict[str, BaseTunerLayer]:
     """The layers on which adapters sit, by name; the adapters on one are the keys of its `r`."""
     return {name: m for name, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from pipelines.peft_layers import adapted_layers, of_adapter, of_adapters, own_layer, own_name, switch
+from pipelines.peft_layers import layers_with_adapters, of_adapter, of_adapters, own_layer, own_name, switch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +41,7 @@ def test_names(net):
     assert own == {key for key, _ in plain.named_parameters()}
     for name in ("student", "aux"):
         assert sum(of_adapter(key, name) for key, _ in net.named_parameters()) == 4
-    layers = adapted_layers(net)
+    layers = layers_with_adapters(net)
     assert layers == {"linear": net.linear, "conv": net.conv}
     assert [set(layer.r) for layer in layers.values()] == [{"student", "aux"}] * 2
     assert type(own_layer(net.linear)) is nn.Linear
@@ -64,13 +64,13 @@ def test_a_switch_chooses_what_runs_and_nothing_else(net, generator):
         return h[:, :, None, None]
 
     for name in (None, "student", "aux", "student", None):
-        switch(adapted_layers(net).values(), name)
+        switch(layers_with_adapters(net).values(), name)
         torch.testing.assert_close(net(x), by_hand(name), rtol=1e-5, atol=1e-4)
         assert all(p.requires_grad == before[key][0] and torch.equal(p, before[key][1]) for key, p in parts.items())
 
 
 def test_a_backward_pass_finds_its_graph_after_a_switch(net, generator):
-    layers, x = list(adapted_layers(net).values()), torch.randn(4, 5, generator=generator)
+    layers, x = list(layers_with_adapters(net).values()), torch.randn(4, 5, generator=generator)
     switch(layers, "student")
     loss = net(x).square().sum()
     switch(layers, "aux")
