@@ -37,7 +37,7 @@ OUT = ["--output", "{tmp}/out"]
 COMMANDS: dict[str, tuple[Callable, object, str, list[str]]] = {
     "distill": (distill.main, distill, "run", ["--config", "configs/digits_vardiu.yaml"]),
     "train_teacher": (train_teacher.main, train_teacher, "run", ["--config", "configs/digits_teacher.yaml"]),
-    "cache": (cache.main, cache.setup, "make_accelerator", ["--config", "configs/sd15_vardiu.yaml"]),
+    "cache": (cache.main, cache.command, "make_accelerator", ["--config", "configs/sd15_vardiu.yaml"]),
     "eval run": (evaluation.main, evaluation, "get_protocol", ["run", "--protocol", "custom", *OUT]),
     "eval metrics": (evaluation.main, evaluation, "with_config", ["metrics", "--protocol", "custom", *OUT]),
     "eval generate": (
