@@ -5,9 +5,9 @@ Each file of this folder has a class `Family`; nothing else asks which one it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from pipelines.adapters import Role, SharedNetwork
-from pipelines.denoiser import Condition, Denoiser
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps
 from pipelines.errors import UserError
 
 from ..config import DistillConfig, TeacherConfig
@@ -31,46 +31,84 @@ if TYPE_CHECKING:
     from ..cache import Encoded
 
 
-class Family(Parts, Protocol):
-    """A teacher that is distilled, and all that is made of it: Family(config, accelerator) refuses what does not fit, before
-    anything is loaded where that can be told, and loads it.
+class Family(Parts):
+    """A teacher that is distilled, and all that is made of it. Family(config, accelerator) refuses what does not fit, before
+    anything is loaded where that can be told, and loads it. What is not overridden is that of a model of images without text.
 
+    called: in messages; teacher_keys, student_keys: of these sections, what it has; gives: what an objective may ask (Need.what).
     sampling_range: the lowest and the highest t at which the teacher is sampled; facts: of the student, for student.json.
     """
 
+    called: ClassVar[str]
+    teacher_keys: ClassVar[tuple[str, ...]]
+    student_keys: ClassVar[tuple[str, ...]]
+    gives: ClassVar[tuple[str, ...]]
+    num_classes = 0
     sampling_range: tuple[float, float]
     examples: Examples | None
     facts: dict[str, Any]
 
-    def preview(self) -> Tensor:
-        """Images (n, c, h, w) in [0, 1] from fixed noise."""
+    def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
+        self.config, self.device = config, accelerator and accelerator.device
+        self.check(config)
+
+    @classmethod
+    def check(cls, config: DistillConfig) -> None:
+        """UserError for a setting that this family does not have, and for what an objective asks of it in vain."""
+        for name, keys in (("teacher", cls.teacher_keys), ("student", (*cls.student_keys, "optimizer"))):
+            section = getattr(config, name)
+            given = {k: getattr(section, k) for k, f in type(section).model_fields.items() if getattr(section, k) != f.default}
+            refuse(cls.called, {f"{name}.{k}": value for k, value in given.items() if k not in keys})
+        for need in config.objective.needs():
+            if need.value and (reason := cls.refusal(need)):
+                raise UserError(reason)
+
+    @classmethod
+    def refusal(cls, need: Need) -> str | None:
+        """Why an objective cannot have what it asks for, or None."""
+        return None if need.what in cls.gives else f"{need.key} has no effect for {cls.called}; remove it"
 
     def condition(self, rows: Tensor) -> Condition:
         """The condition of pictures `rows` (b,) of the preview, from the first again where there are fewer."""
+        return {"class_labels": rows % self.num_classes} if self.num_classes else None
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (b, c, h, w) -> images (b, c, h, w) in [0, 1], float32."""
+        return (x0 / 2 + 0.5).clamp(0, 1).float()
+
+    def features(self) -> FeatureMaps:
+        raise UserError(f"objective.features: {self.called} has no feature maps; remove it")
+
+    def preview(self) -> Tensor:
+        """Images (n, c, h, w) in [0, 1] from fixed noise."""
+        raise NotImplementedError
 
     def images(self, index: range) -> Tensor:
         """The student's images (b, c, h, w) in [0, 1]; image i depends on the seed and i alone."""
-
-    @staticmethod
-    def in_training(config: TeacherConfig, accelerator: Accelerator) -> Learner:
-        """A teacher of this family that is trained (trainers.train_teacher). Only of families that can be."""
-
-    @staticmethod
-    def network_of(path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
-        """The frozen network of a teacher at `path`, whose hash its students note as base_weights."""
-
-    @staticmethod
-    def encoded(config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
-        """The cache of its data, made where it is not there yet (trainers.cache). Only of text-to-image families."""
-
-    def shard(self) -> None:
-        """Split frozen weights over the processes, once every role has been built."""
+        raise NotImplementedError
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         """The student as users load it."""
+        raise NotImplementedError
+
+    def shard(self) -> None:
+        """Split frozen weights over the processes, once every role has been built."""
+        raise UserError(f"FSDP has no effect for {self.called}, whose networks are small; use configs/accelerate/gpu_8.yaml")
+
+    @classmethod
+    def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:
+        """A teacher of this family that is trained (trainers.train_teacher)."""
+        raise UserError(f"trainers.train_teacher does not train {cls.called}")
+
+    @classmethod
+    def network_of(cls, path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+        """The frozen network of a teacher at `path`, whose hash its students note as base_weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def encoded(cls, config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
+        """The cache of its data, made where it is not there yet (trainers.cache)."""
+        raise UserError(f"data: {config.data.name!r} is for text-to-image teachers, and this is {cls.called}; nothing is encoded")
 
 
 class Learner(Protocol):
@@ -85,11 +123,6 @@ class Learner(Protocol):
 
     def preview(self) -> Tensor:
         """Images (n, c, h, w) in [0, 1] from fixed noise."""
-
-
-def pixels(x0: Tensor) -> Tensor:
-    """x0 of a model of images, in [-1, 1] and possibly beyond -> images in [0, 1], float32."""
-    return (x0 / 2 + 0.5).clamp(0, 1).float()
 
 
 def unit_noise(config: DistillConfig, index: range, shape: tuple[int, int, int]) -> Tensor:
@@ -112,21 +145,6 @@ def build_covariance(p: Posterior, seed: int, shape: tuple[int, int, int]) -> Co
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", "covariance"))
         return COVARIANCES[p.covariance](shape, **p.covariance_options())
-
-
-def check_needs(needs: Iterable[Need], refusal: Callable[[Need], str | None]) -> None:
-    """UserError for the first thing that an objective asks for and a family has not: refusal(need) says why, or None."""
-    for need in needs:
-        if need.value and (reason := refusal(need)):
-            raise UserError(reason)
-
-
-def check_settings(family: str, config: DistillConfig, teacher: set[str], student: set[str]) -> None:
-    """UserError for a setting of these sections that is given, and that the family does not have."""
-    for name, keys in (("teacher", teacher), ("student", student | {"optimizer"})):
-        section = getattr(config, name)
-        foreign = {k: f for k, f in type(section).model_fields.items() if k not in keys}
-        refuse(family, {f"{name}.{k}": getattr(section, k) for k, f in foreign.items() if getattr(section, k) != f.default})
 
 
 def refuse(family: str, settings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_layer, whole_copy
-from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet, PatchUNet, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
 from pipelines.errors import UserError
@@ -28,21 +28,22 @@ from ..config_networks import Lora
 from ..data import Images, Labels, Points
 from ..levels import check_levels
 from ..networks import build_unet
-from ..objectives.base import Need
 from ..posteriors import UNetPosterior
 from ..posteriors.section import Posterior
 from ..preview import preview
-from .base import Learner, add_role, build_covariance, check_needs, check_settings, pixels, refuse, unit_noise
+from . import base
+from .base import Learner, add_role, build_covariance, refuse, unit_noise
 
 
-class Family:
+class Family(base.Family):
     """See base.Family. Students run without dropout: g(z) has to be one function of z for its score to mean anything."""
 
-    facts: dict[str, Any]
+    called = "an EDM teacher"
+    teacher_keys, student_keys = ("path", "guidance_scale"), ("sigma_init", "image_range", "lora")
+    gives = ("lora", "augment", "posterior", "condition_vector")
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
-        self.config = config
-        check(config)
+        super().__init__(config, accelerator)
         pipeline = load_edm_teacher(config.teacher.path)
         self._behind = pipeline.denoiser(config.teacher.guidance_scale)
         grid = pipeline.scheduler.config
@@ -76,6 +77,15 @@ class Family:
         self.student = OneStepGenerator(self._denoiser(network), sigma_init, image_range)
         self.facts = {"family": "edm", "weights": "lora" if lora else "unet", "readout_sigma": sigma_init}
         self.facts |= {"base_weights": base_weights, "base_dtype": "float32"}
+
+    @classmethod
+    def check(cls, config: DistillConfig) -> None:
+        if isinstance(config.data, TEXT_DATA):
+            takes = "an EDM teacher takes digits, parquet, hub or folder"
+            raise UserError(f"data: {config.data.name!r} is for Stable Diffusion teachers; {takes}")
+        super().check(config)
+        if not config.objective.built.needs_data:
+            refuse(f"{cls.called} and objective {config.objective.name!r}, which need no data", {"data": config.data})
 
     def _readout_level(self, sigma_init: float) -> float:
         """The level nearest to it that the teacher knows."""
@@ -124,18 +134,18 @@ class Family:
         return self._denoiser(self._role("aux", section.lora).train())
 
     def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
-        p, base, behind = section, self.base.network, self._behind
+        p, own, behind = section, self.base.network, self._behind
         covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         if isinstance(p.network, str):
             network = {
-                "shared": lambda: second_decoder(whole_copy(base).dec, out_channels),
-                "copy": lambda: with_outputs(whole_copy(base), out_channels),
+                "shared": lambda: second_decoder(whole_copy(own).dec, out_channels),
+                "copy": lambda: with_outputs(whole_copy(own), out_channels),
                 "adapter": lambda: AdapterHead(self._role("aux", p.lora), out_channels),
             }[p.network]()
             posterior = UNetPosterior(network, covariance, behind.sigma_data, with_mean, behind.preconditioner)
             if with_mean:
-                posterior.start_mean(last_layer(base))
+                posterior.start_mean(last_layer(own))
             return posterior
         channels, size, _ = self.latent_shape
         shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": self.num_classes}
@@ -146,48 +156,22 @@ class Family:
         with self.base.running("student" if self.config.student.lora else None):
             return preview(self.pipeline, self.config.num_samples, self.config.seed)
 
-    def condition(self, rows: Tensor) -> Condition:
-        return {"class_labels": rows % self.num_classes} if self.num_classes else None
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return pixels(x0)
-
     def images(self, index: range) -> Tensor:
         z = unit_noise(self.config, index, self.latent_shape)
         labels = torch.tensor(index) % self.num_classes if self.num_classes else None
         with self.base.running("student" if self.config.student.lora else None):
             return self.pipeline(class_labels=labels, latents=z, output_type="pt").images
 
-    @staticmethod
-    def in_training(config: TeacherConfig, accelerator: Accelerator) -> Learner:
+    @classmethod
+    def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:
         return NewTeacher(config)
 
-    @staticmethod
-    def network_of(path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    @classmethod
+    def network_of(cls, path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
         return load_edm_teacher(path).unet
-
-    def shard(self) -> None:
-        raise UserError("FSDP has no effect for an EDM teacher, whose networks are small; use configs/accelerate/gpu_8.yaml")
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         save_edm_student(folder, self.pipeline, info, "student" if self.config.student.lora else None)
-
-
-def check(config: DistillConfig) -> None:
-    """Settings that only Stable Diffusion has are refused, before anything is loaded."""
-    if isinstance(config.data, TEXT_DATA):
-        raise UserError(
-            f"data: {config.data.name!r} is for Stable Diffusion teachers; an EDM teacher takes digits, parquet, hub or folder"
-        )
-    check_settings("an EDM teacher", config, {"path", "guidance_scale"}, {"sigma_init", "image_range", "lora"})
-    check_needs(config.objective.needs(), refusal)
-    if not config.objective.built.needs_data:
-        refuse(f"an EDM teacher and objective {config.objective.name!r}, which need no data", {"data": config.data})
-
-
-def refusal(need: Need) -> str | None:
-    """Why an objective cannot have what it asks for, or None."""
-    return f"{need.key} has no effect for an EDM teacher; remove it" if need.what == "network" else None
 
 
 class NewTeacher:

@@ -27,21 +27,22 @@ from ..objectives.base import Need
 from ..posteriors import UNetPosterior
 from ..posteriors.section import Posterior
 from ..preview import preview
-from .base import build_covariance, check_needs, check_settings, pixels, refuse, unit_noise
+from . import base
+from .base import build_covariance, refuse, unit_noise
 
 
-class Family:
+class Family(base.Family):
     """See base.Family. Student, fake score and posterior are networks of their own behind EDM's preconditioning, whose
     sigma_data is the standard deviation of the data; all start from the seed. The student's last layer starts at zero, so that
     with EDM's preconditioning it starts as a Gaussian: at sigma_init = sigma_data as one of half the data's standard deviation.
     """
 
-    num_classes = 0
-    facts: dict[str, Any]
+    called = "an exact teacher"
+    teacher_keys, student_keys = ("exact",), ("network", "preconditioning", "sigma_init", "image_range")
+    gives = ("network", "posterior")
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
-        self.config = config
-        check(config)
+        super().__init__(config, accelerator)
         check_levels(config, EDMSchedule(0.0, math.inf))
         data = load_data(config.data)
         self.latent_shape, points = data.shape, config.data.name == "mixture"
@@ -73,6 +74,32 @@ class Family:
         self.student = OneStepGenerator(student, sigma_init, image_range)
         self.facts = {"family": "edm", "weights": "unet", "readout_sigma": sigma_init, "teacher": config.teacher.exact}
 
+    @classmethod
+    def check(cls, config: DistillConfig) -> None:
+        t, s = config.teacher, config.student
+        if config.data is None or isinstance(config.data, TEXT_DATA):
+            raise UserError("data: an exact teacher is that of a mixture or of an image set; add one, e.g. data={name: mixture}")
+        if t.exact == "density" and config.data.name != "mixture":
+            raise UserError(
+                f"teacher.exact: the density of {config.data.name!r} is unknown; use exact=samples or data.name=mixture"
+            )
+        if getattr(config.data, "labels", False) or getattr(config.data, "label_column", None):
+            raise UserError("data: an exact teacher is unconditional; remove the labels")
+        if s.network is None:
+            raise UserError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
+        super().check(config)
+        if config.data.name == "mixture":
+            refuse(cls.called, {"student.image_range": s.image_range, "evaluation": config.evaluation})
+
+    @classmethod
+    def refusal(cls, need: Need) -> str | None:
+        if need.what == "posterior" and isinstance(need.value, str):
+            return (
+                f"{need.key}: {need.value!r} builds on a teacher's network, an exact teacher has none; "
+                "give a section, e.g. {width: 400, layers: 4}"
+            )
+        return super().refusal(need)
+
     def _network(self, section: Any, role: str, out_channels: int) -> nn.Module:
         channels, size, _ = self.latent_shape
         shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": 0}
@@ -98,12 +125,6 @@ class Family:
     def preview(self) -> Tensor:
         return preview(self.pipeline, self.config.num_samples, self.config.seed)
 
-    def condition(self, rows: Tensor) -> None:
-        return None
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return pixels(x0)
-
     def images(self, index: range) -> Tensor:
         return self.pipeline(latents=unit_noise(self.config, index, self.latent_shape), output_type="pt").images
 
@@ -112,33 +133,3 @@ class Family:
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         save_edm_student(folder, self.pipeline, info)
-
-
-def check(config: DistillConfig) -> None:
-    """ValueError for settings that an exact teacher lacks or needs, before anything is loaded."""
-    t, s = config.teacher, config.student
-    if config.data is None or isinstance(config.data, TEXT_DATA):
-        raise UserError("data: an exact teacher is that of a mixture or of an image set; add one, e.g. data={name: mixture}")
-    if t.exact == "density" and config.data.name != "mixture":
-        raise UserError(f"teacher.exact: the density of {config.data.name!r} is unknown; use exact=samples or data.name=mixture")
-    if getattr(config.data, "labels", False) or getattr(config.data, "label_column", None):
-        raise UserError("data: an exact teacher is unconditional; remove the labels")
-    if s.network is None:
-        raise UserError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
-    check_needs(config.objective.needs(), refusal)
-    check_settings("an exact teacher", config, {"exact"}, {"network", "preconditioning", "sigma_init", "image_range"})
-    if config.data.name == "mixture":
-        points = {"student.image_range": s.image_range, "evaluation": config.evaluation}
-        refuse("an exact teacher", points)
-
-
-def refusal(need: Need) -> str | None:
-    """Why an objective cannot have what it asks for, or None."""
-    if need.what in ("lora", "augment", "condition_vector"):
-        return f"{need.key} has no effect for an exact teacher; remove it"
-    if need.what == "posterior" and isinstance(need.value, str):
-        return (
-            f"{need.key}: {need.value!r} builds on a teacher's network, an exact teacher has none; "
-            "give a section, e.g. {width: 400, layers: 4}"
-        )
-    return None

@@ -30,8 +30,8 @@ from ..objectives.base import Need
 from ..posteriors import UNetPosterior
 from ..posteriors.section import Posterior
 from ..sources import CaptionRows, PromptRows, image_batch, load_rows
-from . import teacher_folder
-from .base import Learner, add_role, build_covariance, check_needs, check_settings, refuse, unit_noise
+from . import base, teacher_folder
+from .base import Learner, add_role, build_covariance, refuse, unit_noise
 
 # Every layer that the published one-step and few-step LoRAs of Stable Diffusion adapt (the LCM-LoRA set).
 ALL_LAYERS = (
@@ -44,14 +44,15 @@ TextData = Prompts | Captions | TeacherSamples
 FORMAT = 2  # of what is encoded and how: a change of the rules below that changes the rows needs another number
 
 
-class Family:
+class Family(base.Family):
     """See base.Family."""
 
-    num_classes = 0
+    called = "a Stable Diffusion teacher"
+    teacher_keys, student_keys = ("path", "guidance_scale", "negative_prompt", "dtype", "variant"), ("readout_t", "lora")
+    gives = ("lora", "posterior", "condition_vector")
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
-        self.config, self.device = config, accelerator.device
-        check(config)
+        super().__init__(config, accelerator)
         t = config.teacher
         path = teacher_folder(t.path)
         index = sd.read_index(path)
@@ -83,6 +84,32 @@ class Family:
             "base_dtype": t.dtype,
         }
 
+    @classmethod
+    def check(cls, config: DistillConfig) -> None:
+        if config.compile and sharded():
+            raise UserError("compile: FSDP and compiled blocks do not go together; set compile: null, or use gpu_8.yaml")
+        super().check(config)
+        if config.teacher.guidance_scale == 1:
+            unguided = "a teacher without guidance (guidance_scale 1)"
+            refuse(unguided, {"teacher.negative_prompt": config.teacher.negative_prompt})
+        if not isinstance(config.data, TEXT_DATA):
+            raise UserError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
+
+    @classmethod
+    def refusal(cls, need: Need) -> str | None:
+        if need.what != "posterior" or need.value == "adapter":
+            return super().refusal(need)
+        if not isinstance(need.value, Network):
+            kind = repr(need.value) if isinstance(need.value, str) else "a section of this kind"
+            return (
+                f"{need.key}: {kind} is for EDM teachers; set adapter, or a section "
+                "{channels: ..., channel_mult: [...]} for a small network of its own"
+            )
+        for key in ("patch_size", "dropout"):
+            if getattr(need.value, key) != Network.model_fields[key].default:
+                return f"{need.key}.{key} has no effect for {cls.called}; remove it"
+        return None
+
     def _role(self, name: str, lora: Lora | None) -> nn.Module:
         """An adapter on the teacher's weights, or a network of its own in float32."""
         if lora is None:
@@ -98,18 +125,18 @@ class Family:
         return FeatureMaps(sd.denoiser(self.pipe, self.base.teacher()), (network.mid_block, network.up_blocks[0]))
 
     def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
-        p, base = section, self.base.network
+        p, own = section, self.base.network
         covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         if p.network == "adapter":
             network = AdapterHead(self._role("aux", p.lora), out_channels)
         else:
             network = small_unet(
-                p.network, base, self.latent_shape, out_channels, derive_seed(self.config.seed, "init", "posterior")
+                p.network, own, self.latent_shape, out_channels, derive_seed(self.config.seed, "init", "posterior")
             )
         posterior = UNetPosterior(network, covariance, self.teacher.sigma_data, with_mean, self.teacher.parameterization)
         if with_mean and p.network == "adapter":
-            posterior.start_mean(last_layer(base))
+            posterior.start_mean(last_layer(own))
         return posterior
 
     @torch.no_grad()
@@ -135,16 +162,16 @@ class Family:
         z = unit_noise(self.config, index, self.latent_shape).to(self.device)
         return self.decode(self.student(z, self.condition(torch.tensor(index)))).cpu()
 
-    @staticmethod
-    def in_training(config: TeacherConfig, accelerator: Accelerator) -> Learner:
+    @classmethod
+    def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:
         return FurtherTeacher(config, accelerator)
 
-    @staticmethod
-    def network_of(path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    @classmethod
+    def network_of(cls, path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
         return sd.load_pipeline(teacher_folder(path), dtype, TEXT_AND_IMAGES, variant).unet
 
-    @staticmethod
-    def encoded(config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
+    @classmethod
+    def encoded(cls, config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
         folder = Path(config.data.cache or f"{config.output_dir}/cache")
         if isinstance(config, TeacherConfig):
             return encode(config.pipeline, config.data, folder, accelerator, torch.float32, seed=config.seed)
@@ -161,36 +188,6 @@ class Family:
             save_stable_diffusion(folder, type(self.pipe), scheduler, info, adapter=(self.base.network, "student"))
         else:
             save_stable_diffusion(folder, type(self.pipe), scheduler, info, network=self.student.denoiser.network.network)
-
-
-def check(config: DistillConfig) -> None:
-    """What does not fit a Stable Diffusion teacher is refused, before anything is loaded."""
-    if config.compile and sharded():
-        raise UserError("compile: FSDP and compiled blocks do not go together; set compile: null, or use gpu_8.yaml")
-    teacher, student = {"path", "guidance_scale", "negative_prompt", "dtype", "variant"}, {"readout_t", "lora"}
-    check_settings("a Stable Diffusion teacher", config, teacher, student)
-    if config.teacher.guidance_scale == 1:
-        refuse("a teacher without guidance (guidance_scale 1)", {"teacher.negative_prompt": config.teacher.negative_prompt})
-    if not isinstance(config.data, TEXT_DATA):
-        raise UserError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
-    check_needs(config.objective.needs(), refusal)
-
-
-def refusal(need: Need) -> str | None:
-    """Why an objective cannot have what it asks for, or None."""
-    if need.what in ("network", "augment"):
-        return f"{need.key} has no effect for a Stable Diffusion teacher; remove it"
-    if need.what != "posterior" or need.value == "adapter":
-        return None
-    if isinstance(need.value, str):
-        return (
-            f"{need.key}: {need.value!r} is for EDM teachers; set adapter, or a section "
-            "{channels: ..., channel_mult: [...]} for a small network of its own"
-        )
-    for key in ("patch_size", "dropout"):
-        if getattr(need.value, key) != type(need.value).model_fields[key].default:
-            return f"{need.key}.{key} has no effect for a Stable Diffusion teacher; remove it"
-    return None
 
 
 class TextUNet(nn.Module):
