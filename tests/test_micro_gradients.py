@@ -41,6 +41,7 @@ CASES = {
     "varflow paired": varflow(),
     "varflow joint grids": varflow(cross="full", condition_scale=0.7, grids=[1, 2], weighting="dmd"),
     "varflow features": varflow(features=True),
+    "varflow several samples": varflow(samples_per_condition=2),
     "diff_instruct": diff_instruct(weighting="dmd"),
     "diff_instruct joint": diff_instruct(joint=True, fake_score=SECOND | {"levels": LEVELS, "updates": 2}),
     "bound": vardiu("bound"),

@@ -10,30 +10,36 @@ from trainers.objectives.whole_batch import WholeBatch
 class Spread(WholeBatch):
     """Of two things made of x0: the variance of the batch in one against the data's in the other, weighted by x0 itself."""
 
-    def compared(self, x0: Tensor, draw) -> list[Tensor]:
-        return [x0 + draw.eps, x0.square().mean((2, 3))]
+    def __init__(self, student: nn.Module, samples: int) -> None:
+        super().__init__(student)
+        self.samples = samples
 
-    def given(self, draw) -> list[Tensor | None]:
+    def of_student(self, draw) -> tuple[Tensor, list[Tensor]]:
+        x0 = torch.stack([self.student((k + 1) * draw.z, None) for k in range(self.samples)], 1).flatten(0, 1)
+        return x0, [x0 + draw.eps.repeat_interleave(self.samples, 0), x0.square().mean((2, 3))]
+
+    def of_data(self, draw) -> list[Tensor | None]:
         return [draw.x0, None]
 
-    def whole_loss(self, x0, compared, given, draw) -> Tensor:
-        assert given[1] is None
+    def whole_loss(self, x0, student, data, draw) -> Tensor:
+        assert data[1] is None
         assert not x0.requires_grad
-        assert not given[0].requires_grad
-        a, b = (c.flatten(1) for c in compared)
+        assert not data[0].requires_grad
+        a, b = (c.flatten(1) for c in student)
         share = (a - a.mean(0)).square().sum(1).log() * (b - b.mean(0)).square().sum(1)
-        return share * x0.flatten(1).square().mean() - a.sum(1) * given[0].flatten(1).std()
+        share = share * x0.flatten(1).square().mean() - a.sum(1) * data[0].flatten(1).std()
+        return share.view(-1, self.samples).mean(1)
 
 
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [2, 2, 2], [1] * 6])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_gradient_and_the_values_are_those_of_the_whole_batch(sizes, processes, make_draw, randn):
+@pytest.mark.parametrize(("processes", "samples"), [(1, 1), (2, 1), (2, 3)])
+def test_the_gradient_and_the_values_are_those_of_the_whole_batch(sizes, processes, samples, make_draw, randn):
     if len(sizes) % processes:
         pytest.skip("as many micro-batches on each process")
     student = nn.Module()
     weight = student.weight = nn.Parameter(randn(2, 2))
     student.forward = lambda z, condition: torch.einsum("ij,bjhw->bihw", weight, z).tanh()
-    objective = Spread(student)
+    objective = Spread(student, samples)
     whole = make_draw(randn(6, 2, 3, 5), randn(6, 2, 3, 5), torch.rand(6, dtype=torch.float64), x0=randn(6, 2, 3, 5))
     expected = objective.loss(whole).loss
     (gradient,) = torch.autograd.grad(expected.mean(), weight)
@@ -52,7 +58,11 @@ def test_the_gradient_and_the_values_are_those_of_the_whole_batch(sizes, process
     for draws in groups:  # what each process would send, were it alone
         sent.append([])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(objective, "whole_loss", lambda x0, compared, given, draw: sum(c.flatten(1).sum(1) for c in compared))
+            patch.setattr(
+                objective,
+                "whole_loss",
+                lambda x0, student, data, draw: sum(c.sum() for c in student) + 0 * data[0].sum((1, 2, 3)),
+            )
             objective.prepare(draws, lambda t: sent[-1].append(t) or torch.cat([t] * processes))
     values, total = [], 0
     for draws in groups:
