@@ -91,14 +91,17 @@ class Parts(Protocol):
 
     def fake_score(self, section: Any) -> Denoiser:
         """A score network that starts as the teacher; section: its `lora`, `network` and `augment`."""
+        raise NotImplementedError
 
     def features(self) -> FeatureMaps:
         """Maps of the frozen network at its lowest resolution, and, where it has them, the next."""
+        raise NotImplementedError
 
     def posterior(self, section: Any, with_mean: bool) -> nn.Module:
         """A posterior (posteriors.UNetPosterior) by its section; it starts as the prior, its mean, where it has one, as the
         teacher if it is made from its weights.
         """
+        raise NotImplementedError
 
 
 class LeastBatch(NamedTuple):
