@@ -34,6 +34,7 @@ from trainers.data import Images
 from trainers.draws import DrawSource
 from trainers.ema import Ema, constant_decay, halflife_decay
 from trainers.families.edm import Family as EDMModels
+from trainers.families.edm import NewTeacher
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase
 from trainers.optimizers import learning_rate
@@ -662,5 +663,5 @@ def test_half_life_of_an_ema():
 def test_what_is_dropped_for_guidance_is_no_class(tmp_path):
     """Digits are the classes 0 to 9; label_dropout puts the label after the last in their place, which guidance asks for."""
     overrides = ["data.labels=true", f"output_dir={tmp_path}", "network={channels: 8, num_blocks: 1}"]
-    teacher = train_teacher.NewEDM(load_config(TeacherConfig, "configs/digits_teacher.yaml", overrides))
+    teacher = NewTeacher(load_config(TeacherConfig, "configs/digits_teacher.yaml", overrides))
     assert {key: value.item() for key, value in teacher.null_condition.items()} == {"class_labels": 10}
