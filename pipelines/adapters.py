@@ -1,8 +1,7 @@
 """One frozen network, many roles: adapters off it is the teacher; "student" and "aux" are LoRA adapters on the same weights.
 
 A role is a network of its own to whoever calls it: its parameters are those of its adapter, and a call runs the shared network
-with that adapter alone. peft's `set_adapter` and `disable_adapters` are not used for switching: they also flip requires_grad, so
-that a backward pass after a switch finds no graph.
+with that adapter alone (peft_layers.py). How a kind of network is called and where it ends is said by its Anatomy.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from .errors import UserError
+from .peft_layers import layers_with_adapters, of_adapter, of_adapters, own_layer, own_name, switch
 
 # A condition is flat; SDXL's network wants these two in a dictionary of their own.
 ADDED_CONDITIONS = ("text_embeds", "time_ids")
@@ -52,21 +51,35 @@ def in_float32(layer: nn.Conv2d) -> Iterator[None]:
         del layer.forward
 
 
-class SharedNetwork:
-    """A frozen diffusers network in eval mode (students and scores are functions of their input: no dropout) and its adapters."""
+class Anatomy(NamedTuple):
+    """What roles must know of a kind of network.
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network.requires_grad_(False).eval()
+    call(network, x, time, condition, **options) -> an object whose .sample is (b, c', h, w), from x (b, c, h, w), time (b,) and a
+    flat condition; last(network): the layer that puts out its result, itself, without adapters.
+    """
+
+    call: Callable[..., Any]
+    last: Callable[[nn.Module], nn.Module]
+
+
+class SharedNetwork:
+    """A frozen diffusers network in eval mode (students and scores are functions of their input: no dropout) and its adapters.
+
+    anatomy: of its kind; None: that of diffusers' U-Nets.
+    """
+
+    def __init__(self, network: nn.Module, anatomy: Anatomy | None = None) -> None:
+        self.network, self.anatomy = network.requires_grad_(False).eval(), anatomy or UNET
         self.active: str | None = None
         self.sharded = self.checkpointing = False
-        self._layers: list[BaseTunerLayer] = []
+        self._layers: list[nn.Module] = []
 
     def add_adapter(self, name: str, config: LoraConfig) -> Role:
         """A new role, float32 whatever the network's dtype: small updates would be lost in bfloat16. Starts as the teacher.
 
         ValueError names a target that fits no layer: peft only complains if none of them fits any.
         """
-        modules = [n for n, _ in self.network.named_modules() if ".lora_" not in n]
+        modules = [n for n, _ in self.network.named_modules() if not of_adapters(n)]
         for target in config.target_modules:
             # once a layer has an adapter its own weights live in .base_layer
             if not any(n == target or n.endswith(f".{target}") for n in modules):
@@ -77,13 +90,13 @@ class SharedNetwork:
         with warnings.catch_warnings():  # a second adapter is what is wanted here
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             self.network.add_adapter(config, name)
-        self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+        self._layers = list(layers_with_adapters(self.network).values())
         for key, parameter in self.network.named_parameters():
-            if f".{name}." in key:
+            if of_adapter(key, name):
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         # adding one adapter makes peft freeze the others
         for key, parameter in self.network.named_parameters():
-            parameter.requires_grad_(".lora_" in key)
+            parameter.requires_grad_(of_adapters(key))
         self._switch(None)
         return Role(self, name)
 
@@ -93,7 +106,7 @@ class SharedNetwork:
         To be called on every process after the last `add_adapter`. Adapters stay whole: they are small, and a backward pass for
         the inputs of one role finds nothing behind a shard (gradients would be None). From here on every call is collective.
         """
-        adapters = {p for key, p in self.network.named_parameters() if ".lora_" in key}
+        adapters = {p for key, p in self.network.named_parameters() if of_adapters(key)}
         units = (*self.network._repeated_blocks, "ResnetBlock2D")
         for module in self.network.modules():
             if type(module).__name__ in units:
@@ -144,42 +157,39 @@ class SharedNetwork:
 
     def _switch(self, name: str | None) -> None:
         self.active = name
-        for layer in self._layers:
-            layer._disable_adapters = name is None
-            if name is not None:
-                layer._active_adapter = [name]
+        switch(self._layers, name)
 
 
-def call(network: nn.Module, sample: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-    """sample (b, c, h, w), timestep (b,), a flat condition -> the network's output (b, c', h, w); all floats in its dtype."""
-    return output(network, sample, timestep, condition).sample
+def call(network: nn.Module, x: Tensor, time: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    """A U-Net of x (b, c, h, w) at time (b,), under a flat condition: (b, c', h, w); all floats in its dtype."""
+    return output(network, x, time, condition).sample
 
 
-def output(network: nn.Module, sample: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], **options: Any) -> Any:
+def output(network: nn.Module, x: Tensor, time: Tensor, condition: Mapping[str, Tensor], **options: Any) -> Any:
     """As `call`, but all that the network puts out. options: further arguments."""
     dtype = network.dtype
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in condition.items()}
     added = {k: cast.pop(k) for k in ADDED_CONDITIONS if k in cast}
-    return network(sample.to(dtype), timestep, **cast, **({"added_cond_kwargs": added} if added else {}), **options)
+    return network(x.to(dtype), time, **cast, **({"added_cond_kwargs": added} if added else {}), **options)
 
 
 class Whole(nn.Module):
-    """A diffusers network all of whose weights are this module's: network(sample, timestep, **condition)."""
+    """A diffusers network all of whose weights are this module's: network(x, time, **condition)."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, anatomy: Anatomy | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.anatomy = network, anatomy or UNET
 
-    def forward(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
-        return call(self.network, sample, timestep, condition)
+    def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
+        return self.anatomy.call(self.network, x, time, condition).sample
 
     def reading_out(self) -> AbstractContextManager[None]:
         """Inside, what the network puts out is not rounded below float32: for a denoiser, which may divide it by alpha."""
-        return in_float32(last_layer(self.network))
+        return in_float32(self.anatomy.last(self.network))
 
 
 class Role(nn.Module):
-    """network(sample, timestep, **condition) under one adapter; `name` None is the teacher, which has no parameters here.
+    """network(x, time, **condition) under one adapter; `name` None is the teacher, which has no parameters here.
 
     Moves the shared network when it is moved, unless that is sharded: then its weights are where they belong.
     """
@@ -189,30 +199,34 @@ class Role(nn.Module):
         self._shared = (shared,)  # in a tuple, so that the network's weights are not counted as this module's
         self.name = name
         if name is not None:
-            own = {k: p for k, p in shared.network.named_parameters() if f".{name}." in k}
+            own = {k: p for k, p in shared.network.named_parameters() if of_adapter(k, name)}
             self.adapter = parameter_tree({k.replace(f".{name}.", "."): p for k, p in own.items()})
 
     @property
     def shared(self) -> SharedNetwork:
         return self._shared[0]
 
-    def forward(self, sample: Tensor, timestep: Tensor, return_features: bool = False, **condition: Tensor) -> Any:
+    def forward(self, x: Tensor, time: Tensor, return_features: bool = False, **condition: Tensor) -> Any:
         """(b, c', h, w); with return_features, which the network must know, its whole output."""
         with self.shared.running(self.name) as network:
             if return_features:
-                return output(network, sample, timestep, condition, return_features=True)
-            return call(network, sample, timestep, condition)
+                return self.shared.anatomy.call(network, x, time, condition, return_features=True)
+            return self.shared.anatomy.call(network, x, time, condition).sample
 
     def reading_out(self) -> AbstractContextManager[None]:
         """See Whole.reading_out."""
-        return in_float32(last_layer(self.shared.network))
+        return in_float32(self.last)
 
-    def features(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
-        """What the network's last convolution reads, (b, channels, h, w)."""
+    @property
+    def last(self) -> nn.Module:
+        return self.shared.anatomy.last(self.shared.network)
+
+    def features(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
+        """What the network's last layer reads, of a U-Net (b, channels, h, w)."""
         seen: list[Tensor] = []
-        handle = self.shared.network.conv_out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        handle = self.last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
-            self(sample, timestep, **condition)
+            self(x, time, **condition)
         finally:
             handle.remove()
         return seen[0]
@@ -231,39 +245,42 @@ class Role(nn.Module):
 
 
 class AdapterHead(nn.Module):
-    """A role with a last convolution of its own in place of the network's: (b, out_channels, h, w) in float32, zero at first."""
+    """A U-Net's role with a last convolution of its own in its place: (b, out_channels, h, w) in float32, zero at first."""
 
     def __init__(self, role: Role, out_channels: int) -> None:
         super().__init__()
         self.role, self.out_channels = role, out_channels
-        last = last_layer(role.shared.network)
+        last = role.last
         self.conv_out = nn.Conv2d(last.in_channels, out_channels, last.kernel_size, padding=last.padding)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
-        features = self.role.features(sample, timestep, **condition).to(self.conv_out.weight.dtype)
+    def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
+        features = self.role.features(x, time, **condition).to(self.conv_out.weight.dtype)
         with in_float32(self.conv_out):
             return self.conv_out(features)
 
 
 def whole_copy(network: nn.Module) -> nn.Module:
     """A float32 copy whose weights can be trained, without the adapters that may sit on the original by now."""
-    weights = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if ".lora_" not in k}
+    weights = {own_name(k): v for k, v in network.state_dict().items() if not of_adapters(k)}
     clean = type(network).from_config(network.config)
     clean.load_state_dict(weights)
     return clean.float().eval().requires_grad_(True)
 
 
 def last_layer(network: nn.Module) -> nn.Conv2d:
-    """The network's own last convolution, also where an adapter sits on it."""
-    return getattr(network.conv_out, "base_layer", network.conv_out)
+    """A U-Net's own last convolution, also where an adapter sits on it."""
+    return own_layer(network.conv_out)
+
+
+UNET = Anatomy(output, last_layer)
 
 
 def block_layers(network: nn.Module) -> list[str]:
     """The names, within their block, of all linear layers and convolutions in the blocks that a network repeats."""
     blocks = (m for m in network.modules() if type(m).__name__ in network._repeated_blocks)
-    children = ((n, getattr(m, "base_layer", m)) for block in blocks for n, m in block.named_children())  # adapted or not
+    children = ((n, own_layer(m)) for block in blocks for n, m in block.named_children())  # adapted or not
     return sorted({n for n, m in children if isinstance(m, nn.Linear | nn.Conv2d)})
 
 
@@ -283,6 +300,6 @@ def parameter_tree(parameters: Mapping[str, Tensor]) -> nn.Module:
 
 def example_layers(network: nn.Module) -> list[str]:
     """The most frequent endings of names of layers that LoRA can adapt."""
-    names = [n.removesuffix(".base_layer") for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    endings = Counter(n.split(".")[-1] for n in names if ".lora_" not in n)
+    names = [own_name(n) for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    endings = Counter(n.split(".")[-1] for n in names if not of_adapters(n))
     return [e for e, _ in endings.most_common() if not e.isdigit()][:8]

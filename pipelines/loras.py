@@ -15,11 +15,11 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .errors import UserError
+from .peft_layers import layers_with_adapters
 from .reading import damaged_weights
 from .walk import examples
 
@@ -195,7 +195,7 @@ def adapted_layers(network: nn.Module | None, adapters: Iterable[str]) -> set[st
     if network is None:
         return set()
     wanted = set(adapters)
-    return {_plain(n) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer) and wanted & set(m.r)}
+    return {_plain(n) for n, layer in layers_with_adapters(network).items() if wanted & set(layer.r)}
 
 
 def layers_in(file: Path) -> set[str]:

@@ -22,9 +22,8 @@ from pipelines.noise import Level
 from trainers import checkpoint
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
-from trainers.distill import build_objective
 from trainers.draws import DrawSource
-from trainers.edm import EDMModels
+from trainers.families.edm import Family
 from trainers.objectives.base import sample_level
 from trainers.objectives.importance import log_importance, log_standard_normal
 from trainers.objectives.vardiu import VarDiU
@@ -48,9 +47,9 @@ def log_density_of_data(x_t: Tensor, level: Level, data: Tensor) -> Tensor:
 @torch.no_grad()
 def bounds(config: DistillConfig, folder: Path) -> dict[str, float]:
     """The networks of the last checkpoint, measured on fresh draws."""
-    models = EDMModels(config)
+    models = Family(config)
     teacher, student, shape = models.teacher, models.student, models.latent_shape
-    objective, _ = build_objective(config, models)
+    objective = config.objective.build(models, config.steps)
     assert isinstance(objective, VarDiU)
     tensors, _ = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
     checkpoint.restore_tensors(checkpoint.network_tensors(objective.networks), tensors["networks"], str(folder))

@@ -34,7 +34,7 @@ from pipelines.assets import EMOJI as PICTURES
 from pipelines.assets import EMOJI_CLIP, EMOJI_SD, check_assets
 from pipelines.numbers import finite, whole
 from pipelines.provenance import git_commit, versions
-from trainers.teachers import base_weights
+from trainers.families import base_weights
 
 from .jobs import Job, cores, exit_cleanly, kept, run, run_all
 from .quickstart import OBJECTIVES, TEACHER

@@ -39,14 +39,14 @@ from pipelines.adapters import AdapterHead, Role, SharedNetwork, last_layer
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.noise import VPSchedule
 from pipelines.provenance import git_commit, versions
-from trainers.config import DistillConfig, Lora
+from trainers.config import DistillConfig
 from trainers.config_file import validate
+from trainers.config_networks import Lora
 from trainers.data import Tensors
-from trainers.distill import build_objective
 from trainers.draws import DrawSource
+from trainers.families.stable_diffusion import ALL_LAYERS
 from trainers.loop import Trainer
 from trainers.posteriors import COVARIANCES, UNetPosterior
-from trainers.stable_diffusion import ALL_LAYERS
 
 from .jobs import cores, exit_cleanly
 from .lcm_lora import Grid, lcm_loss
@@ -68,7 +68,7 @@ GUIDANCE = 7.5
 
 
 class RandomModels:
-    """trainers.models.Models of a network with random weights; `copies`: a network for each role instead of adapters on one."""
+    """objectives.base.Parts of a network with random weights; `copies`: a network for each role instead of adapters on one."""
 
     num_classes = 0
 
@@ -93,10 +93,10 @@ class RandomModels:
     def _denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.schedule, "epsilon", 1.0)
 
-    def fake_score(self) -> Denoiser:
+    def fake_score(self, section: Any) -> Denoiser:
         return self._denoiser(self._role("aux"))
 
-    def posterior(self, with_mean: bool) -> UNetPosterior:
+    def posterior(self, section: Any, with_mean: bool) -> UNetPosterior:
         covariance = COVARIANCES["learned"](self.latent_shape)
         head = AdapterHead(self._role("aux"), UNetPosterior.num_channels(covariance, with_mean))
         posterior = UNetPosterior(head, covariance, 1.0, with_mean, "epsilon")
@@ -148,7 +148,7 @@ def our_step(shape: dict[str, Any], objective: str, copies: bool, device: torch.
     }
     config = validate(DistillConfig, raw, "the benchmark's configuration")
     models = RandomModels(shape, copies, config.student.lora, device)
-    built, optimizers = build_objective(config, models)
+    built, optimizers = config.objective.build(models, config.steps), config.objective.optimizers()
     draws = DrawSource(0, config.batch_size, models.latent_shape, device, models.examples, micro_batch_size=1)
     trainer = Trainer(
         config, Accelerator(), built, "student", {"student": config.student.optimizer} | optimizers, draws, None, None, None

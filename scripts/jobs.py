@@ -21,7 +21,7 @@ from pipelines.launch import fail
 from pipelines.stable_diffusion import DTYPES
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
-from trainers.teachers import base_weights
+from trainers.families import base_weights
 
 # `accelerate launch` with its defaults spelled out, so that it has nothing to warn about
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]

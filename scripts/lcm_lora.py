@@ -27,9 +27,8 @@ from pipelines.launch import user_errors
 from pipelines.numbers import finite, whole
 from pipelines.stable_diffusion import load_pipeline
 from pipelines.students import save_lora
-from trainers.cache import Encoded
 from trainers.config_data import Captions
-from trainers.stable_diffusion import ALL_LAYERS
+from trainers.families.stable_diffusion import ALL_LAYERS, encode
 
 SOLVER_STEPS = 50  # of the DDIM grid between whose points the student is made consistent
 SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # of the boundary condition: f(x, 0) = x
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
     data = Captions(name="captions", source="parquet", paths=[args.data])
-    encoded = Encoded(args.teacher, data, args.output / "cache", accelerator, torch.float32, seed=args.seed)
+    encoded = encode(args.teacher, data, args.output / "cache", accelerator, torch.float32, seed=args.seed)
     pipe = load_pipeline(args.teacher)
     shared = SharedNetwork(pipe.unet.requires_grad_(False).eval())
     torch.manual_seed(args.seed)

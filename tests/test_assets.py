@@ -159,7 +159,7 @@ def test_a_part_that_does_not_fit_is_named(tmp_path):
 
 def test_fitting_resumed_equals_fitting_on(tmp_path):
     from scripts.assets.fitting import draws, fit
-    from trainers.config import Optimizer
+    from trainers.config_networks import Optimizer
 
     def fitted(folder, steps):
         torch.manual_seed(0)

@@ -29,14 +29,15 @@ from scripts import convert_edm, export_kohya, jobs, sample
 from trainers import cache, distill, train_teacher
 from trainers.config import DistillConfig, TeacherConfig
 from trainers.config_file import ConfigError, load_config
-from trainers.teachers import family_of, load_edm_teacher
+from trainers.families import family_of
+from trainers.families.edm import load_edm_teacher
 
 # Every command: where its work begins, and words that get it there.
 OUT = ["--output", "{tmp}/out"]
 COMMANDS: dict[str, tuple[Callable, object, str, list[str]]] = {
     "distill": (distill.main, distill, "run", ["--config", "configs/digits_vardiu.yaml"]),
     "train_teacher": (train_teacher.main, train_teacher, "run", ["--config", "configs/digits_teacher.yaml"]),
-    "cache": (cache.main, cache.setup, "make_accelerator", ["--config", "configs/sd15_vardiu.yaml"]),
+    "cache": (cache.main, cache.command, "make_accelerator", ["--config", "configs/sd15_vardiu.yaml"]),
     "eval run": (evaluation.main, evaluation, "get_protocol", ["run", "--protocol", "custom", *OUT]),
     "eval metrics": (evaluation.main, evaluation, "with_config", ["metrics", "--protocol", "custom", *OUT]),
     "eval generate": (

@@ -21,7 +21,7 @@ from trainers import distill, train_teacher
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
 from trainers.objectives.importance import log_standard_normal
-from trainers.setup import scatter
+from trainers.preview import scatter
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(f for f in (ROOT / "configs").glob("mog40_*.yaml") if f.stem != "mog40_teacher")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipelines.errors import UserError
-from trainers import cache, distill, setup, train_teacher
+from trainers import cache, command, distill, networks, train_teacher
 from trainers.config import DistillConfig, TeacherConfig
 from trainers.config_file import ConfigError, load_config
 
@@ -110,8 +110,8 @@ def test_attention_at_a_level_that_is_none(level, load):
 def test_attention_at_a_resolution_that_is_none(load):
     network = "network={architecture: ddpmpp, model_channels: 4, channel_mult: [1, 1], attention_resolutions: [%d]}"
     with pytest.raises(ValueError, match=r"no level has 16x16 positions; those of images of 8x8 are 8, 4"):
-        setup.build_unet(load(TEACHER, network % 16).network, 0, "teacher", 8, in_channels=1, out_channels=1)
-    setup.build_unet(load(TEACHER, network % 4).network, 0, "teacher", 8, in_channels=1, out_channels=1)
+        networks.build_unet(load(TEACHER, network % 16).network, 0, "teacher", 8, in_channels=1, out_channels=1)
+    networks.build_unet(load(TEACHER, network % 4).network, 0, "teacher", 8, in_channels=1, out_channels=1)
 
 
 def refusal(main, argv: list[str], capsys) -> str:
@@ -144,9 +144,9 @@ def test_a_tracker_that_is_not_there(trackers, message, teacher_file, tmp_path, 
 
 
 def test_the_extra_of_a_tracker_is_named(monkeypatch):
-    monkeypatch.setattr(setup, "get_available_trackers", list)
+    monkeypatch.setattr(command, "get_available_trackers", list)
     with pytest.raises(UserError, match=r"'tensorboard' is not installed; pip install -e \"\.\[tensorboard\]\", or leave it out"):
-        setup.check_trackers(["tensorboard"])
+        command.check_trackers(["tensorboard"])
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_a_folder_that_has_such_a_name(load, tmp_path, monkeypatch):
 
 def test_the_file_itself(teacher_file, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert setup.parse(TeacherConfig, "", ["--config=~/teacher.yaml"]).steps == 5
+    assert command.parse(TeacherConfig, "", ["--config=~/teacher.yaml"]).steps == 5
 
 
 def test_a_file_in_no_home(capsys):

@@ -30,7 +30,11 @@ FORBIDDEN = {
 
 # What may be imported all the same: the command that puts a run together, evaluations in it included; and the page of a run,
 # since charts and pages are made in eval/ alone, and this one shows what was measured on the way.
-ALLOWED = {("trainers/distill.py", "eval.in_training"), ("trainers/setup.py", "eval.run_page")}
+ALLOWED = {("trainers/distill.py", "eval.in_training"), ("trainers/command.py", "eval.run_page")}
+
+# What runs the updates, whatever they are.
+ENGINE = ("loop", "checkpoint", "ema", "log", "optimizers", "draws", "resume")
+OBJECTIVES = sorted(p.stem for p in (ROOT / "trainers" / "objectives").glob("*.py"))
 
 # Loading a pickle runs whatever code it names.
 UNPICKLERS = {f"{m}.{f}" for m in ("pickle", "_pickle", "dill", "cloudpickle") for f in ("load", "loads")}
@@ -67,6 +71,27 @@ def import_direction(path: Path, source: str) -> list[str]:
         for folder, barred in FORBIDDEN.items()
         if folder in folders and name.partition(".")[0] in barred and (path.as_posix(), name.rpartition(".")[0]) not in ALLOWED
     ]
+
+
+def seams(path: Path, source: str) -> list[str]:
+    """An objective knows no family, a family no objective, the loop neither: they meet in the interfaces of base.py."""
+    tree, room = ast.parse(source), path.parts[:2]
+    barred = {
+        ("trainers", "objectives"): ("trainers.families", "trainers.config", "trainers.loop", "trainers.distill"),
+        ("trainers", "families"): ("trainers.objectives",),
+    }
+    barred |= {("trainers", f"{name}.py"): ("trainers.families", "trainers.objectives") for name in ENGINE}
+    problems = [
+        f"{path}:{line} imports {name}: objectives, families and the loop know each other by base.py alone"
+        for line, name, _ in imports(path, tree)
+        for other in barred.get(room, ())
+        if (name == other or name.startswith(f"{other}.")) and not name.startswith(f"{other}.base.")
+    ]
+    for node in ast.walk(tree):  # objective.name == "foo", o.name != "foo"
+        if room[0] == "trainers" and isinstance(node, ast.Compare) and getattr(node.left, "attr", "") == "name":
+            named = {getattr(c, "value", None) for c in node.comparators} & set(OBJECTIVES)
+            problems += [f"{path}:{node.lineno} asks for the objective {name!r}" for name in named if path.stem != name]
+    return problems
 
 
 def eval_stays_builtin(path: Path, source: str) -> list[str]:
@@ -132,6 +157,14 @@ REJECTED = [
     (import_direction, "trainers/objectives/deeper/x.py", "import yaml"),
     (import_direction, "eval/generate.py", "from ..trainers import loop"),
     (import_direction, "scripts/quickstart.py", "from tests.conftest import SHAPE"),
+    (seams, "trainers/objectives/foo.py", "from ..families.edm import Family"),
+    (seams, "trainers/objectives/foo.py", "from ..config import DistillConfig"),
+    (seams, "trainers/families/foo.py", "from ..objectives.varflow import VarFlow"),
+    (seams, "trainers/families/foo.py", "from ..objectives import CONFIGS"),
+    (seams, "trainers/loop.py", "from .objectives.vardiu import VarDiU"),
+    (seams, "trainers/loop.py", "from .families import family_for"),
+    (seams, "trainers/config.py", "x = self.objective.name == 'varflow'"),
+    (seams, "trainers/families/edm.py", "if o.name != 'vardiu':\n    pass"),
     (eval_stays_builtin, "scripts/quickstart.py", "import eval"),
     (eval_stays_builtin, "scripts/quickstart.py", "import torch, eval.frechet"),
     (eval_stays_builtin, "eval/__main__.py", "from .. import eval"),
@@ -173,8 +206,17 @@ ACCEPTED = [
         "scripts/quickstart.py",
         "import eval.frechet as frechet\nfrom eval.report import html\nimport evaluate",
     ),
+    (
+        seams,
+        "trainers/objectives/foo.py",
+        "from .base import Parts\nfrom ..config_data import Strict\nfrom ..levels import sampler",
+    ),
+    (seams, "trainers/families/foo.py", "from ..objectives.base import Need\nfrom ..config import DistillConfig"),
+    (seams, "trainers/loop.py", "from .objectives.base import Phase"),
+    (seams, "trainers/objectives/vardiu.py", "x = o.name == 'vardiu'"),
+    (seams, "trainers/data.py", "x = data.name == 'digits'"),
     (import_direction, "trainers/distill.py", "from eval.in_training import InTraining"),
-    (import_direction, "trainers/setup.py", "from eval.run_page import write_page"),
+    (import_direction, "trainers/command.py", "from eval.run_page import write_page"),
     (script_shadows_nothing, "scripts/run_eval.py", ""),
     (script_shadows_nothing, "scripts/__init__.py", ""),
     (script_shadows_nothing, "eval/profile.py", ""),
@@ -197,7 +239,7 @@ def test_rule_accepts(rule, path, source):
     assert rule(Path(path), source) == []
 
 
-@pytest.mark.parametrize("rule", [import_direction, eval_stays_builtin, script_shadows_nothing, no_unsafe_calls])
+@pytest.mark.parametrize("rule", [import_direction, seams, eval_stays_builtin, script_shadows_nothing, no_unsafe_calls])
 def test_repository_keeps(rule):
     assert Path("tests/test_imports.py") in SOURCES  # else the search looked in the wrong place and found nothing to check
     problems = [problem for path in SOURCES for problem in rule(path, (ROOT / path).read_text(encoding="utf-8"))]

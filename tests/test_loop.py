@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipelines.errors import UserError
-from trainers.config import Optimizer, Run
+from trainers.config import Run
+from trainers.config_networks import Optimizer
 from trainers.draws import DrawSource
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase

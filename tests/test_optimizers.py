@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainers import checkpoint, config
-from trainers.config import Optimizer
+from trainers import checkpoint, config_networks
+from trainers.config_networks import Optimizer
 from trainers.optimizers import build_optimizer
 
 
@@ -68,7 +68,7 @@ def test_an_optimiser_goes_on_from_a_checkpoint_bit_for_bit(bits, tmp_path):
 
 
 def test_a_missing_library_is_named_before_anything_starts(monkeypatch):
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    monkeypatch.setattr(config_networks, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"bits: 8 needs bitsandbytes, which is not installed; pip install -e \"\.\[8bit\]\", or use 32"
     ):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from trainers.config import Posterior
 from trainers.config_file import ConfigError, validate
 from trainers.posteriors import COVARIANCES, Covariance
+from trainers.posteriors.section import Posterior
 
 # Samples, latents for each, and an image of different sides that can be halved, and halved once only.
 B, K, SHAPE = 5, 7, (3, 4, 6)

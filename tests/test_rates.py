@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from trainers import checkpoint
-from trainers.config import Optimizer, Run
+from trainers.config import Run
+from trainers.config_networks import Optimizer
 from trainers.draws import DrawSource
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase

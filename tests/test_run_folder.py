@@ -78,7 +78,7 @@ def test_a_second_run_in_the_same_folder_is_refused(resume, train, tmp_path):
 def test_two_runs_that_start_at_the_same_moment(train, tmp_path, monkeypatch):
     """Both have found the folder free; only one gets it."""
     run, second = tmp_path / "run", []
-    check = train_teacher.setup.check_output
+    check = train_teacher.command.check_output
 
     def checked(config, accelerator):
         check(config, accelerator)
@@ -86,7 +86,7 @@ def test_two_runs_that_start_at_the_same_moment(train, tmp_path, monkeypatch):
             second.append(None)
             second[0] = train(run)  # the whole of another run, between the look at the folder and the first write
 
-    monkeypatch.setattr(train_teacher.setup, "check_output", checked)
+    monkeypatch.setattr(train_teacher.command, "check_output", checked)
     status, said = train(run)
     assert second[0][0] == 0
     assert status == 2
@@ -182,7 +182,7 @@ def test_an_output_dir_that_cannot_be_is_refused_before_it_is_needed(train, tmp_
         p: f"{str(tmp_path / p / p)!r} is to be a folder, and is none" for p in ("checkpoints", "samples", "snapshots", "teacher")
     }
     before = everything(tmp_path)
-    monkeypatch.setattr(train_teacher, "NewEDM", None)  # nothing is loaded
+    monkeypatch.setattr(train_teacher, "family_for", None)  # nothing is loaded
     for name, reason in cases.items():
         status, said = train(tmp_path / name)
         assert (status, said) == (

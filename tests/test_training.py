@@ -27,16 +27,18 @@ from pipelines.denoiser import Denoiser
 from pipelines.images import load_folder, to_unit
 from pipelines.students import load_student, read_info
 from trainers import checkpoint, distill, train_teacher
-from trainers.config import DistillConfig, Optimizer, Run, TeacherConfig
+from trainers.config import DistillConfig, Run, TeacherConfig
 from trainers.config_file import load_config
+from trainers.config_networks import Optimizer
 from trainers.data import Images
 from trainers.draws import DrawSource
-from trainers.edm import EDMModels
 from trainers.ema import Ema, constant_decay, halflife_decay
+from trainers.families.edm import Family as EDMModels
+from trainers.families.edm import NewTeacher
 from trainers.loop import Trainer
 from trainers.objectives.base import LossTerms, Phase
 from trainers.optimizers import learning_rate
-from trainers.setup import preview
+from trainers.preview import preview
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_2 = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
@@ -361,7 +363,7 @@ def test_where_a_posterior_starts(network, guidance_scale, lab, tmp_path):
     config = load_config(DistillConfig, lab.config("amortized_score", tmp_path / "run"), overrides)
     models = EDMModels(config)
     teacher = models.teacher.requires_grad_(False)
-    posterior, again = (models.posterior(with_mean=True) for _ in range(2))
+    posterior, again = (models.posterior(config.objective.posterior, with_mean=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(posterior.parameters(), again.parameters(), strict=True))
     assert posterior.on_teacher_features == (network == "shared")
 
@@ -661,5 +663,5 @@ def test_half_life_of_an_ema():
 def test_what_is_dropped_for_guidance_is_no_class(tmp_path):
     """Digits are the classes 0 to 9; label_dropout puts the label after the last in their place, which guidance asks for."""
     overrides = ["data.labels=true", f"output_dir={tmp_path}", "network={channels: 8, num_blocks: 1}"]
-    teacher = train_teacher.NewEDM(load_config(TeacherConfig, "configs/digits_teacher.yaml", overrides))
+    teacher = NewTeacher(load_config(TeacherConfig, "configs/digits_teacher.yaml", overrides))
     assert {key: value.item() for key, value in teacher.null_condition.items()} == {"class_labels": 10}

@@ -2,109 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
-
-from pipelines import noise
-from pipelines.edm.layout import ARCHITECTURES
+from pydantic import Field, field_validator, model_validator
 
 from .config_data import TEXT_DATA, Data, Idle, PositiveFloat, PositiveInt, Prompts, Strict, UserPath
-from .config_file import KINDS
-from .config_levels import Levels
-from .posteriors import COVARIANCES
-from .posteriors.flow import TRANSFORMS
+from .config_levels import Levels, Use
+from .config_networks import EDMNetwork, Lora, NewNetwork, Optimizer, Weight
+from .objectives import CONFIGS, AnyObjective
 
-Weight = Literal[tuple(noise.WEIGHTINGS)]
-
-
-# Networks and optimisers ----------------------------------------------------------------------------------------------
-
-
-class Network(Strict):
-    """pipelines.edm.PatchUNet without what the data decide (resolution, channels, classes)."""
-
-    channels: Annotated[int, Field(gt=0, multiple_of=2)] = 64
-    channel_mult: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
-    num_blocks: PositiveInt = 2
-    attention_levels: list[int] = []
-    patch_size: PositiveInt = 1
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _levels_exist(self):
-        for level in self.attention_levels:
-            if not 0 <= level < len(self.channel_mult):
-                last = len(self.channel_mult) - 1
-                raise ValueError(f"attention_levels: there is no level {level}; channel_mult {self.channel_mult} has 0 to {last}")
-        return self
-
-
-class EDMNetwork(Strict):
-    """pipelines.edm.EDMUNet without what the data decide. None: the architecture's own, as Karras et al. 2022 have it."""
-
-    architecture: Literal["ddpmpp", "ncsnpp", "adm"]
-    model_channels: Annotated[int, Field(gt=0, multiple_of=4)] | None = None
-    channel_mult: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
-    num_blocks: PositiveInt | None = None
-    attention_resolutions: list[PositiveInt] | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of EDMUNet."""
-        given = {k: v for k, v in self.model_dump(exclude={"architecture"}).items() if v is not None}
-        return ARCHITECTURES[self.architecture] | given
-
-
-class PointNetwork(Strict):
-    """pipelines.edm.PointNet, for points."""
-
-    width: PositiveInt
-    layers: Annotated[int, Field(ge=2)] = 4
-    frequencies: Annotated[int, Field(ge=0)] = 0
-
-    def options(self) -> dict[str, Any]:
-        return self.model_dump()
-
-
-def kind_of_network(value: Any) -> str:
-    """Networks are told apart by a key that only they have, names by their type: a fault is one of the kind that was meant."""
-    if isinstance(value, str):
-        return KINDS[0]
-    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", ())
-    return KINDS[2] if "architecture" in keys else KINDS[3] if "width" in keys else KINDS[1]
-
-
-AnyNetwork = Annotated[Network, Tag(KINDS[1])] | Annotated[EDMNetwork, Tag(KINDS[2])] | Annotated[PointNetwork, Tag(KINDS[3])]
-NewNetwork = Annotated[AnyNetwork, Discriminator(kind_of_network)]
-
-
-class Optimizer(Strict):
-    """Adam (decoupled weight decay). The rate rises linearly over `warmup_steps` and follows `schedule` down to final_ratio * lr.
-
-    Both count the updates of its own network, as a scheduler of PyTorch does. For the student these are the run's steps; a
-    posterior or fake score makes `warmup_updates` before the first step, which are the first of its `warmup_steps`, and then all
-    of its updates in each step. A decay ends with its last update. `<role>/lr` in metrics.jsonl is the rate of the latest one.
-    """
-
-    idle = (Idle("final_ratio", "schedule linear or cosine", lambda o: o.schedule != "constant"),)
-    lr: PositiveFloat
-    bits: Literal[8, 32] = 32  # of each moment; 8 needs bitsandbytes
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: PositiveFloat | None = 10.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _installed(self):
-        if self.bits == 8 and find_spec("bitsandbytes") is None:
-            raise ValueError('bits: 8 needs bitsandbytes, which is not installed; pip install -e ".[8bit]", or use 32')
-        return self
+ON_DATA = ", ".join(name for name, objective in CONFIGS.items() if objective.built.needs_data)
+UNSCORED = ", ".join(name for name, objective in CONFIGS.items() if not objective.follows_score)
 
 
 class Run(Strict):
@@ -198,6 +107,9 @@ class TeacherConfig(Run):
                     raise ValueError(f"{key} has no effect with pipeline; remove it")
         return self
 
+    def uses(self) -> list[Use]:
+        return [Use("levels", self.levels, {"weighting": self.weighting})]
+
 
 # Distillation ---------------------------------------------------------------------------------------------------------
 
@@ -218,17 +130,6 @@ class Teacher(Strict):
         return self
 
 
-class Lora(Strict):
-    """Low-rank adapters, W + alpha/rank B A, on every layer whose name ends with a target.
-
-    targets None: the layers of the published LoRAs (Stable Diffusion), all layers of all blocks (EDM).
-    """
-
-    rank: PositiveInt = 64
-    alpha: PositiveFloat | None = None  # None: rank
-    targets: Annotated[list[str], Field(min_length=1)] | None = None
-
-
 class Student(Strict):
     """sigma_init and image_range are for pixel models, readout_t for Stable Diffusion; see denoiser.OneStepGenerator."""
 
@@ -239,144 +140,6 @@ class Student(Strict):
     readout_t: Annotated[int, Field(ge=0)] | None = None  # the timestep of the one step; None: the last, as stock pipelines do
     lora: Lora | None = None  # None: all weights are trained
     optimizer: Optimizer
-
-
-class FakeScore(Strict):
-    optimizer: Optimizer
-    network: NewNetwork | None = None  # for exact teachers: a new one; None: of the student's kind
-    lora: Lora | None = None  # an adapter on the teacher's weights; None: a copy of the teacher
-    levels: Levels
-    weighting: Weight = "edm"
-    updates: PositiveInt = 1
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    augment: Annotated[float, Field(ge=0, le=1)] = 0.0  # of what it learns from, not of the student: as in SiD, for EDM networks
-
-
-class FlowOptions(Strict):
-    blocks: PositiveInt = 4  # couplings at each scale
-    transform: Literal[tuple(TRANSFORMS)] = "affine"
-    hidden: PositiveInt = 32  # channels inside a coupling's network
-
-
-PosteriorNetwork = Annotated[
-    Annotated[Literal["shared", "copy", "adapter"], Tag(KINDS[0])] | AnyNetwork, Discriminator(kind_of_network)
-]
-
-
-class Posterior(Strict):
-    # shared: a decoder of its own on the teacher's frozen encoder (EDM); adapter: LoRA and a last layer of its own on the
-    # teacher's frozen weights (Stable Diffusion); copy: the teacher's network, copied; or a section: one from scratch
-    network: PosteriorNetwork = "shared"
-    lora: Lora = Lora()  # adapter only
-    covariance: Literal[tuple(COVARIANCES)] = "linear"
-    rank: PositiveInt = 8  # lowrank only: correlated directions
-    block: PositiveInt | None = None  # learned only: side of a block; None: the largest of 4, 2, 1 that divides both sides
-    flow: FlowOptions = FlowOptions()
-    optimizer: Optimizer
-    updates: Annotated[int, Field(ge=0)] = 0  # of the posterior alone, before each joint update
-    warmup_updates: Annotated[int, Field(ge=0)] = 500
-    min_information: float = 0.05  # nats; below it the run is reported as collapsed
-
-    @model_validator(mode="after")
-    def _options_fit_the_covariance(self):
-        if self.lora != Lora() and self.network != "adapter":
-            raise ValueError("lora has no effect unless network=adapter; remove it")
-        for key, covariance in (("rank", "lowrank"), ("block", "learned"), ("flow", "flow")):
-            if getattr(self, key) != type(self).model_fields[key].default and self.covariance != covariance:
-                raise ValueError(f"{key} has no effect with covariance={self.covariance!r}; remove it (it is for {covariance})")
-        return self
-
-    def covariance_options(self) -> dict[str, Any]:
-        """Keyword arguments of COVARIANCES[self.covariance]."""
-        return {"lowrank": {"rank": self.rank}, "learned": {"block": self.block}, "flow": self.flow.model_dump()}.get(
-            self.covariance, {}
-        )
-
-
-class DiffInstructConfig(Strict):
-    name: Literal["diff_instruct"]
-    levels: Levels
-    weighting: Weight = "sigma2"
-    joint: bool = False  # one update of both networks on the same student samples, instead of two updates on two batches
-    fake_score: FakeScore
-
-    @model_validator(mode="after")
-    def _augmentation_fits(self):
-        if self.joint and self.fake_score.augment:
-            raise ValueError("fake_score.augment and joint exclude each other: in a joint update both see the same samples")
-        alone = not self.joint or self.fake_score.updates > 1 or self.fake_score.warmup_updates
-        if not alone and self.fake_score.levels != self.levels:
-            raise ValueError(
-                "fake_score.levels have no effect: every update is joint, at the objective's levels; give it the same, or set "
-                "joint=false, fake_score.updates above 1 or fake_score.warmup_updates"
-            )
-        return self
-
-
-class VarFlowConfig(Strict):
-    name: Literal["varflow"]
-    levels: Levels
-    weighting: Weight = "sigma2"
-    beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
-    cross: Literal["full", "paired"] = "paired"
-    condition_scale: Annotated[float, Field(ge=0)] = 0.0  # of the condition in the distance; 0 matches images whatever they say
-    features: bool = False  # compare the frozen teacher's feature maps of x_t too
-    grids: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # n: a distance for each block of an n x n grid; 1: the whole
-    samples_per_condition: PositiveInt = 1  # student samples for each data sample; above 1 they are matched with it alone
-
-    @model_validator(mode="after")
-    def _matching_fits(self):
-        for key in ("cross", "condition_scale"):
-            if self.samples_per_condition > 1 and key in self.model_fields_set:
-                raise ValueError(f"{key} has no effect with samples_per_condition={self.samples_per_condition}; remove it")
-        return self
-
-
-class VarDiUConfig(Strict):
-    """The estimators: trainers/objectives/{vardiu,resampled,amortized}.py."""
-
-    name: Literal["vardiu"]
-    estimator: Literal["bound", "multi_sample", "resampled_score", "amortized_score"] = "amortized_score"
-    num_samples: Annotated[int, Field(ge=0)] | None = None  # K; None: 16, for amortized_score 0 (the batch is the pool)
-    levels: Levels
-    weighting: Weight = "sigma2"
-    antithetic: bool = True  # +-eps for each z
-    control_variate: bool = True
-    target_ess: Annotated[float, Field(ge=1)] | None = None  # temper the weights until so many proposals count
-    moves: Annotated[int, Field(ge=0)] = 0  # of z_0 among proposals, num_samples each time, before averaging
-    ess_levels: bool = False  # draw levels in proportion to their effective sample size
-    pool: Literal["batch", "own"] = "batch"  # what the target averages over; own: nothing but the sample itself
-    noise_draws: PositiveInt = 2  # noised copies of each student sample
-    regression_weight: PositiveFloat = 80.0  # of the posterior mean against log q, whose trunk it shares
-    regression_weighting: Weight = "edm"  # of levels in that regression: edm is the error of v, snr that of the noise
-    posterior: Posterior
-
-    @model_validator(mode="after")
-    def _options_fit_the_estimator(self):
-        uses = {"num_samples": "multi_sample resampled_score amortized_score", "control_variate": "bound multi_sample"}
-        uses |= dict.fromkeys(("target_ess", "moves", "ess_levels"), "resampled_score")
-        uses |= dict.fromkeys(("noise_draws", "regression_weight", "regression_weighting", "pool"), "amortized_score")
-        uses["antithetic"] = "bound multi_sample resampled_score"
-        for key, estimators in uses.items():
-            if getattr(self, key) != type(self).model_fields[key].default and self.estimator not in estimators.split():
-                raise ValueError(f"{key} has no effect with estimator={self.estimator!r}; remove it (it is for {estimators})")
-        if self.num_samples == 0 and self.estimator in ("multi_sample", "resampled_score"):
-            raise ValueError(f"num_samples must be at least 1 for estimator={self.estimator!r}; got 0")
-        if self.pool == "own" and self.samples:
-            raise ValueError("pool=own and num_samples > 0 exclude each other: proposals are a pool")
-        if self.ess_levels and self.samples == 1:
-            raise ValueError("ess_levels needs num_samples of at least 2: a single proposal always counts as one")
-        if self.target_ess and self.target_ess > self.samples:
-            raise ValueError(f"target_ess ({self.target_ess:g}) must not be above num_samples ({self.samples})")
-        if self.target_ess and self.moves:
-            raise ValueError("target_ess and moves exclude each other: moves are exact for untempered weights only")
-        return self
-
-    @property
-    def samples(self) -> int:
-        """K."""
-        default = {"bound": 0, "amortized_score": 0}.get(self.estimator, 16)
-        return default if self.num_samples is None else self.num_samples
 
 
 class Evaluation(Strict):
@@ -401,16 +164,22 @@ class DistillConfig(Run):
 
     idle = (
         Idle(
-            "teacher.guidance_scale", "an objective that follows the teacher's score; varflow matches data", lambda c: _scored(c)
+            "teacher.guidance_scale",
+            f"an objective that follows the teacher's score; {UNSCORED} matches data",
+            lambda c: c.objective.follows_score,
         ),
         *(
-            Idle(f"data.{key}", "points that are drawn: teacher.exact=samples, or objective varflow", lambda c: _drawn(c))
+            Idle(
+                f"data.{key}",
+                f"points that are drawn: teacher.exact=samples, or objective {ON_DATA}",
+                lambda c: c.objective.built.needs_data or c.teacher.exact != "density",
+            )
             for key in ("num_samples", "seed")
         ),
     )
     teacher: Teacher
     student: Student
-    objective: Annotated[DiffInstructConfig | VarFlowConfig | VarDiUConfig, Field(discriminator="name")]
+    objective: AnyObjective
     data: Data | None = None
     evaluation: Evaluation | None = None
 
@@ -424,19 +193,15 @@ class DistillConfig(Run):
         return self
 
     @model_validator(mode="after")
-    def _data_given(self):
-        if self.objective.name == "varflow" and self.data is None:
-            raise ValueError("data: objective 'varflow' matches samples of data; add a data section, e.g. data.name=digits")
-        if self.objective.name == "varflow" and isinstance(self.data, Prompts):
-            raise ValueError("data: objective 'varflow' needs images; 'prompts' has none: use captions or teacher_samples")
-        if self.objective.name == "varflow" and self.batch_size < 2:
-            raise ValueError(f"batch_size: {self.batch_size}, expected at least 2; the energy distance needs pairs of samples")
+    def _objective_has_what_it_needs(self):
+        o = self.objective
+        if o.built.needs_data and self.data is None:
+            raise ValueError(f"data: objective {o.name!r} matches samples of data; add a data section, e.g. data.name=digits")
+        if o.built.needs_data and isinstance(self.data, Prompts):
+            raise ValueError(f"data: objective {o.name!r} needs images; 'prompts' has none: use captions or teacher_samples")
+        if self.batch_size < o.least_batch.size:
+            raise ValueError(f"batch_size: {self.batch_size}, expected at least {o.least_batch.size}; {o.least_batch.reason}")
         return self
 
-
-def _scored(config: DistillConfig) -> bool:
-    return config.objective.name != "varflow"
-
-
-def _drawn(config: DistillConfig) -> bool:
-    return config.objective.name == "varflow" or config.teacher.exact != "density"
+    def uses(self) -> list[Use]:
+        return self.objective.uses()

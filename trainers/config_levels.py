@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from pipelines import noise
 
 from .config_data import PositiveFloat, PositiveInt, Strict
+
+LevelSampler = Callable[[Tensor, float], Tensor]  # (u, progress) -> t
 
 
 class Range(Strict):
@@ -83,3 +87,11 @@ class PowerLevels(Range):
 
 
 Levels = Annotated[UniformLevels | LogUniformLevels | LogNormalLevels | KarrasLevels | PowerLevels, Field(discriminator="name")]
+
+
+class Use(NamedTuple):
+    """A `levels` section by its key, and the weightings, by theirs, that are computed at what it draws."""
+
+    key: str
+    levels: Levels
+    weightings: dict[str, str]

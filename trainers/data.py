@@ -8,9 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipelines.analytic import GaussianMixture
+from pipelines import images
+from pipelines.analytic import GaussianMixture, make_mixture
 from pipelines.denoiser import Condition, null_rows
 from pipelines.images import ImageSet, to_unit
+
+from .config_data import Data
 
 
 class Examples(Protocol):
@@ -97,3 +100,23 @@ def without(condition: Condition, null: Condition, rows: Tensor) -> Condition:
         k: torch.where(rows.view(-1, *[1] * (v.ndim - 1)), null_rows(null[k], v), v) if k in null else v
         for k, v in condition.items()
     }
+
+
+def load_data(data: Data) -> Images | Points:
+    """What a `data` section names, for teachers that are no text-to-image models."""
+    if data.name == "mixture":
+        return Points(make_mixture(data.means, data.std, data.weights), data.num_samples, data.seed)
+    return Images(load_images(data))
+
+
+def load_images(data: Data) -> ImageSet:
+    """The image set a `data` section names; labels only where the section asks for them."""
+    if data.name == "digits":
+        digits = images.load_digits(data.image_size)
+        return digits if data.labels else ImageSet(digits.pixels)
+    if data.name == "folder":
+        return images.load_folder(data.path, data.image_size, data.channels, data.labels, data.background)
+    columns = (data.image_column, data.label_column, data.image_size, data.channels, data.background)
+    if data.name == "parquet":
+        return images.load_parquet(data.files, *columns)
+    return images.load_hub(data.id, data.split, *columns)

@@ -13,33 +13,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipelines.errors import UserError
 from pipelines.launch import user_errors
 from pipelines.provenance import git_commit, versions
 
-from . import levels, setup
-from .config import DistillConfig, VarDiUConfig
-from .config import Optimizer as OptimizerConfig
+from . import command
+from .config import DistillConfig
 from .draws import DrawSource
-from .edm import EDMModels
-from .exact import ExactModels
+from .families import family_for, teacher_folder
+from .families.base import Family
 from .loop import Trainer
-from .models import Models
-from .objectives.amortized import AmortizedScore
-from .objectives.base import LevelSampler, Objective
-from .objectives.diff_instruct import DiffInstruct
-from .objectives.resampled import ResampledScore
-from .objectives.vardiu import VarDiU
-from .objectives.varflow import VarFlow
 from .pictures import Watch
 from .sources import load_rows
-from .stable_diffusion import StableDiffusionModels
-from .teachers import family_of, teacher_folder
 
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        run(setup.parse(DistillConfig, __doc__, argv))
+        run(command.parse(DistillConfig, __doc__, argv))
 
 
 def run(config: DistillConfig) -> None:
@@ -50,13 +39,13 @@ def run(config: DistillConfig) -> None:
 
 def make_trainer(config: DistillConfig) -> Trainer:
     """All of a run, ready to start; nothing has been written yet."""
-    accelerator = setup.make_accelerator(config)
-    family = "exact" if config.teacher.exact else family_of(config.teacher.path)
-    setup.check_output(config, accelerator)
+    accelerator = command.make_accelerator(config)
+    family = family_for(config)
+    command.check_output(config, accelerator)
     planned = plan_evaluation(config)  # weights that are missing are an error now, not when a teacher has been loaded
-    models = load_models(config, family, accelerator)
-    objective, optimizers = build_objective(config, models)
-    if setup.sharded():
+    models = family(config, accelerator)
+    objective = config.objective.build(models, config.steps)
+    if command.sharded():
         models.shard()
     draws = DrawSource(
         config.seed,
@@ -75,7 +64,7 @@ def make_trainer(config: DistillConfig) -> Trainer:
         "seed": config.seed,
         "device": str(accelerator.device),
         "threads": torch.get_num_threads(),
-        "versions": versions(setup.PACKAGES),
+        "versions": versions(command.PACKAGES),
         "git_commit": git_commit(),
     }
     return Trainer(
@@ -83,28 +72,22 @@ def make_trainer(config: DistillConfig) -> Trainer:
         accelerator,
         objective,
         "student",
-        {"student": config.student.optimizer} | optimizers,
+        {"student": config.student.optimizer} | config.objective.optimizers(),
         draws,
         preview=models.preview,
         export=lambda folder, info: models.export(folder, facts | info),
-        record=lambda start: setup.record(config, accelerator, start),
+        record=lambda start: command.record(config, accelerator, start),
         evaluate=build_evaluation(config, planned, models, accelerator) if planned else None,
         evaluate_every=config.evaluation.every if config.evaluation else 0,
         watch=build_watch(config, models, accelerator),
-        page=setup.page(config, objective.health),
+        page=command.page(config, objective.health),
     )
 
 
-def build_watch(config: DistillConfig, models: Models, accelerator: Accelerator) -> Watch | None:
+def build_watch(config: DistillConfig, models: Family, accelerator: Accelerator) -> Watch | None:
     """Points are no pictures: theirs is a map of where they lie."""
     points = models.latent_shape[1:] == (1, 1)
     return Watch(models, config.seed, accelerator.device) if config.sample_every and not points else None
-
-
-def load_models(config: DistillConfig, family: str, accelerator: Accelerator) -> Models:
-    if family == "exact":
-        return ExactModels(config)
-    return EDMModels(config) if family == "edm" else StableDiffusionModels(config, accelerator)
 
 
 def plan_evaluation(config: DistillConfig) -> Any:
@@ -117,7 +100,7 @@ def plan_evaluation(config: DistillConfig) -> Any:
 
 
 def build_evaluation(
-    config: DistillConfig, planned: Any, models: Models, accelerator: Accelerator
+    config: DistillConfig, planned: Any, models: Family, accelerator: Accelerator
 ) -> Callable[[int], dict[str, float]]:
     """Image i is of prompt i, from the first again where there are fewer."""
     from eval.in_training import InTraining
@@ -127,56 +110,6 @@ def build_evaluation(
         prompts = load_rows(config.data).prompts
         captions = [prompts[i % len(prompts)] for i in range(e.num_images)]
     return InTraining(planned, e.model_dump(), models.images, accelerator, captions, Path(config.output_dir))
-
-
-def build_objective(config: DistillConfig, models: Models) -> tuple[Objective, dict[str, OptimizerConfig]]:
-    """The objective and the optimisers of its networks other than the student. The only place that lists objectives."""
-    o, student, teacher = config.objective, models.student, models.teacher
-    t_range, sigma_data = teacher.schedule.t_range, teacher.sigma_data
-    drawn = levels.sampler(o.levels, config.steps, t_range)
-    if o.name == "varflow":
-        more = {"condition_scale": o.condition_scale, "num_classes": models.num_classes, "grids": o.grids}
-        more |= {"features": models.features() if o.features else None, "samples_per_condition": o.samples_per_condition}
-        if any(side % n for n in o.grids for side in models.latent_shape[1:]):
-            raise UserError(f"objective.grids: {o.grids} must all divide the sides of the latents, {models.latent_shape[1:]}")
-        return VarFlow(student, teacher.schedule, drawn, o.weighting, o.beta, o.cross, sigma_data, **more), {}
-    if o.name == "diff_instruct":
-        f = o.fake_score
-        objective = DiffInstruct(
-            student,
-            teacher,
-            models.fake_score(),
-            drawn,
-            levels.sampler(f.levels, config.steps, t_range),
-            o.weighting,
-            f.weighting,
-            f.updates,
-            f.warmup_updates,
-            o.joint,
-            f.augment,
-        )
-        return objective, {"fake_score": f.optimizer}
-    return build_vardiu(o, models, drawn), {"posterior": o.posterior.optimizer}
-
-
-def build_vardiu(o: VarDiUConfig, models: Models, drawn: LevelSampler) -> VarDiU:
-    p = o.posterior
-    common = {
-        "levels": drawn,
-        "weighting": o.weighting,
-        "num_samples": o.samples,
-        "posterior_updates": p.updates,
-        "warmup_updates": p.warmup_updates,
-        "min_information": p.min_information,
-    }
-    parts = (models.student, models.teacher, models.posterior(with_mean=o.estimator == "amortized_score"))
-    if o.estimator == "amortized_score":
-        extra = {k: getattr(o, k) for k in ("regression_weight", "regression_weighting", "noise_draws", "pool")}
-        return AmortizedScore(*parts, **common, **extra)
-    if o.estimator == "resampled_score":
-        extra = {"target_ess": o.target_ess, "moves": o.moves, "ess_levels": o.ess_levels}
-        return ResampledScore(*parts, **common, antithetic=o.antithetic, **extra)
-    return VarDiU(*parts, **common, antithetic=o.antithetic, control_variate=o.control_variate)
 
 
 if __name__ == "__main__":

@@ -8,45 +8,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 
 from pipelines.errors import UserError
 from pipelines.noise import Schedule, VPSchedule, weight
 
-from .config import DistillConfig, TeacherConfig
-from .config_levels import Levels, LogNormalLevels
-from .objectives.base import LevelSampler
+from .config_levels import Levels, LevelSampler, LogNormalLevels, Use
 
 MOST_CUT = 0.05  # share of a log_normal that may lie outside what the network knows
 SAID = 0.001  # of which this much is not worth a word
 SLACK = 1 + 1e-6  # a bound that was read from a file may be rounded
 
 
-class Use(NamedTuple):
-    """A `levels` section by its key, and the weightings, by theirs, that are computed at what it draws."""
+class Levelled(Protocol):
+    """A configuration of a training command."""
 
-    key: str
-    levels: Levels
-    weightings: dict[str, str]
+    steps: int
 
-
-def uses(config: DistillConfig | TeacherConfig) -> list[Use]:
-    """All of a configuration."""
-    if isinstance(config, TeacherConfig):
-        return [Use("levels", config.levels, {"weighting": config.weighting})]
-    o = config.objective
-    weightings = {"objective.weighting": o.weighting}
-    if o.name == "vardiu" and o.estimator == "amortized_score":
-        weightings["objective.regression_weighting"] = o.regression_weighting
-    if o.name != "diff_instruct":
-        return [Use("objective.levels", o.levels, weightings)]
-    fake = {"objective.fake_score.weighting": o.fake_score.weighting}
-    return [
-        Use("objective.levels", o.levels, weightings | (fake if o.joint else {})),
-        Use("objective.fake_score.levels", o.fake_score.levels, fake),
-    ]
+    def uses(self) -> list[Use]:
+        """All levels that are drawn."""
 
 
 def sampler(levels: Levels, steps: int, t_range: tuple[float, float]) -> LevelSampler:
@@ -66,12 +48,12 @@ def outside(levels: Levels, t_range: tuple[float, float]) -> tuple[float, float]
     return tuple(float(torch.special.ndtr(torch.tensor(v, dtype=torch.float64))) for v in (low, -high))
 
 
-def check_levels(config: DistillConfig | TeacherConfig, schedule: Schedule, sampled: tuple[float, float] | None = None) -> None:
+def check_levels(config: Levelled, schedule: Schedule, sampled: tuple[float, float] | None = None) -> None:
     """UserError for levels that the teacher does not know, that are another family's, or where a weight is not finite.
 
     sampled: the sigmas at which an EDM teacher is sampled; levels mostly outside them are no sigmas.
     """
-    for use in uses(config):
+    for use in config.uses():
         if isinstance(schedule, VPSchedule):
             check_timesteps(use, schedule)
         check_bounds(use, schedule)

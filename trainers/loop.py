@@ -29,8 +29,8 @@ from pipelines.launch import on_main
 from pipelines.reading import reason_of
 
 from . import checkpoint, resume
-from .config import Optimizer as OptimizerConfig
 from .config import Run
+from .config_networks import Optimizer as OptimizerConfig
 from .draws import DrawSource
 from .ema import Ema, constant_decay, halflife_decay, trained_parameters
 from .lock import FolderLock

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .config import Optimizer as OptimizerConfig
+from .config_networks import Optimizer as OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, done: int, total: int) -> float:

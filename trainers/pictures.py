@@ -28,8 +28,8 @@ from pipelines.noise import EDMSchedule, Schedule, add_noise, karras_t, to_eps
 
 from .draws import derive_seed
 from .ema import Ema
+from .families.base import Family
 from .log import RunLog
-from .models import Models
 
 PICTURES = 8
 PICTURES_OF_TEACHER = 2 * PICTURES  # as many under different conditions as under one
@@ -75,7 +75,7 @@ def sampling_times(schedule: Schedule, low: float, high: float, steps: int = TEA
 class Watch:
     """The numbers of a student's pictures and, for comparison, of its teacher's: the same conditions, the same number."""
 
-    def __init__(self, models: Models, seed: int, device: torch.device) -> None:
+    def __init__(self, models: Family, seed: int, device: torch.device) -> None:
         self.models, self.device = models, device
         generator = torch.Generator().manual_seed(derive_seed(seed, "pictures"))
         self.z = torch.randn(PICTURES, *models.latent_shape, generator=generator)

@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from pipelines import emoji
 from pipelines.launch import user_errors
-from trainers.config import Optimizer
+from trainers.config_networks import Optimizer
 
 from .fitting import draws, fit
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainers import checkpoint
-from trainers.config import Optimizer
+from trainers.config_networks import Optimizer
 from trainers.draws import derive_seed
 from trainers.ema import Ema, constant_decay
 from trainers.optimizers import build_optimizer, learning_rate

@@ -21,7 +21,7 @@ from torchvision.utils import save_image
 from pipelines import emoji
 from pipelines.errors import UserError
 from pipelines.launch import user_errors
-from trainers.config import Optimizer
+from trainers.config_networks import Optimizer
 
 from .fitting import draws, fit
 

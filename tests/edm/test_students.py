@@ -23,12 +23,12 @@ from trainers.augment import augment
 from trainers.config import DistillConfig
 from trainers.config_file import load_config, validate
 from trainers.draws import DrawSource
-from trainers.edm import EDMModels
 from trainers.ema import Ema, constant_decay
+from trainers.families.edm import Family as EDMModels
 from trainers.levels import sampler
 from trainers.objectives.base import sample_level
 from trainers.objectives.diff_instruct import DiffInstruct
-from trainers.setup import preview
+from trainers.preview import preview
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
@@ -126,7 +126,9 @@ def test_lora_student(objective, configure, converted, tmp_path):
     # the trainer's own student, with the averaged weights of its last checkpoint
     models = EDMModels(load_config(DistillConfig, str(file), []))
     if objective in ("diff_instruct", "vardiu_adapter"):
-        _ = models.fake_score() if objective == "diff_instruct" else models.posterior(True)  # a second adapter changes nothing
+        o = models.config.objective
+        # a second adapter changes nothing
+        _ = models.fake_score(o.fake_score) if objective == "diff_instruct" else models.posterior(o.posterior, True)
     models.student.to(memory_format=torch.channels_last)
     ema, (tensors, _) = (
         Ema(models.student, constant_decay(0.5)),
@@ -190,9 +192,9 @@ def test_roles_start_as_the_teacher(case, configure):
             student = models.student(x, condition) / 2 + 0.5
             assert torch.equal(one_step(models.pipeline, x, None if condition is None else condition["class_labels"]), student)
             if objective == "diff_instruct":
-                other = models.fake_score().eval()(x, level, condition)
+                other = models.fake_score(models.config.objective.fake_score).eval()(x, level, condition)
             else:
-                posterior = models.posterior(True)
+                posterior = models.posterior(models.config.objective.posterior, True)
                 assert any("lora_" in n for n, _ in posterior.named_parameters()) == (objective == "vardiu_adapter")
                 other = posterior(x, level, condition, features).x0_mean
         assert_close(other, x0, rtol=1e-5, atol=1e-5)
@@ -219,7 +221,7 @@ def test_adapters_have_the_gradients_of_separate_copies(configure):
     for checkpointing in (False, True):
         config = load_config(DistillConfig, str(file), ["objective.fake_score.augment=0"])
         models = EDMModels(config)
-        objective, _ = distill.build_objective(config, models)
+        objective = config.objective.build(models, config.steps)
         generator = torch.Generator().manual_seed(3)
         for parameter in (p for net in objective.networks.values() for p in net.parameters()):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -292,14 +294,14 @@ def test_augmentation_needs_labels_for_it(configure, converted):
     raw["objective"]["fake_score"]["augment"] = 0.1
     models = EDMModels(validate(DistillConfig, raw, "test"))
     with pytest.raises(ValueError, match=r"fake_score.augment: the teacher has augment_dim=0, 9 are needed; set it to 0"):
-        models.fake_score()
+        models.fake_score(models.config.objective.fake_score)
 
 
 def test_only_the_fake_score_sees_augmented_samples(configure):
     """Its loss is that of changed samples and their labels; the student's does not know of them."""
     config = load_config(DistillConfig, str(configure("diff_instruct")), [])
     models = EDMModels(config)
-    objective, _ = distill.build_objective(config, models)
+    objective = config.objective.build(models, config.steps)
     draw = DrawSource(0, 4, models.latent_shape, torch.device("cpu"), models.examples).batch(("step", 1), 0.0)[0]
     with torch.no_grad():
         x0, labels = augment(models.student(draw.z, draw.condition), draw.normal("augment", 14), 0.5)

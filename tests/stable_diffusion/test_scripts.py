@@ -16,7 +16,7 @@ from pipelines.noise import VPSchedule
 from pipelines.students import load_student
 from scripts import bench_step, bench_text, export_kohya, sample
 from trainers import distill, levels
-from trainers.config import Lora
+from trainers.config_networks import Lora
 
 SHAPE = {
     "unet": {"cross_attention_dim": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
@@ -121,7 +121,7 @@ def test_layouts_differ_in_networks_alone(one_thread):
     """One network against three, with as many trained weights."""
     for copies, expected in ((False, 1), (True, 3)):
         models = bench_step.RandomModels(SHAPE, copies, Lora(rank=3), CPU)
-        fake = models.fake_score()
+        fake = models.fake_score(None)
         bases = {id(d.network.shared.network) for d in (models.teacher, models.student.denoiser, fake)}
         assert len(bases) == expected
         trained = [p for d in (models.student, fake) for p in d.parameters()]

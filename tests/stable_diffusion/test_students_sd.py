@@ -37,7 +37,7 @@ from trainers import checkpoint, distill
 from trainers.config import DistillConfig
 from trainers.config_file import load_config
 from trainers.ema import Ema, constant_decay
-from trainers.stable_diffusion import StableDiffusionModels
+from trainers.families.stable_diffusion import Family as StableDiffusionModels
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 

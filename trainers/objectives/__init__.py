@@ -1,1 +1,21 @@
-"""One file an objective; `trainers.distill.build_objective` lists them."""
+"""One file an objective: its mathematics, its configuration, what it needs and how it is built.
+
+The registry is OBJECTIVES: each file has a class `Config`, an ObjectiveConfig (base.py) whose `name` is the file's.
+"""
+
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from typing import Annotated
+
+from pydantic import Field
+
+from .base import ObjectiveConfig
+
+OBJECTIVES = (
+    "diff_instruct",
+    "varflow",
+    "vardiu",
+)
+CONFIGS: dict[str, type[ObjectiveConfig]] = {name: import_module(f".{name}", __name__).Config for name in OBJECTIVES}
+AnyObjective = Annotated[reduce(or_, CONFIGS.values()), Field(discriminator="name")]

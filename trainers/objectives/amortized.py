@@ -28,8 +28,8 @@ from pipelines.denoiser import Condition
 from pipelines.noise import Level, add_noise, weight
 
 from .base import Draw, LossTerms, Phase, denoising_loss, dot, sample_level
+from .bound import Noised, VarDiU
 from .importance import effective_sample_size, log_importance, weighted_mean
-from .vardiu import Noised, VarDiU
 
 COMPARED_AT_ONCE = 2**22  # numbers, of conditions
 NO_SIGNAL = 1e-10  # an alpha at which the weights of a pool differ by less than rounding

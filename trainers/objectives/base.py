@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.denoiser import Condition
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.noise import Level, Schedule, score
+
+from ..config_data import Strict
+from ..config_levels import LevelSampler, Use
+from ..config_networks import Optimizer
 
 
 class Draw(Protocol):
@@ -35,9 +39,6 @@ class Draw(Protocol):
 class LossTerms(NamedTuple):
     loss: Tensor  # (b,)
     metrics: dict[str, Tensor]  # scalars for the log
-
-
-LevelSampler = Callable[[Tensor, float], Tensor]  # (u, progress) -> t
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,73 @@ class Objective(Protocol):
     needs_data: bool
     health: tuple[HealthCheck, ...]  # metrics that say when a run has gone wrong
     state: dict[str, Tensor]  # by name, what else a checkpoint must keep
+
+
+class Need(NamedTuple):
+    """What a configuration asks of the teacher's family, by its key; a value of None, False or 0 asks for nothing.
+
+    lora, network: a second score network as an adapter on the teacher's weights, or as a new one of that section; augment: one
+    that can be told of augmentations; posterior: a posterior's network; condition_vector: conditions that say something.
+    """
+
+    key: str
+    what: Literal["lora", "network", "augment", "posterior", "condition_vector"]
+    value: Any
+
+
+class Parts(Protocol):
+    """What the family of the teacher gives an objective to be built from. latent_shape: (c, h, w) of z and x0."""
+
+    student: OneStepGenerator
+    teacher: Denoiser
+    latent_shape: tuple[int, int, int]
+    num_classes: int  # of a class-conditional teacher, else 0
+
+    def fake_score(self, section: Any) -> Denoiser:
+        """A score network that starts as the teacher; section: its `lora`, `network` and `augment`."""
+        raise NotImplementedError
+
+    def features(self) -> FeatureMaps:
+        """Maps of the frozen network at its lowest resolution, and, where it has them, the next."""
+        raise NotImplementedError
+
+    def posterior(self, section: Any, with_mean: bool) -> nn.Module:
+        """A posterior (posteriors.UNetPosterior) by its section; it starts as the prior, its mean, where it has one, as the
+        teacher if it is made from its weights.
+        """
+        raise NotImplementedError
+
+
+class LeastBatch(NamedTuple):
+    size: int
+    reason: str
+
+
+class ObjectiveConfig(Strict):
+    """The section `objective` of one kind: its keys, what it needs, how it is built. Subclasses have a `name` and `levels`.
+
+    built: the class of what `build` makes, which says by `needs_data` whether draws must come with data. follows_score: whether
+    the teacher's score is read, so that guidance has an effect. least_batch: what the loss is defined for.
+    """
+
+    built: ClassVar[type[Objective]]
+    follows_score: ClassVar[bool] = True
+    least_batch: ClassVar[LeastBatch] = LeastBatch(1, "")
+
+    def uses(self) -> list[Use]:
+        """All levels that are drawn, and the weightings that are computed at them."""
+        return [Use("objective.levels", self.levels, {"objective.weighting": self.weighting})]
+
+    def needs(self) -> list[Need]:
+        return []
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Of the networks other than the student, by role."""
+        return {}
+
+    def build(self, parts: Parts, steps: int) -> Objective:
+        """For a run of so many steps."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

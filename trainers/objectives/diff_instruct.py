@@ -10,18 +10,26 @@ call of the student and one of the fake score less.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.noise import Level, add_noise, score, weight
 
 from ..augment import NUMBERS, augment
+from ..config_data import PositiveInt, Strict
+from ..config_levels import Levels, LevelSampler, Use
+from ..config_networks import Lora, NewNetwork, Optimizer, Weight
+from ..levels import sampler
 from .base import (
     Draw,
-    LevelSampler,
     LossTerms,
+    Need,
+    ObjectiveConfig,
+    Parts,
     Phase,
     denoising_loss,
     sample_level,
@@ -99,3 +107,66 @@ class DiffInstruct:
         w = weight(self.weighting, level, x0, x0_teacher, self.teacher.sigma_data)
         loss = score_difference_loss(x_t, s_fake, s_teacher, w)
         return LossTerms(loss, {"x0_gap": (x0_fake - x0_teacher).square().mean().sqrt(), "x0_std": x0.detach().std()})
+
+
+class FakeScore(Strict):
+    optimizer: Optimizer
+    network: NewNetwork | None = None  # for exact teachers: a new one; None: of the student's kind
+    lora: Lora | None = None  # an adapter on the teacher's weights; None: a copy of the teacher
+    levels: Levels
+    weighting: Weight = "edm"
+    updates: PositiveInt = 1
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    augment: Annotated[float, Field(ge=0, le=1)] = 0.0  # of what it learns from, not of the student: as in SiD, for EDM networks
+
+
+class Config(ObjectiveConfig):
+    built = DiffInstruct
+    name: Literal["diff_instruct"]
+    levels: Levels
+    weighting: Weight = "sigma2"
+    joint: bool = False  # one update of both networks on the same student samples, instead of two updates on two batches
+    fake_score: FakeScore
+
+    @model_validator(mode="after")
+    def _augmentation_fits(self):
+        if self.joint and self.fake_score.augment:
+            raise ValueError("fake_score.augment and joint exclude each other: in a joint update both see the same samples")
+        alone = not self.joint or self.fake_score.updates > 1 or self.fake_score.warmup_updates
+        if not alone and self.fake_score.levels != self.levels:
+            raise ValueError(
+                "fake_score.levels have no effect: every update is joint, at the objective's levels; give it the same, or set "
+                "joint=false, fake_score.updates above 1 or fake_score.warmup_updates"
+            )
+        return self
+
+    def uses(self) -> list[Use]:
+        own, fake = {"objective.weighting": self.weighting}, {"objective.fake_score.weighting": self.fake_score.weighting}
+        return [
+            Use("objective.levels", self.levels, own | (fake if self.joint else {})),
+            Use("objective.fake_score.levels", self.fake_score.levels, fake),
+        ]
+
+    def needs(self) -> list[Need]:
+        f, key = self.fake_score, "objective.fake_score"
+        asked = {"lora": f.lora, "network": f.network, "augment": f.augment}
+        return [Need(f"{key}.{what}", what, value) for what, value in asked.items()]
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"fake_score": self.fake_score.optimizer}
+
+    def build(self, parts: Parts, steps: int) -> DiffInstruct:
+        f, t_range = self.fake_score, parts.teacher.schedule.t_range
+        return DiffInstruct(
+            parts.student,
+            parts.teacher,
+            parts.fake_score(f),
+            sampler(self.levels, steps, t_range),
+            sampler(f.levels, steps, t_range),
+            self.weighting,
+            f.weighting,
+            f.updates,
+            f.warmup_updates,
+            self.joint,
+            f.augment,
+        )

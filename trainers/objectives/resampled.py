@@ -22,8 +22,8 @@ from torch import Tensor
 from pipelines.noise import Level, score, weight
 
 from .base import Draw, LossTerms, Phase, sample_level, score_difference_loss
+from .bound import Noised, VarDiU
 from .importance import effective_sample_size, log_importance, resampling_move, tempered, weighted_mean
-from .vardiu import Noised, VarDiU
 
 
 class ResampledScore(VarDiU):

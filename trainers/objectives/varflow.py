@@ -20,23 +20,29 @@ still >= 0 and 0 for equal laws:
 and `features` those of the frozen teacher's feature maps of x_t, each position a block: what an image is of shows there in far
 fewer samples. It costs two calls of the teacher and one backward pass through it.
 
-One t a batch. The loss needs only what is compared, so a batch larger than memory is exact: draw all x0 without a graph,
-take dL/dx_t (and in the features) on the cheap loss, then re-run micro-batches with a graph and inject their rows of it.
+One t a batch. What is compared is x_t (and the features), so a batch larger than memory is exact (whole_batch.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from pipelines.denoiser import Condition, FeatureMaps, OneStepGenerator
+from pipelines.errors import UserError
 from pipelines.noise import Level, Schedule, add_noise, weight
 
-from .base import Draw, LevelSampler, LossTerms, Phase, dot, sample_level
+from ..config_data import PositiveInt
+from ..config_levels import Levels, LevelSampler
+from ..config_networks import Weight
+from ..levels import sampler
+from .base import Draw, LeastBatch, Need, ObjectiveConfig, Parts, sample_level
 from .energy import condition_vector, energy_loss, energy_score, grid_blocks, spread, unit_channels
+from .whole_batch import WholeBatch
 
 
 class Batch(NamedTuple):
@@ -46,15 +52,11 @@ class Batch(NamedTuple):
     features: list[Tensor]
 
 
-class VarFlow:
+class VarFlow(WholeBatch):
     """student: the generator; schedule: the teacher's noise; data come with each draw.
 
     features: a frozen network whose feature maps of x_t (given the sample's condition) are compared too, position by position.
     """
-
-    needs_data = True
-    warmup: tuple[Phase, ...] = ()
-    health = ()
 
     def __init__(
         self,
@@ -71,14 +73,11 @@ class VarFlow:
         features: FeatureMaps | None = None,
         samples_per_condition: int = 1,
     ) -> None:
-        self.networks: dict[str, nn.Module] = {"student": student}
-        self.state: dict[str, Tensor] = {}
-        self.frozen: dict[str, nn.Module] = {} if features is None else {"teacher": features}
-        self.student, self.schedule, self.levels, self.weighting = student, schedule, levels, weighting
+        super().__init__(student, None if features is None else {"teacher": features})
+        self.schedule, self.levels, self.weighting = schedule, levels, weighting
         self.beta, self.cross, self.sigma_data, self.condition_scale = beta, cross, sigma_data, condition_scale
         self.num_classes, self.grids, self.features = num_classes, tuple(grids), features
         self.samples = samples_per_condition
-        self.phases = (Phase("student", ("student",), self.loss, prepare=self.prepare),)
 
     def batch_loss(self, student: Batch, data: Batch, said: Tensor | None, same_condition: bool) -> Tensor:
         """(K,) over a whole batch that is noised to one level, without w(t), of K m student and K data samples; said (K, n): the
@@ -109,11 +108,15 @@ class VarFlow:
             return None
         return condition_vector(draw.condition, self.num_classes)
 
-    def compared(self, x0: Tensor, eps: Tensor, condition: Condition, draw: Draw) -> Batch:
-        """What is compared of x0 (n, c, h, w): noised to the batch's level, and the feature maps of that."""
+    def level(self, draw: Draw, rows: int) -> Level:
+        """The one level of a batch."""
+        return sample_level(draw.shared_u.expand(rows), self.levels, draw.progress, self.schedule)
+
+    def noised(self, x0: Tensor, eps: Tensor, condition: Condition, draw: Draw) -> list[Tensor]:
+        """x0 (n, c, h, w) noised to the batch's level, and the feature maps of that."""
         level = self.level(draw, len(x0))
         x_t = add_noise(x0, eps, level)
-        return Batch(x_t, self.features(x_t, level, condition) if self.features else [])
+        return [x_t, *(self.features(x_t, level, condition) if self.features else ())]
 
     def drawn(self, draw: Draw) -> tuple[Tensor, Tensor, Condition]:
         """z and eps (b m, c, h, w) and the condition of m samples for each row of the batch, a row's one after the other."""
@@ -127,57 +130,63 @@ class VarFlow:
         condition = draw.condition and {key: value.repeat_interleave(self.samples, 0) for key, value in draw.condition.items()}
         return torch.stack(z, 1).flatten(0, 1), torch.stack(eps, 1).flatten(0, 1), condition
 
-    def of_student(self, draw: Draw) -> tuple[Tensor, Batch]:
-        """x0 (b m, c, h, w), and what is compared of it."""
+    def of_student(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
         z, eps, condition = self.drawn(draw)
         x0 = self.student(z, condition)
-        return x0, self.compared(x0, eps, condition, draw)
+        return x0, self.noised(x0, eps, condition, draw)
 
-    def level(self, draw: Draw, rows: int) -> Level:
-        """The one level of a batch."""
-        return sample_level(draw.shared_u.expand(rows), self.levels, draw.progress, self.schedule)
+    def of_data(self, draw: Draw) -> list[Tensor | None]:
+        noised = self.noised(draw.x0, draw.normal("data_eps", *draw.eps.shape[1:]), draw.condition, draw)
+        return [draw.x0, self.said(draw), *noised]
 
-    def level_weight(self, draw: Draw, x0: Tensor, x0_data: Tensor) -> Tensor:
-        """(b,), the mean over a row's samples. x0 (b m, c, h, w), x0_data (b, c, h, w)."""
+    def whole_loss(self, x0: Tensor, student: Sequence[Tensor], data: Sequence[Tensor | None], draw: Draw) -> Tensor:
+        x0_data, said, *data = data
+        student, data = (Batch(x_t, features) for x_t, *features in (student, data))
+        # (b,), the mean over a row's samples
         x0_data = x0_data.repeat_interleave(self.samples, 0)
-        return weight(self.weighting, self.level(draw, len(x0)), x0, x0_data, self.sigma_data).view(-1, self.samples).mean(1)
-
-    @torch.no_grad()
-    def of_data(self, draw: Draw) -> Batch:
-        return self.compared(draw.x0, draw.normal("data_eps", *draw.eps.shape[1:]), draw.condition, draw)
-
-    def prepare(self, draws: Sequence[Draw], gather: Callable[[Tensor], Tensor]) -> list[tuple[Batch, Tensor]]:
-        """For each micro-batch its rows of (K dL/d what is compared, per-sample loss), exact over all processes."""
-        with torch.no_grad():
-            x0, mine = zip(*(self.of_student(d) for d in draws), strict=True)
-        student, data = (gathered(batches, gather) for batches in (mine, [self.of_data(d) for d in draws]))
-        leaves = [t.requires_grad_() for t in (student.x_t, *student.features)]
-        said = [self.said(d) for d in draws]
-        said = None if said[0] is None else gather(torch.cat(said))
-        w = self.level_weight(draws[0], *(gather(torch.cat(t)) for t in (x0, [d.x0 for d in draws])))
-        per_sample = w * self.batch_loss(student, data, said, draws[0].condition is not None)
-        gradients = torch.autograd.grad(per_sample.sum(), leaves)
-        first, sizes = draws[0].first_row, [len(d.x0) for d in draws]  # this process's rows start here
-        rows, m = slice(first, first + sum(sizes)), self.samples
-        parts = zip(*(g.unflatten(0, (-1, m))[rows].split(sizes) for g in gradients), strict=True)
-        values = per_sample.detach()[rows].split(sizes)
-        flat = ([g.flatten(0, 1) for g in part] for part in parts)
-        return [(Batch(x_t, features), value) for (x_t, *features), value in zip(flat, values, strict=True)]
-
-    def loss(self, draw: Draw, context: tuple[Batch, Tensor] | None = None) -> LossTerms:
-        x0, batch = self.of_student(draw)
-        metrics = {"x0_std": x0.detach().std()}
-        if context is None:
-            loss = self.batch_loss(batch, self.of_data(draw), self.said(draw), draw.condition is not None)
-            return LossTerms(self.level_weight(draw, x0, draw.x0) * loss, metrics)
-        gradient, value = context
-        # its gradient is that of the batch's loss through this micro-batch; its value is replaced by the loss's
-        surrogate = sum(dot(g, x) for g, x in zip((gradient.x_t, *gradient.features), (batch.x_t, *batch.features), strict=True))
-        surrogate = surrogate.view(-1, self.samples).sum(1)
-        return LossTerms(surrogate - surrogate.detach() + value, metrics)
+        w = weight(self.weighting, self.level(draw, len(x0)), x0, x0_data, self.sigma_data).view(-1, self.samples).mean(1)
+        return w * self.batch_loss(student, data, said, draw.condition is not None)
 
 
-def gathered(batches: Sequence[Batch], gather: Callable[[Tensor], Tensor]) -> Batch:
-    """Micro-batches of all processes as one."""
-    x_t = gather(torch.cat([b.x_t for b in batches]))
-    return Batch(x_t, [gather(torch.cat(maps)) for maps in zip(*(b.features for b in batches), strict=True)])
+class Config(ObjectiveConfig):
+    built = VarFlow
+    follows_score = False
+    least_batch = LeastBatch(2, "the energy distance needs pairs of samples")
+    name: Literal["varflow"]
+    levels: Levels
+    weighting: Weight = "sigma2"
+    beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
+    cross: Literal["full", "paired"] = "paired"
+    condition_scale: Annotated[float, Field(ge=0)] = 0.0  # of the condition in the distance; 0 matches images whatever they say
+    features: bool = False  # compare the frozen teacher's feature maps of x_t too
+    grids: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # n: a distance for each block of an n x n grid; 1: the whole
+    samples_per_condition: PositiveInt = 1  # student samples for each data sample; above 1 they are matched with it alone
+
+    @model_validator(mode="after")
+    def _matching_fits(self):
+        for key in ("cross", "condition_scale"):
+            if self.samples_per_condition > 1 and key in self.model_fields_set:
+                raise ValueError(f"{key} has no effect with samples_per_condition={self.samples_per_condition}; remove it")
+        return self
+
+    def needs(self) -> list[Need]:
+        return [Need("objective.condition_scale", "condition_vector", self.condition_scale)]
+
+    def build(self, parts: Parts, steps: int) -> VarFlow:
+        teacher, sides = parts.teacher, parts.latent_shape[1:]
+        if any(side % n for n in self.grids for side in sides):
+            raise UserError(f"objective.grids: {self.grids} must all divide the sides of the latents, {sides}")
+        return VarFlow(
+            parts.student,
+            teacher.schedule,
+            sampler(self.levels, steps, teacher.schedule.t_range),
+            self.weighting,
+            self.beta,
+            self.cross,
+            teacher.sigma_data,
+            self.condition_scale,
+            parts.num_classes,
+            self.grids,
+            parts.features() if self.features else None,
+            self.samples_per_condition,
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipelines.analytic import EmpiricalPosterior
@@ -17,28 +18,33 @@ from pipelines.noise import EDMSchedule
 from pipelines.preconditioning import EDM
 from pipelines.students import save_edm_student
 
-from . import setup
-from .config import DistillConfig
-from .config_data import TEXT_DATA
-from .levels import check_levels
-from .models import build_covariance, pixels, refuse, unit_noise
-from .posteriors import UNetPosterior
+from ..config import DistillConfig
+from ..config_data import TEXT_DATA
+from ..data import load_data
+from ..levels import check_levels
+from ..networks import build_unet
+from ..objectives.base import Need
+from ..posteriors import UNetPosterior
+from ..posteriors.section import Posterior
+from ..preview import preview
+from . import base
+from .base import build_covariance, refuse, unit_noise
 
 
-class ExactModels:
-    """See models.Models. Student, fake score and posterior are networks of their own behind EDM's preconditioning, whose
+class Family(base.Family):
+    """See base.Family. Student, fake score and posterior are networks of their own behind EDM's preconditioning, whose
     sigma_data is the standard deviation of the data; all start from the seed. The student's last layer starts at zero, so that
     with EDM's preconditioning it starts as a Gaussian: at sigma_init = sigma_data as one of half the data's standard deviation.
     """
 
-    num_classes = 0
-    facts: dict[str, Any]
+    called = "an exact teacher"
+    teacher_keys, student_keys = ("exact",), ("network", "preconditioning", "sigma_init", "image_range")
+    gives = ("network", "posterior")
 
-    def __init__(self, config: DistillConfig) -> None:
-        self.config = config
-        check(config)
+    def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
+        super().__init__(config, accelerator)
         check_levels(config, EDMSchedule(0.0, math.inf))
-        data = setup.load_data(config.data)
+        data = load_data(config.data)
         self.latent_shape, points = data.shape, config.data.name == "mixture"
         if config.teacher.exact == "density":
             exact: nn.Module = data.mixture
@@ -49,7 +55,7 @@ class ExactModels:
         self.schedule = exact.schedule
         self.sampling_range = (0.004 * self.sigma_data, 160 * self.sigma_data)  # EDM's 0.002 to 80, of data of spread 0.5
         self.teacher = Denoiser(exact, self.schedule, "sample", self.sigma_data)
-        self.examples = data if config.objective.name == "varflow" else None
+        self.examples = data if config.objective.built.needs_data else None
         sigma_init = config.student.sigma_init or self.sigma_data
         known = config.student.preconditioning or "edm"
         network = self._network(config.student.network, "student", self.latent_shape[0])
@@ -68,36 +74,56 @@ class ExactModels:
         self.student = OneStepGenerator(student, sigma_init, image_range)
         self.facts = {"family": "edm", "weights": "unet", "readout_sigma": sigma_init, "teacher": config.teacher.exact}
 
+    @classmethod
+    def check(cls, config: DistillConfig) -> None:
+        t, s = config.teacher, config.student
+        if config.data is None or isinstance(config.data, TEXT_DATA):
+            raise UserError("data: an exact teacher is that of a mixture or of an image set; add one, e.g. data={name: mixture}")
+        if t.exact == "density" and config.data.name != "mixture":
+            raise UserError(
+                f"teacher.exact: the density of {config.data.name!r} is unknown; use exact=samples or data.name=mixture"
+            )
+        if getattr(config.data, "labels", False) or getattr(config.data, "label_column", None):
+            raise UserError("data: an exact teacher is unconditional; remove the labels")
+        if s.network is None:
+            raise UserError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
+        super().check(config)
+        if config.data.name == "mixture":
+            refuse(cls.called, {"student.image_range": s.image_range, "evaluation": config.evaluation})
+
+    @classmethod
+    def refusal(cls, need: Need) -> str | None:
+        if need.what == "posterior" and isinstance(need.value, str):
+            return (
+                f"{need.key}: {need.value!r} builds on a teacher's network, an exact teacher has none; "
+                "give a section, e.g. {width: 400, layers: 4}"
+            )
+        return super().refusal(need)
+
     def _network(self, section: Any, role: str, out_channels: int) -> nn.Module:
         channels, size, _ = self.latent_shape
         shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": 0}
-        return setup.build_unet(section, self.config.seed, role, size, **shape)
+        return build_unet(section, self.config.seed, role, size, **shape)
 
     def _denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.schedule, EDM(self.sigma_data), self.sigma_data)
 
-    def fake_score(self) -> Denoiser:
+    def fake_score(self, section: Any) -> Denoiser:
         """From nothing, so it wants warm-up updates: an exact teacher has no weights to start from."""
-        section = self.config.objective.fake_score.network or self.config.student.network
-        return self._denoiser(self._network(section, "fake_score", self.latent_shape[0]))
+        network = section.network or self.config.student.network
+        return self._denoiser(self._network(network, "fake_score", self.latent_shape[0]))
 
     def features(self) -> FeatureMaps:
         raise UserError("objective.features: an exact teacher has no network and no feature maps; remove it")
 
-    def posterior(self, with_mean: bool) -> UNetPosterior:
-        covariance = build_covariance(self.config, self.latent_shape)
+    def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
+        covariance = build_covariance(section, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
-        network = self._network(self.config.objective.posterior.network, "posterior", out_channels)
+        network = self._network(section.network, "posterior", out_channels)
         return UNetPosterior(network, covariance, self.sigma_data, with_mean)
 
     def preview(self) -> Tensor:
-        return setup.preview(self.pipeline, self.config.num_samples, self.config.seed)
-
-    def condition(self, rows: Tensor) -> None:
-        return None
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return pixels(x0)
+        return preview(self.pipeline, self.config.num_samples, self.config.seed)
 
     def images(self, index: range) -> Tensor:
         return self.pipeline(latents=unit_noise(self.config, index, self.latent_shape), output_type="pt").images
@@ -107,37 +133,3 @@ class ExactModels:
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
         save_edm_student(folder, self.pipeline, info)
-
-
-def check(config: DistillConfig) -> None:
-    """ValueError for settings that an exact teacher lacks or needs, before anything is loaded."""
-    t, s, o = config.teacher, config.student, config.objective
-    if config.data is None or isinstance(config.data, TEXT_DATA):
-        raise UserError("data: an exact teacher is that of a mixture or of an image set; add one, e.g. data={name: mixture}")
-    if t.exact == "density" and config.data.name != "mixture":
-        raise UserError(f"teacher.exact: the density of {config.data.name!r} is unknown; use exact=samples or data.name=mixture")
-    if getattr(config.data, "labels", False) or getattr(config.data, "label_column", None):
-        raise UserError("data: an exact teacher is unconditional; remove the labels")
-    if s.network is None:
-        raise UserError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
-    posterior = getattr(o, "posterior", None)
-    if posterior is not None and isinstance(posterior.network, str):
-        raise UserError(
-            f"objective.posterior.network: {posterior.network!r} builds on a teacher's network, an exact teacher has none; "
-            "give a section, e.g. {width: 400, layers: 4}"
-        )
-    fake_score = getattr(o, "fake_score", None)
-    settings = {
-        "teacher.guidance_scale": t.guidance_scale if t.guidance_scale != 1 else None,
-        "teacher.negative_prompt": t.negative_prompt,
-        "teacher.variant": t.variant,
-        "teacher.dtype": None if t.dtype == "float32" else t.dtype,
-        "student.readout_t": s.readout_t,
-        "student.lora": s.lora,
-        "objective.fake_score.lora": fake_score and fake_score.lora,
-        "objective.fake_score.augment": (fake_score and fake_score.augment) or None,
-        "objective.condition_scale": getattr(o, "condition_scale", 0) or None,
-        "student.image_range": s.image_range if config.data.name == "mixture" else None,
-        "evaluation": config.evaluation if config.data.name == "mixture" else None,
-    }
-    refuse("an exact teacher", settings)

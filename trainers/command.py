@@ -1,4 +1,4 @@
-"""What both training commands do before and after the loop: read the configuration, check the ground, build parts."""
+"""What all training commands do around the loop: read the configuration, check the ground, record the run, draw its page."""
 
 from __future__ import annotations
 
@@ -15,32 +15,24 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
-from torch import Tensor
 
-from pipelines import atomic, images
-from pipelines.analytic import make_mixture
-from pipelines.edm import EDMPipeline, EDMUNet, PatchUNet, PointNet
+from pipelines import atomic
 from pipelines.errors import UserError
-from pipelines.images import ImageSet
 from pipelines.launch import check_processes, on_main
 from pipelines.launch_options import TRAINING, check_launch
 from pipelines.paths import path_option
 from pipelines.provenance import git_commit, versions
 
 from . import resume
-from .config import Data, EDMNetwork, Network, PointNetwork, Run, TeacherConfig
+from .config import Run, TeacherConfig
 from .config_file import load_config
-from .data import Images, Points
-from .draws import derive_seed, split
+from .draws import split
 from .lock import check_unlocked
 from .log import LOGS
 from .objectives.base import HealthCheck
-from .pictures import enlarged
 from .resume import Start
 
 PACKAGES = ("one-step-distill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
-
-PREVIEW_POINTS = 10_000
 
 R = TypeVar("R", bound=Run)
 
@@ -157,56 +149,6 @@ def environment(accelerator: Accelerator) -> dict:
     }
 
 
-def load_data(data: Data) -> Images | Points:
-    """What a `data` section names, for teachers that are no text-to-image models."""
-    if data.name == "mixture":
-        return Points(make_mixture(data.means, data.std, data.weights), data.num_samples, data.seed)
-    return Images(load_images(data))
-
-
-def load_images(data: Data) -> ImageSet:
-    """The image set a `data` section names; labels only where the section asks for them."""
-    if data.name == "digits":
-        digits = images.load_digits(data.image_size)
-        return digits if data.labels else ImageSet(digits.pixels)
-    if data.name == "folder":
-        return images.load_folder(data.path, data.image_size, data.channels, data.labels, data.background)
-    columns = (data.image_column, data.label_column, data.image_size, data.channels, data.background)
-    if data.name == "parquet":
-        return images.load_parquet(data.files, *columns)
-    return images.load_hub(data.id, data.split, *columns)
-
-
-def build_unet(
-    network: Network | EDMNetwork | PointNetwork, seed: int, role: str, sample_size: int, **shape: int
-) -> PatchUNet | EDMUNet | PointNet:
-    """A network whose initial weights depend on the seed and its role alone."""
-    if isinstance(network, PointNetwork) != (sample_size == 1):
-        raise UserError(
-            f"network: {type(network).__name__} does not fit data of {sample_size}x{sample_size} pixels; "
-            "points take {width: 400, layers: 4}, images one of the others"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "init", role))
-        if isinstance(network, EDMNetwork):
-            _check_attention(network, sample_size)
-            return EDMUNet(sample_size=sample_size, **shape, **network.options())
-        if isinstance(network, PointNetwork):
-            return PointNet(**shape, **network.options())
-        return PatchUNet(sample_size=sample_size, **shape, **network.model_dump())
-
-
-def _check_attention(network: EDMNetwork, sample_size: int) -> None:
-    """UserError for a resolution that is asked for attention and that no level has."""
-    sides = [sample_size >> level for level in range(len(network.options()["channel_mult"]))]
-    for side in network.attention_resolutions or ():
-        if side not in sides:
-            raise UserError(
-                f"network.attention_resolutions: no level has {side}x{side} positions; "
-                f"those of images of {sample_size}x{sample_size} are {', '.join(map(str, sides))}"
-            )
-
-
 def page(run: Run, health: Sequence[HealthCheck]) -> Callable[[str, int], None] | None:
     """page(state, step) writes report.html, which eval/ draws from the files in output_dir; None for a run without pictures.
 
@@ -222,27 +164,3 @@ def page(run: Run, health: Sequence[HealthCheck]) -> Callable[[str, int], None] 
         write_page(Path(run.output_dir), state, step, [(check.metric, check.minimum, check.message) for check in health])
 
     return write
-
-
-def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
-    """Images (count, c, h, w) in [0, 1] from fixed noise, so that pictures of one run can be compared; small ones enlarged.
-
-    Of a model of points one picture of where many of them lie.
-    """
-    generator = torch.Generator().manual_seed(derive_seed(seed, "preview"))
-    if isinstance(pipeline.unet, PointNet):
-        points = pipeline(PREVIEW_POINTS, generator=generator, output_type="latent").images.flatten(1)
-        return scatter(points, pipeline.scheduler.config.sigma_data)
-    num_classes = pipeline.unet.config.num_classes
-    labels = torch.arange(count) % num_classes if num_classes else None
-    return enlarged(pipeline(count, class_labels=labels, generator=generator, output_type="pt").images)
-
-
-def scatter(points: Tensor, spread: float, side: int = 256) -> Tensor:
-    """Where points (n, d) lie by their first two coordinates, each within 3 spreads of 0: (1, 1, side, side) in [0, 1].
-
-    Black on white, y upwards, darker by the logarithm of how many there are; those outside are left out.
-    """
-    plane = points[:, [0, min(1, points.shape[1] - 1)]].double().cpu()
-    counts = torch.histogramdd(plane, side, range=[-3 * spread, 3 * spread] * 2).hist.log1p()
-    return (1 - counts / counts.max().clamp_min(1e-12)).T.flip(0)[None, None].float()

@@ -1,0 +1,258 @@
+"""EDM teachers: one frozen network; students and scores are adapters on it or copies, posteriors decoders on its encoder too."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_layer, whole_copy
+from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet, PatchUNet, PointNet
+from pipelines.edm.features import second_decoder, with_outputs
+from pipelines.errors import UserError
+from pipelines.identity import weights_sha256
+from pipelines.noise import EDMSchedule
+from pipelines.reading import damaged_weights, loading, read_json, refuse_single_file
+from pipelines.students import save_edm_student
+
+from .. import augment, data
+from ..config import DistillConfig, TeacherConfig
+from ..config_data import TEXT_DATA
+from ..config_networks import Lora
+from ..data import Images, Labels, Points
+from ..levels import check_levels
+from ..networks import build_unet
+from ..posteriors import UNetPosterior
+from ..posteriors.section import Posterior
+from ..preview import preview
+from . import base
+from .base import Learner, add_role, build_covariance, refuse, unit_noise
+
+
+class Family(base.Family):
+    """See base.Family. Students run without dropout: g(z) has to be one function of z for its score to mean anything."""
+
+    called = "an EDM teacher"
+    teacher_keys, student_keys = ("path", "guidance_scale"), ("sigma_init", "image_range", "lora")
+    gives = ("lora", "augment", "posterior", "condition_vector")
+
+    def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
+        super().__init__(config, accelerator)
+        pipeline = load_edm_teacher(config.teacher.path)
+        self._behind = pipeline.denoiser(config.teacher.guidance_scale)
+        grid = pipeline.scheduler.config
+        check_levels(config, self._behind.schedule, (grid.sigma_min, grid.sigma_max))
+        shape, lora = pipeline.unet.config, config.student.lora
+        self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
+        self.num_classes = shape.num_classes or 0
+        self.sampling_range = (grid.sigma_min, grid.sigma_max)
+        for need in config.objective.needs():
+            if need.what == "condition_vector" and need.value and not self.num_classes:
+                raise UserError(f"{need.key} has no effect: the teacher is unconditional; remove it")
+        if config.data:
+            self.examples = data.load_data(config.data)
+            self._check_data(self.examples)
+        else:
+            self.examples = Labels(self.num_classes) if self.num_classes else None
+        base_weights = weights_sha256({"unet": pipeline.unet})
+        self.base = SharedNetwork(pipeline.unet)
+        self.teacher = self._denoiser(self.base.teacher(), guided=True)
+        sigma_init = self._readout_level(2.5 if config.student.sigma_init is None else config.student.sigma_init)
+        scheduler = EDMScheduler.from_config(
+            grid, sigma_min=min(grid.sigma_min, sigma_init), sigma_max=sigma_init, sampler="renoise", num_inference_steps=1
+        )
+        network = self._role("student", lora)
+        self.pipeline = EDMPipeline(self.base.network if lora else network, scheduler)
+        self.pipeline.set_progress_bar_config(disable=True)
+        points = isinstance(self.base.network, PointNet)
+        if points:
+            refuse("a teacher of points", {"student.image_range": config.student.image_range, "evaluation": config.evaluation})
+        image_range = not points and config.student.image_range is not False
+        self.student = OneStepGenerator(self._denoiser(network), sigma_init, image_range)
+        self.facts = {"family": "edm", "weights": "lora" if lora else "unet", "readout_sigma": sigma_init}
+        self.facts |= {"base_weights": base_weights, "base_dtype": "float32"}
+
+    @classmethod
+    def check(cls, config: DistillConfig) -> None:
+        if isinstance(config.data, TEXT_DATA):
+            takes = "an EDM teacher takes digits, parquet, hub or folder"
+            raise UserError(f"data: {config.data.name!r} is for Stable Diffusion teachers; {takes}")
+        super().check(config)
+        if not config.objective.built.needs_data:
+            refuse(f"{cls.called} and objective {config.objective.name!r}, which need no data", {"data": config.data})
+
+    def _readout_level(self, sigma_init: float) -> float:
+        """The level nearest to it that the teacher knows."""
+        known = self._behind.preconditioner
+        low, high = known.sigma_range
+        if not low <= sigma_init <= high:
+            raise UserError(f"student.sigma_init: {sigma_init:g} is outside the teacher's noise levels, {low:g} to {high:g}")
+        return float(known.nearest(torch.tensor(sigma_init, dtype=torch.float64)))
+
+    def _denoiser(self, network: nn.Module, guided: bool = False) -> Denoiser:
+        """A network behind the teacher's preconditioning."""
+        b = self._behind
+        guidance = (b.guidance_scale, b.null_condition) if guided else ()
+        return Denoiser(network, b.schedule, b.preconditioner, b.sigma_data, *guidance)
+
+    def _role(self, name: str, lora: Lora | None) -> nn.Module:
+        """An adapter on the teacher's weights, or a copy of them."""
+        network = self.base.network
+        return whole_copy(network) if lora is None else add_role(self.base, name, lora, block_layers(network), self.config.seed)
+
+    def _check_data(self, given: Images | Points) -> None:
+        """The data must be what the teacher makes: same channels, resolution and classes."""
+        if given.shape != self.latent_shape:
+            raise UserError(
+                f"data: images are {given.shape} (channels, height, width), the teacher "
+                f"{self.config.teacher.path!r} makes {self.latent_shape}; set data.image_size={self.latent_shape[1]} and "
+                f"data.channels={self.latent_shape[0]}, or another teacher"
+            )
+        if self.num_classes != len(given.class_names):
+            raise UserError(
+                f"data: {len(given.class_names)} classes, the teacher has {self.num_classes}; "
+                "give labels for a class-conditional teacher and none for an unconditional one"
+            )
+
+    def features(self) -> FeatureMaps:
+        """Without guidance: x_t of either side is compared under its own label."""
+        return FeatureMaps(self._denoiser(self.base.teacher()), (self.base.network.bottom,))
+
+    def fake_score(self, section: Any) -> Denoiser:
+        """A copy trains with the teacher's dropout."""
+        labels = self.base.network.config.get("augment_dim", 0)
+        if section.augment and labels != augment.DIM:
+            raise UserError(
+                f"objective.fake_score.augment: the teacher has augment_dim={labels}, {augment.DIM} are needed; set it to 0"
+            )
+        return self._denoiser(self._role("aux", section.lora).train())
+
+    def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
+        p, own, behind = section, self.base.network, self._behind
+        covariance = build_covariance(p, self.config.seed, self.latent_shape)
+        out_channels = UNetPosterior.num_channels(covariance, with_mean)
+        if isinstance(p.network, str):
+            network = {
+                "shared": lambda: second_decoder(whole_copy(own).dec, out_channels),
+                "copy": lambda: with_outputs(whole_copy(own), out_channels),
+                "adapter": lambda: AdapterHead(self._role("aux", p.lora), out_channels),
+            }[p.network]()
+            posterior = UNetPosterior(network, covariance, behind.sigma_data, with_mean, behind.preconditioner)
+            if with_mean:
+                posterior.start_mean(last_layer(own))
+            return posterior
+        channels, size, _ = self.latent_shape
+        shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": self.num_classes}
+        network = build_unet(p.network, self.config.seed, "posterior", size, **shape)
+        return UNetPosterior(network, covariance, behind.sigma_data, with_mean)
+
+    def preview(self) -> Tensor:
+        with self.base.running("student" if self.config.student.lora else None):
+            return preview(self.pipeline, self.config.num_samples, self.config.seed)
+
+    def images(self, index: range) -> Tensor:
+        z = unit_noise(self.config, index, self.latent_shape)
+        labels = torch.tensor(index) % self.num_classes if self.num_classes else None
+        with self.base.running("student" if self.config.student.lora else None):
+            return self.pipeline(class_labels=labels, latents=z, output_type="pt").images
+
+    @classmethod
+    def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:
+        return NewTeacher(config)
+
+    @classmethod
+    def network_of(cls, path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+        return load_edm_teacher(path).unet
+
+    def export(self, folder: Path, info: dict[str, Any]) -> None:
+        save_edm_student(folder, self.pipeline, info, "student" if self.config.student.lora else None)
+
+
+class NewTeacher:
+    """A new EDM network on an image set. See base.Learner."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        scheduler = EDMScheduler(
+            sigma_data=config.sigma_data,
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            num_inference_steps=config.sampling_steps,
+        )
+        scheduler.sigmas(config.sampling_steps)  # a grid that cannot be sampled is an error now
+        check_levels(config, EDMSchedule(0.0, math.inf), (config.sigma_min, config.sigma_max))
+        self.examples = data.load_data(config.data)
+        self.latent_shape = self.examples.shape
+        channels, size = self.latent_shape[:2]
+        num_classes = len(self.examples.class_names)
+        shape = {"in_channels": channels, "out_channels": channels, "num_classes": num_classes}
+        if config.augment:
+            shape["augment_dim"] = augment.DIM
+        self.unet = build_unet(config.network, config.seed, "teacher", size, **shape)
+        self.pipeline = EDMPipeline(self.unet, scheduler)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.denoiser = self.pipeline.denoiser().train()
+        self.null_condition = {"class_labels": torch.tensor(num_classes)}
+        self.facts = {"image_size": size, "class_names": list(self.examples.class_names)}
+
+    def preview(self) -> Tensor:
+        self.unet.eval()
+        drawn = preview(self.pipeline, self.config.num_samples, self.config.seed)
+        self.unet.train()
+        return drawn
+
+
+def load_edm_teacher(path: str) -> EDMPipeline:
+    """An EDMPipeline folder, or the output_dir of train_teacher that holds one in teacher/.
+
+    FileNotFoundError / ValueError name what is missing or damaged, before anything is loaded.
+    """
+    folder = Path(path)
+    refuse_single_file(folder, "teacher.path")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"teacher.path: no such folder {path!r}; train one with `accelerate launch -m trainers.train_teacher "
+            "--config configs/digits_teacher.yaml` or give an EDMPipeline folder"
+        )
+    if not (folder / "model_index.json").is_file() and (folder / "teacher").is_dir():
+        folder = folder / "teacher"
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"teacher.path: {str(folder)!r} is not an EDMPipeline folder: it has no {name}")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"teacher.path: {str(folder)!r} has no weights: expected {weights.name} in unet/ (safetensors; pickles are refused)"
+        )
+    again = "copy or train it again"
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        try:
+            read_json(folder / name, again)
+        except UserError as error:
+            raise UserError(f"teacher.path: {error}") from error
+    named = read_json(folder / "model_index.json", again).get("unet")
+    networks = {cls.__name__: cls for cls in (EDMUNet, PatchUNet, PointNet)}
+    if not isinstance(named, list) or named[-1] not in networks:
+        raise UserError(f"teacher.path: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
+    network = networks[named[-1]]
+    try:
+        with safe_open(weights, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        raise UserError(f"teacher.path: {damaged_weights(weights, error)}") from error
+    with loading(f"teacher.path: {str(folder / 'unet' / 'config.json')!r} makes no network", again), torch.device("meta"):
+        expected = {n: tuple(t.shape) for n, t in network.from_config(network.load_config(folder / "unet")).state_dict().items()}
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise UserError(
+                f"teacher.path: {str(weights)!r} does not fit its config.json: {name} is {stored.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such tensor')}; copy or train it again"
+            )
+    with loading(f"teacher.path: {str(folder)!r} cannot be loaded", again):
+        return EDMPipeline.from_pretrained(folder, use_safetensors=True)

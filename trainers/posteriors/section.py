@@ -1,0 +1,54 @@
+"""The section of a configuration for a posterior: its network, its covariance and how it learns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from ..config_data import PositiveInt, Strict
+from ..config_file import KINDS
+from ..config_networks import AnyNetwork, Lora, Optimizer, kind_of_network
+from . import COVARIANCES
+from .flow import TRANSFORMS
+
+
+class FlowOptions(Strict):
+    blocks: PositiveInt = 4  # couplings at each scale
+    transform: Literal[tuple(TRANSFORMS)] = "affine"
+    hidden: PositiveInt = 32  # channels inside a coupling's network
+
+
+PosteriorNetwork = Annotated[
+    Annotated[Literal["shared", "copy", "adapter"], Tag(KINDS[0])] | AnyNetwork, Discriminator(kind_of_network)
+]
+
+
+class Posterior(Strict):
+    # shared: a decoder of its own on the teacher's frozen encoder (EDM); adapter: LoRA and a last layer of its own on the
+    # teacher's frozen weights (Stable Diffusion); copy: the teacher's network, copied; or a section: one from scratch
+    network: PosteriorNetwork = "shared"
+    lora: Lora = Lora()  # adapter only
+    covariance: Literal[tuple(COVARIANCES)] = "linear"
+    rank: PositiveInt = 8  # lowrank only: correlated directions
+    block: PositiveInt | None = None  # learned only: side of a block; None: the largest of 4, 2, 1 that divides both sides
+    flow: FlowOptions = FlowOptions()
+    optimizer: Optimizer
+    updates: Annotated[int, Field(ge=0)] = 0  # of the posterior alone, before each joint update
+    warmup_updates: Annotated[int, Field(ge=0)] = 500
+    min_information: float = 0.05  # nats; below it the run is reported as collapsed
+
+    @model_validator(mode="after")
+    def _options_fit_the_covariance(self):
+        if self.lora != Lora() and self.network != "adapter":
+            raise ValueError("lora has no effect unless network=adapter; remove it")
+        for key, covariance in (("rank", "lowrank"), ("block", "learned"), ("flow", "flow")):
+            if getattr(self, key) != type(self).model_fields[key].default and self.covariance != covariance:
+                raise ValueError(f"{key} has no effect with covariance={self.covariance!r}; remove it (it is for {covariance})")
+        return self
+
+    def covariance_options(self) -> dict[str, Any]:
+        """Keyword arguments of COVARIANCES[self.covariance]."""
+        return {"lowrank": {"rank": self.rank}, "learned": {"block": self.block}, "flow": self.flow.model_dump()}.get(
+            self.covariance, {}
+        )
