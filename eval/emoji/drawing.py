@@ -128,7 +128,8 @@ def encode(pipe: DiffusionPipeline, captions: Sequence[str], units: Tensor, batc
     with torch.no_grad(), one_thread():
         empty = twin(pipe).encode_prompt([""], "cpu", 1, False)[0]
     found = workers.run([lambda part=part: embed(part) for part in parts])
-    return Texts(torch.cat([e for e, _ in found]), empty, units, statistics.median(s for _, s in found))
+    alone = Workers(1).run([lambda part=part: embed(part)[1] for part in parts[:5]])
+    return Texts(torch.cat([e for e, _ in found]), empty, units, statistics.median(alone))
 
 
 def of_images(clip: Clip, pixels: Tensor, batch_size: int, workers: Workers) -> Tensor:

@@ -44,6 +44,8 @@ from .drawing import (
 from .teacher import PACKAGES, SHIPPED, STEPS, Kept, check_fits, load_teacher
 
 FLOOR_SPLITS = 10
+ALONE = Workers(1)  # what times: threads of Python side by side wait for one another, the more the shorter a call is
+TIMED = 5  # batches of a model of one step
 LIVE = 2  # batches that the teacher draws with all its steps in every evaluation: their time, and the pictures that are shown
 
 
@@ -182,7 +184,8 @@ class Judge:
         """All the pictures of a model that shares the teacher's text encoder; fd and clip_score."""
         parts = blocks(0, len(self.captions), self.protocol.batch_size)
         drawn = draw(sampler, parts, self.protocol.seed, self.texts, self.clip, self.workers, label)
-        return drawn, drawn.numbers(self.real.stats, self.texts.units)
+        alone = draw(sampler, parts[:TIMED], self.protocol.seed, self.texts, self.clip, ALONE)
+        return replace(drawn, seconds=alone.seconds), drawn.numbers(self.real.stats, self.texts.units)
 
 
 def make_judge(
@@ -250,7 +253,7 @@ def teacher_numbers(many: Sampler, judge: Judge, kept_in: Path, say: Callable[[s
     # a guided call of the network has two rows a picture: so it has as many rows as a call of the students
     size = max(1, protocol.batch_size // 2) if is_guided(many) else protocol.batch_size
     label, start = f"teacher, {steps} steps", time.perf_counter()
-    live = draw(many, blocks(0, min(n, LIVE * size), size), protocol.seed, texts, judge.clip, workers, label)
+    live = draw(many, blocks(0, min(n, LIVE * size), size), protocol.seed, texts, judge.clip, ALONE, label)
     if kept is not None:
         say(f"{label}: FD and CLIP score are those kept in {shown(kept.file)}, measured in {kept.seconds:.0f} s")
         return kept, live
