@@ -134,6 +134,7 @@ def test_messages_are_bounded_and_printable():
         laughs = [laughs, laughs]
     assert len(shown(laughs)) < 90
     assert shown(16**9000) == "<int>"
+    assert shown([16**9000, 7, True]) == "[<int>, 7, True]"
     assert shown("a cat") == "'a cat'"
     assert shown(["id", 2.5, None]) == "['id', 2.5, None]"
 

@@ -70,6 +70,10 @@ class Workers:
             return [future.result() for future in futures]
 
 
+ALONE = Workers(1)  # what times: threads of Python side by side wait for one another, the more the shorter a call is
+TIMED = 5  # batches whose time is taken
+
+
 @dataclass(frozen=True)
 class Texts:
     """What text encoders make of n prompts: embeds (n, l, d) and of the empty one (1, l, d), as the pipeline takes them; units
@@ -128,7 +132,7 @@ def encode(pipe: DiffusionPipeline, captions: Sequence[str], units: Tensor, batc
     with torch.no_grad(), one_thread():
         empty = twin(pipe).encode_prompt([""], "cpu", 1, False)[0]
     found = workers.run([lambda part=part: embed(part) for part in parts])
-    alone = Workers(1).run([lambda part=part: embed(part)[1] for part in parts[:5]])
+    alone = ALONE.run([lambda part=part: embed(part)[1] for part in parts[:TIMED]])
     return Texts(torch.cat([e for e, _ in found]), empty, units, statistics.median(alone))
 
 

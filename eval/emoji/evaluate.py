@@ -28,6 +28,8 @@ from ..studies import Protocol
 from ..weights import find
 from . import prompts, teacher
 from .drawing import (
+    ALONE,
+    TIMED,
     Drawn,
     Texts,
     Workers,
@@ -44,8 +46,6 @@ from .drawing import (
 from .teacher import PACKAGES, SHIPPED, STEPS, Kept, check_fits, load_teacher
 
 FLOOR_SPLITS = 10
-ALONE = Workers(1)  # what times: threads of Python side by side wait for one another, the more the shorter a call is
-TIMED = 5  # batches of a model of one step
 LIVE = 2  # batches that the teacher draws with all its steps in every evaluation: their time, and the pictures that are shown
 
 

@@ -83,15 +83,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--latents", type=int, default=LATENTS)
+    parser.add_argument("--latents", type=int, help=f"channels of a new one (default: {LATENTS})")
     parser.add_argument("--start", help="an AutoencoderKL to start from instead of random weights")
     parser.add_argument("--latents-of", help="an AutoencoderKL whose latents are to be encoded to and decoded from")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 arithmetic: for processors without it")
     args = parser.parse_args(argv)
     with user_errors():
+        if args.start and args.latents:
+            raise UserError("--latents has no effect: --start has its own channels; leave one of them out")
         pictures = emoji.load()
         train, kept = pictures.part(held_out=False), held_out(pictures)
-        vae = (AutoencoderKL.from_pretrained(args.start) if args.start else new(args.latents)).train()
+        vae = (AutoencoderKL.from_pretrained(args.start) if args.start else new(args.latents or LATENTS)).train()
         vae.to(memory_format=torch.channels_last)
         other = AutoencoderKL.from_pretrained(args.latents_of).requires_grad_(False) if args.latents_of else None
         if other is not None and other.config.latent_channels != vae.config.latent_channels:

@@ -199,6 +199,23 @@ def test_pictures_are_those_of_stock_diffusers(evaluated, run, few):
     assert (expected[1] - expected[2]).abs().max() > 20  # the LoRA does something
 
 
+def test_a_students_lora_is_fused(run):
+    """The weights of the teacher plus alpha / rank B A, by hand, and no layer left that adds it again at each call."""
+    from safetensors.torch import load_file
+
+    unet = evaluation.load_student(find_run("a", run, "student"), str(EMOJI_SD)).pipe.unet
+    plain = StableDiffusionPipeline.from_pretrained(EMOJI_SD).unet.state_dict()
+    assert unet.state_dict().keys() == plain.keys()
+    lora = load_file(run / "student" / "pytorch_lora_weights.safetensors")
+    downs = [key for key in lora if key.endswith("to_q.lora_A.weight")]
+    assert downs
+    for key in downs:
+        name = key.removeprefix("unet.").replace("lora_A.", "")
+        expected = plain[name] + lora[key.replace("lora_A", "lora_B")] @ lora[key]  # alpha 2, rank 2
+        assert torch.allclose(unet.state_dict()[name], expected, atol=1e-6)
+        assert (expected - plain[name]).abs().max() > 1e-3
+
+
 def test_pictures_do_not_depend_on_the_number_of_cores(few):
     sampler = load_sampler(str(EMOJI_SD), steps=1, guidance_scale=1.0)
     clip = Clip("emoji_clip", find("emoji_clip", str(EMOJI_CLIP), EMOJI_CLIP), ("features", "cosine"))
