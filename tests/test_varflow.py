@@ -5,6 +5,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy.special import gamma, hyp1f1
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -17,7 +18,7 @@ from pipelines.noise import EDMSchedule, RectifiedFlowSchedule
 from trainers.data import Images
 from trainers.draws import DrawSource
 from trainers.objectives.energy import condition_vector, energy_loss, energy_score, pairwise_power, spread
-from trainers.objectives.varflow import VarFlow
+from trainers.objectives.varflow import Config, VarFlow
 
 BETAS = (0.5, 1.0, 1.5, 1.9)
 SHAPE = (5, 2, 3, 7)  # K = 5 samples
@@ -297,6 +298,14 @@ def test_matching_samples_are_a_minimum(make_draw, generator):
         losses.append(float(objective.loss(draw).loss.mean()))
     assert all(a > b for a, b in pairwise(losses[:3]))
     assert all(a < b for a, b in pairwise(losses[2:]))
+
+
+def test_what_matches_across_conditions_is_refused_within_one():
+    section = {"name": "varflow", "levels": {"name": "uniform", "low": 0.1, "high": 1.0}}
+    with pytest.raises(ValidationError, match="samples_per_condition=3: remove cross, condition_scale"):
+        Config.model_validate(section | {"samples_per_condition": 3, "cross": "full", "condition_scale": 1.0})
+    Config.model_validate(section | {"samples_per_condition": 3})
+    Config.model_validate(section | {"samples_per_condition": 1, "cross": "full", "condition_scale": 1.0})
 
 
 def test_phases():

@@ -118,8 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae", default="outputs/assets/vae/vae")
     parser.add_argument("--clip", default="outputs/assets/clip/clip")
     parser.add_argument("--unet", help="a trained UNet2DConditionModel; without it a new one")
-    parser.add_argument("--output", type=Path, default=Path("outputs/assets/start"))
-    parser.add_argument("--ship", action="store_true", help="write assets/ instead of --output")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--output", type=Path, default=Path("outputs/assets/start"))
+    place.add_argument("--ship", action="store_true", help="write assets/ instead")
     args = parser.parse_args(argv)
     with user_errors():
         for folder in filter(None, (args.vae, args.clip, args.unet)):

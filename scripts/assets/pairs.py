@@ -62,9 +62,10 @@ def write(pictures: emoji.Pictures, file: Path, backgrounds: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/assets/pairs"))
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--output", type=Path, default=Path("outputs/assets/pairs"))
+    place.add_argument("--ship", action="store_true", help="write assets/emoji/captioned_32.parquet instead")
     parser.add_argument("--groups", nargs="+", default=list(emoji.GROUPS))
-    parser.add_argument("--ship", action="store_true", help="write assets/emoji/captioned_32.parquet instead of --output")
     args = parser.parse_args(argv)
     with user_errors():
         pictures = emoji.load()

@@ -164,9 +164,9 @@ class Config(ObjectiveConfig):
 
     @model_validator(mode="after")
     def _matching_fits(self):
-        for key in ("cross", "condition_scale"):
-            if self.samples_per_condition > 1 and key in self.model_fields_set:
-                raise ValueError(f"{key} has no effect with samples_per_condition={self.samples_per_condition}; remove it")
+        idle = [key for key in ("cross", "condition_scale") if key in self.model_fields_set]
+        if idle and self.samples_per_condition > 1:
+            raise ValueError(f"no effect with samples_per_condition={self.samples_per_condition}: remove {', '.join(idle)}")
         return self
 
     def needs(self) -> list[Need]:
