@@ -176,6 +176,20 @@ def test_fitting_resumed_equals_fitting_on(tmp_path):
     torch.testing.assert_close(fitted("parts", 6), whole, rtol=0, atol=0)
 
 
+def test_fitting_does_not_go_on_from_another_task(tmp_path):
+    from scripts.assets.fitting import fit
+    from trainers.config_networks import Optimizer
+
+    def fitted(task):
+        network = torch.nn.Linear(3, 2)
+        fit(network, lambda step: (network.weight.square().sum(), {}), tmp_path, Optimizer(lr=0.01), 2, lambda f: None, task=task)
+
+    fitted({"latents_of": "a"})
+    fitted({"latents_of": "a"})
+    with pytest.raises(UserError, match="holds a training with .'latents_of': 'a'., this one has .'latents_of': None."):
+        fitted({"latents_of": None})
+
+
 def test_retrieval_of_perfect_and_of_blind_embeddings():
     from scripts.assets.clip import retrieval
 

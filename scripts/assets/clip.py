@@ -210,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = Optimizer(
             lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, clip=1.0, warmup_steps=100, schedule="cosine", final_ratio=0.02
         )
-        ema = fit(model, loss, args.output, optimizer, args.steps, picture, ema_decay=0.995, picture_every=100)
+        task = {"vision_only": args.vision_only}
+        ema = fit(model, loss, args.output, optimizer, args.steps, picture, ema_decay=0.995, picture_every=100, task=task)
         with ema.swapped():
             model.eval().save_pretrained(args.output / "clip")
             processor(tokenizer).save_pretrained(args.output / "clip")

@@ -6,16 +6,19 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipelines.errors import UserError
 from trainers import checkpoint
 from trainers.config_networks import Optimizer
 from trainers.draws import derive_seed
 from trainers.ema import Ema, constant_decay
 from trainers.optimizers import build_optimizer, learning_rate
+from trainers.resume import read_config
 
 SAVE_EVERY = 100
 
@@ -35,14 +38,16 @@ def fit(
     ema_decay: float = 0.998,
     picture_every: int = 500,
     save_every: int = SAVE_EVERY,
+    task: dict[str, Any] | None = None,
 ) -> Ema:
     """Train `network` to `steps`, from the last checkpoint in `folder` if there is one; returns the average of its weights.
 
+    task: options that say what is learned. UserError where the checkpoint's are others.
     loss(step) -> (loss, numbers for the log); picture(file) is called with the average in place. Writes <folder>/log.jsonl.
     """
     networks, optimizers = {"network": network}, {"network": build_optimizer(network.parameters(), optimizer)}
     ema = Ema(network, constant_decay(ema_decay))
-    step = _restore(folder, networks, optimizers, ema)
+    step = _restore(folder, networks, optimizers, ema, task or {})
     parameters = [p for p in network.parameters() if p.requires_grad]
     bar, start, shown = tqdm(total=steps, initial=step, mininterval=5), time.perf_counter(), {}
     while step < steps:
@@ -75,17 +80,22 @@ def fit(
                 "optimizers": checkpoint.optimizer_tensors(optimizers, networks),
             }
             state = {"step": step, "ema_updates": ema.updates}
-            about = optimizer.model_dump(mode="json") | {"steps": steps}
+            about = optimizer.model_dump(mode="json") | {"steps": steps, "task": task or {}}
             checkpoint.save(folder / "checkpoints", step, tensors, state, about, [], keep=1)
     bar.close()
     return ema
 
 
-def _restore(folder: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: Ema) -> int:
+def _restore(
+    folder: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: Ema, task: dict[str, Any]
+) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
     if not saved:
         return 0
+    before = (read_config(saved[-1] / "config.json") or {}).get("task", {})
+    if before != task:
+        raise UserError(f"{folder} holds a training with {before}, this one has {task}; give another --output, or remove it")
     tensors, state = checkpoint.load(saved[-1])
     checkpoint.restore_tensors(checkpoint.network_tensors(networks), tensors["networks"], str(saved[-1]))
     checkpoint.restore_tensors(ema.average, tensors["ema"], str(saved[-1]))

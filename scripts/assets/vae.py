@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             Optimizer(lr=args.lr, betas=(0.9, 0.99), clip=1.0, warmup_steps=100, schedule="cosine", final_ratio=0.02),
             args.steps,
             picture,
+            task={"latents_of": args.latents_of},
         )
         with ema.swapped():
             finish(vae.eval(), train, kept, args.output, None if other is None else other.config.scaling_factor)
