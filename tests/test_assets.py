@@ -177,6 +177,7 @@ def test_fitting_resumed_equals_fitting_on(tmp_path):
 
 
 def test_fitting_does_not_go_on_from_another_task(tmp_path):
+    from pipelines.errors import UserError
     from scripts.assets.fitting import fit
     from trainers.config_networks import Optimizer
 
@@ -186,7 +187,7 @@ def test_fitting_does_not_go_on_from_another_task(tmp_path):
 
     fitted({"latents_of": "a"})
     fitted({"latents_of": "a"})
-    with pytest.raises(UserError, match="holds a training with .'latents_of': 'a'., this one has .'latents_of': None."):
+    with pytest.raises(UserError, match=r"holds a training with \{'latents_of': 'a'\}, this one has \{'latents_of': None\}"):
         fitted({"latents_of": None})
 
 
