@@ -111,7 +111,9 @@ def time_chart(models: Sequence[tuple[str, str, float, float, float]], real: tup
             axes.plot(seconds, values[i], color=colour, marker="o", markersize=8, linestyle="", label=label)
         axes.axhline(real[i], color=REAL, linewidth=1, linestyle=(0, (4, 3)), label="real pictures")
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        axes.margins(0.1, 0.2)  # markers are as wide as that
+        if i == 0:  # the scores lie so close together that from 0 they would be one line
+            axes.set_ylim(bottom=0)
         style_axes(axes, title, "seconds an image (logarithmic)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, labelcolor=INK)

@@ -49,7 +49,8 @@ pre { font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 Curve = tuple[list[int], list[float]]
-HealthCheck = tuple[str, float, str]  # (metric, its minimum, what to do below it), as the training warns
+# (metric, its minimum, what to do below it, whether the student needs it from the start), as the training warns
+HealthCheck = tuple[str, float, str, bool]
 
 
 @dataclass
@@ -123,9 +124,9 @@ def verdicts(run: RunFiles, health: Sequence[HealthCheck]) -> list[Verdict]:
     said = [rules.evaluation(*curve, TITLES[name], LOWER_IS_BETTER[name]) for name, curve in evaluations(run).items()]
     falls = "x0_gap" if "objective" in run.config else "loss"  # other losses of distillation say nothing
     said += [rules.gap(*curve, falls) for key, curve in run.logged.items() if key.endswith(f"/{falls}")]
-    for metric, minimum, message in health:
+    for metric, minimum, message, needed in health:
         if same := [curve for key, curve in run.logged.items() if key.endswith(f"/{metric}")]:
-            said.append(rules.health(*averaged(same), metric, minimum, message))
+            said.append(rules.health(*averaged(same), metric, minimum, message, needed))
     for name, rule in (("spread", rules.spread), ("diversity", rules.diversity)):
         if name in run.pictures and run.teacher.get(name):
             steps, values = run.pictures[name]

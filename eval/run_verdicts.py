@@ -83,8 +83,10 @@ def last_stretch(flags: Sequence[bool]) -> int:
     return next((i for i, flag in enumerate(reversed(flags)) if not flag), len(flags))
 
 
-def health(steps: Steps, values: Values, name: str, minimum: float, advice: str) -> Verdict:
-    """A number that must stay above a minimum, such as the posterior's information. advice: the training's own warning."""
+def health(steps: Steps, values: Values, name: str, minimum: float, advice: str, needed: bool = True) -> Verdict:
+    """A number that must stay above a minimum, such as the posterior's information. advice: the training's own warning; needed:
+    False where the student learns well before it is reached.
+    """
     below = [v < minimum for v in values]
     n = last_stretch(below)
     if len(values) < IN_A_ROW:
@@ -92,6 +94,8 @@ def health(steps: Steps, values: Values, name: str, minimum: float, advice: str)
     if n == len(values):
         if trend(values) == "rising":
             return Verdict("open", f"{name} still rising", f"{values[-1]:.3g}, and {minimum:g} is what it must reach.")
+        if not needed:
+            return Verdict("open", f"{name} not reached yet", f"{values[-1]:.3g}; the student does not need it.")
         return Verdict("bad", f"{name} below {minimum:g} from the start", f"Latest {values[-1]:.3g}. {_sentence(advice)}")
     if n >= max(IN_A_ROW, len(values) * PART_OF_A_RUN):
         text = f"It was {max(values):.3g} at its best and is {values[-1]:.3g}, below {minimum:g}. {_sentence(advice)}"

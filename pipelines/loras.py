@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -129,7 +131,8 @@ def load_lora(pipe: DiffusionPipeline, lora: LoraSource, adapter_name: str | Non
     where = str(Path(lora.folder) / lora.file) if lora.file else lora.folder
     unfit = f"{where!r} does not fit a {type(pipe).__name__}"
     try:
-        pipe.load_lora_weights(lora.folder, adapter_name=adapter_name, **options)
+        with _diffusers_quiet():  # what it would warn of, text encoders without weights above all, is checked below
+            pipe.load_lora_weights(lora.folder, adapter_name=adapter_name, **options)
         config = {"unet_config": pipe.unet.config} if hasattr(pipe, "text_encoder_2") else {}  # as SDXL's own loader does
         stored = pipe.lora_state_dict(lora.folder, **options, **config)
     except RuntimeError as error:
@@ -207,6 +210,16 @@ def layers_in(file: Path) -> set[str]:
             return layers_by_network(dict.fromkeys(stored.keys())).get("unet", set())
     except SafetensorError as error:
         raise damaged_weights(file, error) from error
+
+
+@contextmanager
+def _diffusers_quiet() -> Iterator[None]:
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
 
 
 def _networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

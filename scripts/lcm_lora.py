@@ -10,6 +10,7 @@ Writes <output>/pytorch_lora_weights.safetensors and scheduler/, which load_lora
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -143,7 +144,9 @@ def train(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         spent, steps = spent + time.perf_counter() - start, steps + 1
     save_lora(args.output, StableDiffusionPipeline, pipe.unet, "student")
-    LCMScheduler.from_config(pipe.scheduler.config).save_pretrained(args.output / "scheduler")
+    known = inspect.signature(LCMScheduler.__init__).parameters  # an unknown key would be complained of at every loading
+    scheduler = LCMScheduler.from_config({key: value for key, value in pipe.scheduler.config.items() if key in known})
+    scheduler.save_pretrained(args.output / "scheduler")
     facts = {"seconds": spent, "steps": steps, "rank": args.rank, "batch_size": args.batch_size, "lr": args.lr, "w": list(args.w)}
     (args.output / "lcm.json").write_text(json.dumps(facts | {"seed": args.seed}, indent=1) + "\n")
     print(f"{steps} updates in {spent:.0f} s: {args.output}")

@@ -128,7 +128,7 @@ def test_a_run_draws_its_page_and_its_numbers_stay(tmp_path, capsys):
 
 # The page of a folder -----------------------------------------------------------------------------------------------------------
 
-HEALTH = [("information", 0.05, "raise <updates>")]
+HEALTH = [("information", 0.05, "raise <updates>", True)]
 
 
 @pytest.fixture

@@ -75,6 +75,21 @@ def test_health_number(values, kind, title):
     assert title in said.title
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "title"),
+    [
+        ([-1.5] * 8, "open", "not reached yet"),
+        ([2.0] * 29 + [0.01] * 4, "bad", "collapsed since step 300"),
+        ([2.0] * 8, "good", "information is healthy"),
+    ],
+)
+def test_health_number_that_the_student_does_not_need(values, kind, title):
+    """Never above the minimum is no verdict; a fall below it is one as ever."""
+    said = rules.health(steps(values), values, "information", 0.05, "raise objective.posterior.updates.", needed=False)
+    assert said.kind == kind
+    assert title in said.title
+
+
 @pytest.mark.parametrize("rule", [rules.spread, rules.diversity])
 @pytest.mark.parametrize(
     ("ratios", "kind", "title"),

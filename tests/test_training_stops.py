@@ -494,6 +494,8 @@ def test_a_posterior_that_learns_nothing_is_reported(lab, tmp_path, capsys):
     for key in re.findall(r"objective\.[\w.]+", warnings[-1]):  # what it says to raise can be raised
         lab.distil("vardiu", tmp_path / key, *still, f"{key}=1", steps=1)
     capsys.readouterr()
+    lab.distil("vardiu", tmp_path / "regression", *still, "objective.num_samples=0", steps=4)
+    assert "WARNING" not in capsys.readouterr().err  # without proposals the student does not read q
     lab.distil("vardiu", tmp_path / "quiet", *still, "objective.posterior.min_information=-1000", steps=4)
     assert "WARNING" not in capsys.readouterr().err
 

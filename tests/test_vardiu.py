@@ -350,6 +350,7 @@ def test_phases(estimator, world):
     assert not objective.needs_data
     (health,) = world.objective(estimator, min_information=0.3).health
     assert (health.metric, health.minimum) == ("information", 0.3)
+    assert health.needed == (estimator != "amortized_score")  # whose student learns from the regression
 
 
 class InFloat32(nn.Module):

@@ -161,6 +161,6 @@ def page(run: Run, health: Sequence[HealthCheck]) -> Callable[[str, int], None] 
     def write(state: str, step: int) -> None:
         from eval.run_page import write_page
 
-        write_page(Path(run.output_dir), state, step, [(check.metric, check.minimum, check.message) for check in health])
+        write_page(Path(run.output_dir), state, step, [(c.metric, c.minimum, c.message, c.needed) for c in health])
 
     return write

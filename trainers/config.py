@@ -79,6 +79,7 @@ class TeacherConfig(Run):
     data: Data
     network: NewNetwork | None = None  # a new network: small, by `architecture` one of the EDM paper's, by `width` one for points
     pipeline: UserPath | None = None  # or: a Stable Diffusion pipeline whose network is trained further, on captioned images
+    guidance_scale: float | None = None  # with pipeline: of the pictures shown while it trains; None: the stock pipeline's own
     sigma_data: PositiveFloat = 0.5
     levels: Levels
     weighting: Weight = "edm"
@@ -105,6 +106,8 @@ class TeacherConfig(Run):
             for key in ("sigma_data", "sigma_min", "sigma_max", "sampling_steps"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key} has no effect with pipeline; remove it")
+        elif self.guidance_scale is not None:
+            raise ValueError("guidance_scale has no effect without pipeline; remove it")
         return self
 
     def uses(self) -> list[Use]:

@@ -7,6 +7,7 @@ those of a run that was never stopped.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from contextlib import suppress
@@ -85,8 +86,9 @@ class RunLog:
         metrics = {name: total / count for name, (total, count) in sorted(self.sums.items())} | extra
         self.sums = {}
         for check in self.health:
-            for name, value in metrics.items():
-                if name.endswith(f"/{check.metric}") and value < check.minimum:
+            low = {n: v for n, v in metrics.items() if n.endswith(f"/{check.metric}") and v < check.minimum}
+            for name, value in low.items():
+                if check.needed or self._was(name, check.minimum):
                     self.warn(f"step {step}: {name} = {value:.3g} is below {check.minimum:g}: {check.message}")
         timing = {
             "step": step,
@@ -104,6 +106,11 @@ class RunLog:
         """A line of pictures.jsonl and of the trackers; on the main process."""
         self._append("pictures.jsonl", {"step": step} | numbers)
         self.accelerator.log({f"pictures/{name}": value for name, value in numbers.items()}, step=step)
+
+    def _was(self, name: str, minimum: float) -> bool:
+        """Whether a logged number has ever been so high."""
+        rows = (json.loads(line) for line in self.files[0].read_text().splitlines()) if self.files[0].is_file() else ()
+        return any(row.get(name, -math.inf) >= minimum for row in rows)
 
     def _append(self, name: str, row: dict[str, float]) -> None:
         atomic.append_line(self.folder / name, json.dumps(row))

@@ -87,9 +87,9 @@ class Watch:
         return picture_numbers(preview[:PICTURES].cpu(), alike.cpu())
 
     def teacher(self, count: int) -> tuple[Tensor, dict[str, float]]:
-        """(its pictures of the first conditions, `count` but at most PICTURES of them; their numbers)."""
-        count = min(count, PICTURES)
-        pictures, alike = (self._of_teacher(rows) for rows in (torch.arange(count), torch.zeros(PICTURES).long()))
+        """(its pictures of the first PICTURES of the `count` conditions that a run shows; their numbers)."""
+        shown = self.models.shown(count)[:PICTURES]
+        pictures, alike = (self._of_teacher(rows) for rows in (shown, torch.zeros(PICTURES).long()))
         return pictures, picture_numbers(pictures, alike)
 
     def _of_teacher(self, rows: Tensor) -> Tensor:

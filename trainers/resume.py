@@ -22,8 +22,9 @@ from .checkpoint import CheckpointError
 from .config import Run
 
 # What may change: where a run lies, how long it is, what it tells and how it uses the machine; ...
-FREE = {"output_dir", "resume", "steps", "log_every", "sample_every", "num_samples", "checkpoint_every", "snapshot_every"}
-FREE |= {"keep_checkpoints", "trackers", "gradient_checkpointing", "compile", "micro_batch_size", "sampling_steps", "data.cache"}
+FREE = {"output_dir", "resume", "steps", "log_every", "checkpoint_every", "snapshot_every", "keep_checkpoints", "trackers"}
+FREE |= {"sample_every", "num_samples", "sampling_steps", "guidance_scale"}
+FREE |= {"gradient_checkpointing", "compile", "micro_batch_size", "data.cache"}
 # ... and how it approaches the same goal: a rate is lowered when a run has diverged. So is all of an optimiser but its bits.
 FREE |= {"batch_size", "ema_decay", "ema_halflife"}
 FREE_LAST = {"updates", "warmup_updates", "min_information"}

@@ -100,7 +100,7 @@ def _notes(report: dict[str, Any]) -> str:
         "Teacher, 1 step": "The teacher called as its students are: their scheduler, one network call, no guidance.",
         "Time / image": (
             f"Text encoder, network calls and decoder on one core, {report['protocol']['batch_size']} rows a network call, "
-            f"{machine['cores']} batches at a time, measured in this run for all rows. Of it "
+            "measured in this run for all rows of the table, with nothing beside it. Of it "
             f"{duration(machine['text_seconds_per_image'])} are the text encoder's, "
             f"{duration(machine['decoder_seconds_per_image'])} the decoder's."
         ),

@@ -35,7 +35,7 @@ def new(latents: int = LATENTS) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 32, 64),  # narrow: the decoder is a good part of what a picture of a one-step student costs
+        block_out_channels=(16, 32, 64),  # narrow: the decoder is a good part of what a picture of a one-step student costs
         layers_per_block=1,
         latent_channels=latents,
         norm_num_groups=8,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -56,6 +57,19 @@ def test_a_students_lora_by_any_name(student, tiny):
         assert sampler.describe()["scheduler"] == "LCMScheduler"
         assert sampler.facts["student"]["objective"] == "diff_instruct"
         assert torch.equal(drawn(sampler), expected)
+
+
+def test_a_lora_without_text_encoders_is_loaded_in_silence(style, tiny, caplog):
+    """diffusers warns of each text encoder that a LoRA says nothing about; afterwards it is as talkative as before."""
+    pipe, before = StableDiffusionPipeline.from_pretrained(tiny["sd15"]), diffusers_logging.get_verbosity()
+    pipe.load_lora_weights(style)
+    assert "No LoRA keys" in caplog.text  # else this test could not fail
+    pipe.unload_lora_weights()
+    caplog.clear()
+    load_lora(pipe, find_lora(style, "--lora"), "x")
+    assert "No LoRA keys" not in caplog.text
+    assert diffusers_logging.get_verbosity() == before
+    assert pipe.get_list_adapters() == {"unet": ["x"]}
 
 
 @pytest.mark.slow

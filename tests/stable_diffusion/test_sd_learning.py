@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -378,6 +379,24 @@ def test_a_teacher_is_trained_further(kind, tiny, images, tmp_path, written):
     assert (info["steps"], info["image_size"], info["base_model"]) == (12, 16, str(tiny[kind]))
     if kind == "sdxl":  # two pictures, one above the other, with a border of 2
         assert Image.open(tmp_path / "teacher" / "samples" / "step_00000012.png").size == (16 + 4, 2 * 16 + 6)
+
+
+def test_guidance_of_the_pictures_of_a_teacher_in_training(tiny, images, tmp_path, written):
+    """guidance_scale is the stock pipeline's: 7.5 where the key is left out, as diffusers has it."""
+
+    def shown(name: str, **given) -> tuple[bytes, bytes]:
+        folder = tmp_path / name
+        given |= {"steps": 1, "sample_every": 1, "output_dir": str(folder)}
+        train_teacher.main(written(teacher_config("sd15", tiny, images, tmp_path, **given)))
+        weights, pictures = folder / "teacher" / "unet" / SAFETENSORS_WEIGHTS_NAME, folder / "samples" / "step_00000001.png"
+        return weights.read_bytes(), pictures.read_bytes()
+
+    runs = shown("default"), shown("stock", guidance_scale=7.5), shown("less", guidance_scale=2.0)
+    weights, pictures = zip(*runs, strict=True)
+    assert weights[0] == weights[1] == weights[2]  # what is shown changes nothing
+    default, stock, less = pictures
+    assert default == stock
+    assert default != less
 
 
 @pytest.mark.parametrize("where", ["teacher/teacher", "teacher"])

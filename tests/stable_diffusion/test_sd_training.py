@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from pipelines import adapters
 from pipelines.students import read_info
 from trainers import checkpoint
+from trainers.families.stable_diffusion import evenly
 
 ROOT = Path(__file__).resolve().parents[2]
 # Some layers of each sort: fewer adapters than recipes have, for speed.
@@ -45,6 +46,15 @@ def weights(output: Path) -> dict[str, Tensor]:
 def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+def test_a_run_shows_pictures_of_prompts_from_the_whole_file():
+    """Neighbours are often one caption in other words."""
+    assert evenly(3, 11).tolist() == [0, 3, 7]
+    assert evenly(7, 7).tolist() == evenly(11, 7).tolist() == list(range(7))
+    rows = evenly(64, 3_524).tolist()
+    assert (rows[0], len(set(rows))) == (0, 64)
+    assert {b - a for a, b in zip(rows, rows[1:], strict=False)} == {55, 56}
 
 
 # a gradient that is little but rounding must not become a full step of random sign: updates in proportion where it is small

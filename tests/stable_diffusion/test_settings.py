@@ -115,6 +115,10 @@ def test_levels_of_a_teacher_trained_further(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_teacher.main(["--config", str(file)])
     assert "error: sigma_min=90, sigma_max=80 must be in order" in capsys.readouterr().err
+    file.write_text(yaml.safe_dump(new | {"levels": {"name": "log_normal"}, "guidance_scale": 2.0}))
+    with pytest.raises(SystemExit):
+        train_teacher.main(["--config", str(file)])
+    assert "guidance_scale has no effect without pipeline; remove it" in capsys.readouterr().err
 
 
 def test_a_negative_prompt_without_guidance_is_refused(recipe, capsys):

@@ -72,6 +72,10 @@ class Family(Parts):
         """The condition of pictures `rows` (b,) of the preview, from the first again where there are fewer."""
         return {"class_labels": rows % self.num_classes} if self.num_classes else None
 
+    def shown(self, count: int) -> Tensor:
+        """The rows whose pictures a run shows, `count` at most: (n,)."""
+        return torch.arange(count)
+
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (b, c, h, w) -> images (b, c, h, w) in [0, 1], float32."""
         return (x0 / 2 + 0.5).clamp(0, 1).float()
@@ -80,7 +84,7 @@ class Family(Parts):
         raise UserError(f"objective.features: {self.called} has no feature maps; remove it")
 
     def preview(self) -> Tensor:
-        """Images (n, c, h, w) in [0, 1] from fixed noise."""
+        """Images (n, c, h, w) in [0, 1] of the rows that are shown, from fixed noise."""
         raise NotImplementedError
 
     def images(self, index: range) -> Tensor:
@@ -122,7 +126,7 @@ class Learner(Protocol):
     facts: dict[str, Any]
 
     def preview(self) -> Tensor:
-        """Images (n, c, h, w) in [0, 1] from fixed noise."""
+        """Images (n, c, h, w) in [0, 1] of the rows that are shown, from fixed noise."""
 
 
 def unit_noise(config: DistillConfig, index: range, shape: tuple[int, int, int]) -> Tensor:

@@ -141,15 +141,16 @@ class Family(base.Family):
 
     @torch.no_grad()
     def preview(self) -> Tensor:
-        """The student's images for the first prompts of the data."""
-        count = min(self.config.num_samples, len(self.examples))
+        """The student's images for prompts of the data."""
         images = []
-        for start in range(0, count, 8):
-            index = torch.arange(start, min(start + 8, count))
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "preview", start))
+        for start, index in enumerate(self.shown(self.config.num_samples).split(8)):
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "preview", 8 * start))
             z = torch.randn(len(index), *self.latent_shape, generator=generator).to(self.device)
             images.append(self.decode(self.student(z, self.condition(index))).cpu())
         return torch.cat(images)
+
+    def shown(self, count: int) -> Tensor:
+        return evenly(count, len(self.examples))
 
     def condition(self, rows: Tensor) -> Condition:
         return {k: v.to(self.device) for k, v in self.examples.rows(rows % len(self.examples))[1].items()}
@@ -188,6 +189,11 @@ class Family(base.Family):
             save_stable_diffusion(folder, type(self.pipe), scheduler, info, adapter=(self.base.network, "student"))
         else:
             save_stable_diffusion(folder, type(self.pipe), scheduler, info, network=self.student.denoiser.network.network)
+
+
+def evenly(count: int, n: int) -> Tensor:
+    """`count` of n rows, all where there are fewer, at equal distances: neighbours in a file of captions are often alike. (m,)"""
+    return torch.arange(min(count, n)) * n // min(count, n)
 
 
 class TextUNet(nn.Module):
@@ -245,7 +251,8 @@ class FurtherTeacher:
         self.pipeline = sd.load_pipeline(config.pipeline)
         unet = self.pipeline.unet.requires_grad_(True).train()
         self.denoiser = sd.denoiser(self.pipeline, Whole(unet))
-        self.prompts, self.image_size = encoded.prompts[: config.num_samples], encoded.image_size
+        self.prompts = [encoded.prompts[i] for i in evenly(config.num_samples, len(encoded.prompts))]
+        self.image_size = encoded.image_size
         self.facts = {"image_size": encoded.image_size, "base_model": config.pipeline}
 
     @torch.no_grad()
@@ -253,6 +260,7 @@ class FurtherTeacher:
         self.pipeline.to(self.device).unet.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
         options = {"height": self.image_size, "width": self.image_size, "num_inference_steps": 25, "output_type": "pt"}
+        options |= {} if self.config.guidance_scale is None else {"guidance_scale": self.config.guidance_scale}
         drawn = self.pipeline(self.prompts, generator=generator, **options).images
         self.pipeline.unet.train()
         return drawn.float()

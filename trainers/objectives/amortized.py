@@ -55,6 +55,9 @@ class AmortizedScore(VarDiU):
         self.regression_weight, self.regression_weighting = regression_weight, regression_weighting
         self.noise_draws, self.pool = noise_draws, pool
         super().__init__(*args, antithetic=False, **options)
+        # Without proposals the student never reads q, and the regression leaves little of a short run to it: many a good student
+        # comes before q knows anything of z.
+        self.health = tuple(dataclasses.replace(check, needed=bool(self.num_samples)) for check in self.health)
 
     def posterior_phase(self, repeats: int) -> Phase:
         return self.with_pool(super().posterior_phase(repeats))

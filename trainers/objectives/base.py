@@ -138,11 +138,14 @@ class ObjectiveConfig(Strict):
 
 @dataclass(frozen=True)
 class HealthCheck:
-    """Warn when the logged mean of `metric` is below `minimum`."""
+    """Warn when the logged mean of `metric` is below `minimum`. needed: also before it has been above; False: where the student
+    learns well without it, so that only its loss tells something.
+    """
 
     metric: str
     minimum: float
     message: str
+    needed: bool = True
 
 
 def sample_level(u: Tensor, sampler: LevelSampler, progress: float, schedule: Schedule) -> Level:
