@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_a_run_shows_pictures_of_prompts_from_the_whole_file():
     assert evenly(7, 7).tolist() == evenly(11, 7).tolist() == list(range(7))
     rows = evenly(64, 3_524).tolist()
     assert (rows[0], len(set(rows))) == (0, 64)
-    assert {b - a for a, b in zip(rows, rows[1:], strict=False)} == {55, 56}
+    assert {b - a for a, b in pairwise(rows)} == {55, 56}
 
 
 # a gradient that is little but rounding must not become a full step of random sign: updates in proportion where it is small
