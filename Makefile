@@ -27,35 +27,35 @@ study-digits: $(RUNTIME) ## train a teacher on 8x8 digits, distil it four ways, 
 	$(BIN)/python -m scripts.study_digits $(ARGS)
 
 bench-digits: $(RUNTIME) ## all objectives on the digits, three seeds, equal time: outputs/bench/digits.{json,png}; under 40 minutes
-	$(BIN)/python -m scripts.bench_images $(ARGS)
+	$(BIN)/python -m scripts.bench.digits $(ARGS)
 
 bench-emoji: $(RUNTIME) ## the quickstart's students, 20 minutes each, three seeds, beside LCM-LoRA: outputs/bench/emoji.{json,png}; 3 hours of two cores
-	$(BIN)/python -m scripts.bench_emoji $(ARGS)
+	$(BIN)/python -m scripts.bench.emoji $(ARGS)
 
 bench-covariances: $(RUNTIME) ## what each covariance of the posterior buys (after bench-digits): outputs/bench/covariances.json
-	$(BIN)/python -m scripts.bench_covariances $(ARGS)
+	$(BIN)/python -m scripts.bench.covariances $(ARGS)
 
 bench-memory: $(RUNTIME) ## peak memory of a step of each objective (after bench-digits): outputs/bench/memory.json
-	$(BIN)/python -m scripts.bench_memory $(ARGS)
+	$(BIN)/python -m scripts.bench.memory $(ARGS)
 
 bench-step: $(RUNTIME) ## time and memory of a step at Stable Diffusion's size, against other layouts: outputs/bench/step.json
-	$(BIN)/python -m scripts.bench_step $(ARGS)
+	$(BIN)/python -m scripts.bench.step $(ARGS)
 
 bench-text: $(RUNTIME) ## text-to-image students on CIFAR-10: make bench-text ARGS="--cifar DIR"; outputs/bench/text.{json,png}
-	$(BIN)/python -m scripts.bench_text $(ARGS)
+	$(BIN)/python -m scripts.bench.text $(ARGS)
 
 bench-cifar: $(RUNTIME) ## CIFAR-10 by the shipped recipes, small: make bench-cifar ARGS="--cifar DIR"; outputs/bench/cifar.{json,png}
-	$(BIN)/python -m scripts.bench_cifar $(ARGS)
+	$(BIN)/python -m scripts.bench.cifar $(ARGS)
 
 bench-edm: $(RUNTIME) ## EDM's CIFAR-10 network against NVlabs' code: make bench-edm ARGS="--nvlabs DIR"; outputs/bench/edm.json
-	$(BIN)/python -m scripts.bench_edm $(ARGS)
+	$(BIN)/python -m scripts.bench.edm $(ARGS)
 
 bench-eval: $(DEV) ## evaluation against clean-fid, torch-fidelity and torchmetrics on the same weights: outputs/bench/eval.json
-	$(BIN)/python -m scripts.bench_eval $(ARGS)
+	$(BIN)/python -m scripts.bench.evaluation $(ARGS)
 
 bench-mog40: $(RUNTIME) ## VarDiU on its own benchmark, every variant, three seeds of 300 s: outputs/bench/mog40*.{json,png}; two hours
-	$(BIN)/python -m scripts.bench_mog40 $(ARGS)
-	$(BIN)/python -m scripts.bench_mog40_bounds
+	$(BIN)/python -m scripts.bench.mog40 $(ARGS)
+	$(BIN)/python -m scripts.bench.mog40_bounds
 
 # What training starts from where it has no checkpoint of its own: START= for random weights.
 START ?= assets

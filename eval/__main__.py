@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.errors import USER_ERRORS, UserError
-from pipelines.launch import end_processes, say
-from pipelines.numbers import finite, whole
-from pipelines.paths import path_option, user_path
-from pipelines.reading import parse_yaml, read_text
+from pipelines.common.errors import USER_ERRORS, UserError
+from pipelines.common.launch import end_processes, say
+from pipelines.common.numbers import finite, whole
+from pipelines.common.paths import path_option, user_path
+from pipelines.common.reading import parse_yaml, read_text
 
 from .idle import refuse_idle
 from .output_folder import require_writable
@@ -314,8 +314,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from .report import write_comparison
-    from .results import comparable
+    from .report.evaluation import write_comparison
+    from .report.results import comparable
     from .run import load_results
 
     named = [(a, b) if b else (Path(a).name, a) for a, _, b in (run.partition("=") for run in args.runs)]
@@ -333,7 +333,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _points(args: argparse.Namespace) -> int:
-    from .points_report import measure_points, table
+    from .studies.points.report import measure_points, table
 
     require_writable(Path(args.output))
     print(table(measure_points(args.model, args.num_points, args.seed, args.law, Path(args.output))))
@@ -343,7 +343,7 @@ def _points(args: argparse.Namespace) -> int:
 
 def _study(args: argparse.Namespace) -> int:
     """A teacher and its students in one report."""
-    from . import study_commands as studies
+    from .studies import commands as studies
 
     if not args.teacher:
         raise UserError(f"--teacher is needed for {args.protocol}: a pipeline folder, or the run that trained it")

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 from .protocols import AGAINST_REFERENCE, METRICS, get_protocol
 

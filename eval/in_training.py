@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from pipelines.atomic import write_atomically
-from pipelines.errors import UserError
+from pipelines.common.atomic import write_atomically
+from pipelines.common.errors import UserError
 
-from . import figures
 from .idle import refuse_unread
-from .image_files import VIEWS
-from .measure import Plan, build, compute, plan
-from .one_pass import one_pass
+from .images.files import VIEWS
+from .metrics.measure import Plan, build, compute, plan
+from .metrics.one_pass import one_pass
+from .metrics.reference import load_or_measure
+from .networks.weights import weights_dir
 from .protocols import AGAINST_REFERENCE, Protocol, get_protocol
-from .reference import load_or_measure
-from .training_log import curves, read_metrics
-from .weights import weights_dir
+from .report import figures
+from .report.training_log import curves, read_metrics
 
 NETWORKS = ("inception", "clip", "clip_336", "dinov2")
 

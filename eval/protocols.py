@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 # What a metric reads: extractor -> its metrics. precision_recall gives two numbers.
 METRICS = {

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError, printable
-from pipelines.reading import loading, read_json
+from pipelines.common.errors import UserError, printable
+from pipelines.common.reading import loading, read_json
 
-from .baselines import read_baselines
-from .captions import Captions, read_captions
-from .measure import Plan, plan
+from .images.captions import Captions, read_captions
+from .metrics.measure import Plan, plan
+from .networks.weights import weights_dir
 from .protocols import AGAINST_REFERENCE, Protocol, get_protocol
-from .weights import weights_dir
+from .report.baselines import read_baselines
 
 GIVEN = ("inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic")  # options that name weights
 CUSTOM = ("size", "crop_to", "inception_mode", "clip_model", "clip_prefix", "grayscale")  # options of protocol custom alone
@@ -67,12 +67,12 @@ def chosen_protocol(args: Namespace) -> Protocol:
 
 def run(job: Job) -> dict[str, Any]:
     """Generate where there is a model, measure, write metrics.json and report.html. Returns metrics.json's content."""
-    from . import reference as references
-    from .image_files import ImageFiles
-    from .measure import build, compute, over_draws
-    from .one_pass import one_pass
-    from .report import write_report
-    from .results import results
+    from .images.files import ImageFiles
+    from .metrics import reference as references
+    from .metrics.measure import build, compute, over_draws
+    from .metrics.one_pass import one_pass
+    from .report.evaluation import write_report
+    from .report.results import results
 
     accelerator = start()
     args, protocol, output = job.args, job.protocol, Path(job.args.output)
@@ -130,8 +130,8 @@ def start() -> Any:
     """The accelerator of a command. UserError for a launch that it does not follow."""
     from accelerate import Accelerator
 
-    from pipelines.launch import check_processes
-    from pipelines.launch_options import EVALUATION, check_launch
+    from pipelines.common.launch import check_processes
+    from pipelines.common.launch_options import EVALUATION, check_launch
 
     check_launch(EVALUATION)
     accelerator = Accelerator()
@@ -146,7 +146,7 @@ def reading(args: Namespace) -> dict[str, Any]:
 
 
 def load_model(args: Namespace, device: Any, teacher: bool = False) -> Any:
-    from .sampler import load_sampler
+    from .images.sampler import load_sampler
 
     if teacher:
         return load_sampler(args.teacher, None, args.teacher_steps, None, args.dtype, device, image_size=args.image_size)
@@ -158,7 +158,7 @@ def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> tuple[Pa
     """The images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed. (Their folder, their names in it);
     what else lies there is no image of this evaluation, and is said.
     """
-    from .generate import generate, names_of, others_in
+    from .images.generation import generate, names_of, others_in
 
     n, args = job.protocol.num_images, job.args
     folder = Path(args.output) / "images" / f"draw{draw}"
@@ -175,7 +175,7 @@ def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> tuple[Pa
 
 def latencies(job: Job, sampler: Any) -> dict[str, Any]:
     """Seconds an image of the model, and of --teacher at --teacher-steps."""
-    from .sampler import latency
+    from .images.sampler import latency
 
     if not job.args.teacher:
         return {}
@@ -187,7 +187,7 @@ def latencies(job: Job, sampler: Any) -> dict[str, Any]:
 
 def make_reference(args: Namespace) -> dict[str, Any]:
     """`python -m eval reference`: statistics of real images for a protocol, in args.output."""
-    from . import reference as references
+    from .metrics import reference as references
 
     protocol = chosen_protocol(args)
     compared = tuple(metric for metric in protocol.metrics if metric in AGAINST_REFERENCE)  # others look at one set alone
@@ -195,7 +195,7 @@ def make_reference(args: Namespace) -> dict[str, Any]:
         raise UserError(f"--metrics: none of {', '.join(protocol.metrics)} compares with real images")
     protocol = replace(protocol, metrics=compared)
     job_plan = plan(protocol, {key: getattr(args, key) for key in GIVEN}, weights_dir(args.weights_dir))
-    from .measure import build
+    from .metrics.measure import build
 
     accelerator = start()
     extractors = build(job_plan, accelerator.device)

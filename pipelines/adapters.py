@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from .errors import UserError
+from .common.errors import UserError
 from .peft_layers import layers_with_adapters, of_adapter, of_adapters, own_layer, own_name, switch
 
 # A condition is flat; SDXL's network wants these two in a dictionary of their own.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .common.errors import UserError
 from .noise import EDMSchedule, Level, Schedule
 
 CELL, COLUMNS = 256, 512  # points in a cell, and rows of x_t at a time

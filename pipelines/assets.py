@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError
-from .reading import read_json
+from .common.errors import UserError
+from .common.reading import read_json
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMOJI, EMOJI_SD, EMOJI_CLIP = ASSETS / "emoji", ASSETS / "emoji_sd", ASSETS / "emoji_clip"

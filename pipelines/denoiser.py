@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .common.errors import UserError
 from .noise import Level, Schedule
 from .preconditioning import Preconditioner, make_preconditioner
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .assets import EMOJI, remedy, shown
-from .errors import UserError
+from .common.errors import UserError
 
 FILE = EMOJI / "emoji_32.parquet"
 SIZE = 32

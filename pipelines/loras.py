@@ -20,10 +20,10 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .errors import UserError
+from .common.errors import UserError
+from .common.reading import damaged_weights
+from .data.walk import examples
 from .peft_layers import layers_with_adapters
-from .reading import damaged_weights
-from .walk import examples
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # What PEFT's own save_pretrained writes: which network it is for is not said, and its alpha stands in another file.

@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .common.errors import UserError, shown
+from .common.reading import BY_FILES, damaged_weights, loading, read_json, reason_of, refuse_single_file
+from .data.walk import examples
 from .denoiser import Condition, Denoiser
-from .errors import UserError, shown
 from .noise import VPSchedule, from_x0, widen
-from .reading import BY_FILES, damaged_weights, loading, read_json, reason_of, refuse_single_file
-from .walk import examples
 
 FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,12 +14,13 @@ from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from . import atomic, stable_diffusion
+from . import stable_diffusion
+from .common import atomic
+from .common.errors import UserError, shown
+from .common.identity import weights_sha256
+from .common.reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 from .edm import EDMPipeline, PointNet
-from .errors import UserError, shown
-from .identity import weights_sha256
 from .loras import LORA_FILE, LoraSource, load_lora
-from .reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3

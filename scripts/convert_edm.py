@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipelines.edm.convert import convert
-from pipelines.errors import printable
-from pipelines.launch import user_errors
+from pipelines.common.errors import printable
+from pipelines.common.launch import user_errors
+from pipelines.edm.conversion.convert import convert
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines.atomic import new_file
-from pipelines.errors import UserError
-from pipelines.launch import user_errors
+from pipelines.common.atomic import new_file
+from pipelines.common.errors import UserError
+from pipelines.common.launch import user_errors
+from pipelines.common.reading import damaged_weights, loading, refuse_single_file
 from pipelines.loras import LORA_FILE
-from pipelines.reading import damaged_weights, loading, refuse_single_file
 
 
 def to_kohya(weights: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from pipelines.errors import USER_ERRORS, UserError
-from pipelines.launch import fail
+from pipelines.common.errors import USER_ERRORS, UserError
+from pipelines.common.launch import fail
 from pipelines.stable_diffusion import DTYPES
-from trainers.config import DistillConfig
-from trainers.config_file import load_config
+from trainers.config.file import load_config
+from trainers.config.run import DistillConfig
 from trainers.families import base_weights
 
 # `accelerate launch` with its defaults spelled out, so that it has nothing to warn about

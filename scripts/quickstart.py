@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from textwrap import indent
 
-from eval.emoji.page import NEXT
-from pipelines import atomic
+from eval.studies.emoji.page import NEXT
 from pipelines.assets import EMOJI, EMOJI_CLIP, EMOJI_SD, check_assets
-from pipelines.numbers import whole
+from pipelines.common import atomic
+from pipelines.common.numbers import whole
 
 from .jobs import Job, cores, exit_cleanly, run, run_all
 

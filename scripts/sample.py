@@ -16,11 +16,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pipelines.atomic import new_file
-from pipelines.errors import UserError
-from pipelines.launch import user_errors
-from pipelines.numbers import finite, whole
-from pipelines.paths import path_option
+from pipelines.common.atomic import new_file
+from pipelines.common.errors import UserError
+from pipelines.common.launch import user_errors
+from pipelines.common.numbers import finite, whole
+from pipelines.common.paths import path_option
 from pipelines.stable_diffusion import DTYPES, load_pipeline
 from pipelines.students import find_student, load_student, read_info
 

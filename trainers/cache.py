@@ -14,18 +14,19 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from pipelines.common.errors import UserError, shown
+from pipelines.common.launch import user_errors
+from pipelines.data.images import said_of
+from pipelines.data.walk import say
 from pipelines.denoiser import Condition
-from pipelines.errors import UserError, shown
-from pipelines.images import said_of
-from pipelines.launch import user_errors
-from pipelines.walk import say
 
-from . import command, shards
-from .config import DistillConfig, TeacherConfig
-from .config_data import TEXT_DATA
-from .config_file import read_raw
+from . import command
+from .config.data import TEXT_DATA
+from .config.file import read_raw
+from .config.run import DistillConfig, TeacherConfig
+from .data import shards
+from .data.sources import CaptionRows, PromptRows
 from .families import family_for
-from .sources import CaptionRows, PromptRows
 
 
 class Encoder(Protocol):

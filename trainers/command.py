@@ -16,21 +16,21 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 
-from pipelines import atomic
-from pipelines.errors import UserError
-from pipelines.launch import check_processes, on_main
-from pipelines.launch_options import TRAINING, check_launch
-from pipelines.paths import path_option
-from pipelines.provenance import git_commit, versions
+from pipelines.common import atomic
+from pipelines.common.errors import UserError
+from pipelines.common.launch import check_processes, on_main
+from pipelines.common.launch_options import TRAINING, check_launch
+from pipelines.common.lock import check_unlocked
+from pipelines.common.paths import path_option
+from pipelines.common.provenance import git_commit, versions
 
-from . import resume
-from .config import Run, TeacherConfig
-from .config_file import load_config
-from .draws import split
-from .lock import check_unlocked
-from .log import LOGS
+from .config.file import load_config
+from .config.run import Run, TeacherConfig
+from .engine import resume
+from .engine.draws import split
+from .engine.log import LOGS
+from .engine.resume import Start
 from .objectives.base import HealthCheck
-from .resume import Start
 
 PACKAGES = ("one-step-distill", "torch", "diffusers", "accelerate", "peft", "safetensors", "numpy")
 
@@ -159,7 +159,7 @@ def page(run: Run, health: Sequence[HealthCheck]) -> Callable[[str, int], None] 
         return None
 
     def write(state: str, step: int) -> None:
-        from eval.run_page import write_page
+        from eval.report.run_page import write_page
 
         write_page(Path(run.output_dir), state, step, [(c.metric, c.minimum, c.message, c.needed) for c in health])
 

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipelines.launch import user_errors
-from pipelines.provenance import git_commit, versions
+from pipelines.common.launch import user_errors
+from pipelines.common.provenance import git_commit, versions
 
 from . import command
-from .config import DistillConfig
-from .draws import DrawSource
+from .config.run import DistillConfig
+from .data.sources import load_rows
+from .engine.draws import DrawSource
+from .engine.loop import Trainer
+from .engine.pictures import Watch
 from .families import family_for, teacher_folder
 from .families.base import Family
-from .loop import Trainer
-from .pictures import Watch
-from .sources import load_rows
 
 
 def main(argv: list[str] | None = None) -> None:

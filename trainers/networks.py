@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from pipelines.common.errors import UserError
 from pipelines.edm import EDMUNet, PatchUNet, PointNet
-from pipelines.errors import UserError
 
-from .config_networks import EDMNetwork, Network, PointNetwork
-from .draws import derive_seed
+from .config.networks import EDMNetwork, Network, PointNetwork
+from .engine.draws import derive_seed
 
 
 def build_unet(

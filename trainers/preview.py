@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pipelines.edm import EDMPipeline, PointNet
 
-from .draws import derive_seed
-from .pictures import enlarged
+from .engine.draws import derive_seed
+from .engine.pictures import enlarged
 
 PREVIEW_POINTS = 10_000
 

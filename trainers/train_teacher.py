@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from pipelines.errors import UserError
-from pipelines.launch import user_errors
-from pipelines.provenance import git_commit, versions
+from pipelines.common.errors import UserError
+from pipelines.common.launch import user_errors
+from pipelines.common.provenance import git_commit, versions
 from pipelines.students import save_model
 
-from . import command, levels
-from .config import TeacherConfig
-from .draws import DrawSource
+from . import command
+from .config import level_range as levels
+from .config.run import TeacherConfig
+from .engine.draws import DrawSource
+from .engine.loop import Trainer
 from .families import family_for
-from .loop import Trainer
 from .objectives.denoising import Denoising
 
 

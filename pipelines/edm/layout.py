@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..common.errors import UserError
 
 
 @dataclass(frozen=True)

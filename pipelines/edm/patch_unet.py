@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .features import Decoder, EncoderDecoder, Features, channels_last, refuse_augment_labels
 
 

@@ -14,11 +14,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from ..common.errors import UserError
+from ..common.reading import read_json
 from ..denoiser import Denoiser
-from ..errors import UserError
 from ..loras import LORA_FILE, find_lora, layers_by_network, layers_in, refuse_unfit
 from ..noise import EDMSchedule
-from ..reading import read_json
 from .patch_unet import PatchUNet
 from .point_net import PointNet
 from .scheduler import EDMScheduler

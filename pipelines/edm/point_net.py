@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .features import Decoder, EncoderDecoder, Features, refuse_augment_labels
 
 

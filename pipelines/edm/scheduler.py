@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
-from ..errors import UserError
+from ..common.errors import UserError
 from ..preconditioning import IDDPM, PRECONDITIONERS, VP, Preconditioner
 from .layout import PRECONDITIONING, check_preconditioning
 

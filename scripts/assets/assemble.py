@@ -19,8 +19,8 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from pipelines.assets import sum_of
-from pipelines.errors import UserError
-from pipelines.launch import user_errors
+from pipelines.common.errors import UserError
+from pipelines.common.launch import user_errors
 
 ASSETS = Path("assets")
 READ_FROM = ("_name_or_path", "is_local", "local_files_only")

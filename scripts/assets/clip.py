@@ -23,8 +23,8 @@ from torchvision.utils import save_image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from pipelines import emoji
-from pipelines.launch import user_errors
-from trainers.config_networks import Optimizer
+from pipelines.common.launch import user_errors
+from trainers.config.networks import Optimizer
 
 from .fitting import draws, fit
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipelines.errors import UserError
-from trainers import checkpoint
-from trainers.config_networks import Optimizer
-from trainers.draws import derive_seed
-from trainers.ema import Ema, constant_decay
-from trainers.optimizers import build_optimizer, learning_rate
-from trainers.resume import read_config
+from pipelines.common.errors import UserError
+from trainers.config.networks import Optimizer
+from trainers.engine import checkpoint
+from trainers.engine.draws import derive_seed
+from trainers.engine.ema import Ema, constant_decay
+from trainers.engine.optimizers import build_optimizer, learning_rate
+from trainers.engine.resume import read_config
 
 SAVE_EVERY = 100
 

@@ -21,9 +21,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from eval.frechet import GaussianStats, frechet_distance
+from eval.metrics.frechet import GaussianStats, frechet_distance
 from pipelines import emoji
-from pipelines.launch import user_errors
+from pipelines.common.launch import user_errors
 from pipelines.stable_diffusion import load_pipeline
 
 from .assemble import load_clip

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 
-from eval.emoji.evaluate import evaluate
-from eval.emoji.teacher import SHIPPED
 from eval.protocols import EMOJI
-from eval.studies import PROTOCOLS
+from eval.studies.emoji.evaluate import evaluate
+from eval.studies.emoji.teacher import SHIPPED
+from eval.studies.protocols import PROTOCOLS
 from pipelines.assets import EMOJI_SD, check_assets
-from pipelines.launch import user_errors
+from pipelines.common.launch import user_errors
 
 
 def main(argv: list[str] | None = None) -> None:

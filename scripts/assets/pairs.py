@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines import emoji
-from pipelines.images import to_pixels
-from pipelines.launch import user_errors
+from pipelines.common.launch import user_errors
+from pipelines.data.images import to_pixels
 
 WITHOUT_STYLE, WITHOUT_BACKGROUND = 60, 60  # percent of captions
 SHIPPED = Path("assets/emoji/captioned_32.parquet")

@@ -19,9 +19,9 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from pipelines import emoji
-from pipelines.errors import UserError
-from pipelines.launch import user_errors
-from trainers.config_networks import Optimizer
+from pipelines.common.errors import UserError
+from pipelines.common.launch import user_errors
+from trainers.config.networks import Optimizer
 
 from .fitting import draws, fit
 

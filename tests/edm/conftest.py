@@ -395,7 +395,7 @@ def folders(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def converted(folders, reference) -> Callable[[str], Path]:
     """converted(case): the folder of the converted snapshot."""
-    from pipelines.edm.convert import convert
+    from pipelines.edm.conversion.convert import convert
 
     def get(name: str) -> Path:
         if not (folders / name).exists():

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from pipelines.edm import EDMPipeline, EDMUNet
-from pipelines.edm.convert import convert
+from pipelines.edm.conversion.convert import convert
 from pipelines.edm.layout import state_shapes
 from scripts import convert_edm
 

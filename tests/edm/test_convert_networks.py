@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.common.errors import UserError
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
-from pipelines.edm.convert import convert
-from pipelines.edm.pickles import SnapshotError
-from pipelines.errors import UserError
+from pipelines.edm.conversion.convert import convert
+from pipelines.edm.conversion.pickles import SnapshotError
 from scripts import convert_edm
 
 SONG = {"model_type": "SongUNet", "img_resolution": 8, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}

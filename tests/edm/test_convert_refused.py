@@ -13,9 +13,9 @@ import torch
 from torch.testing import assert_close
 
 from pipelines.edm import EDMUNet
-from pipelines.edm.convert import convert
-from pipelines.edm.pickles import SnapshotError
-from pipelines.edm.torch_pickles import read_torch_pickle
+from pipelines.edm.conversion.convert import convert
+from pipelines.edm.conversion.pickles import SnapshotError
+from pipelines.edm.conversion.torch_pickles import read_torch_pickle
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMAS = (0.002, 0.03, 0.3, 2.5, 17.0, 80.0)

@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 from pipelines.adapters import AdapterHead, SharedNetwork, whole_copy
 from pipelines.edm import EDMPipeline, EDMScheduler, PointNet
-from pipelines.edm.convert import convert
+from pipelines.edm.conversion.convert import convert
+from pipelines.edm.conversion.pickles import SnapshotError
 from pipelines.edm.features import second_decoder, with_outputs
-from pipelines.edm.pickles import SnapshotError
 
 B, D, WIDTH = 7, 3, 11
 

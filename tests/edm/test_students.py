@@ -14,18 +14,19 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from torchvision.utils import save_image
 
+from pipelines.common.errors import UserError
 from pipelines.edm import EDMPipeline
-from pipelines.errors import UserError
 from pipelines.noise import EDMSchedule, add_noise
 from pipelines.students import load_student
-from trainers import checkpoint, distill
-from trainers.augment import augment
-from trainers.config import DistillConfig
-from trainers.config_file import load_config, validate
-from trainers.draws import DrawSource
-from trainers.ema import Ema, constant_decay
+from trainers import distill
+from trainers.config.file import load_config, validate
+from trainers.config.level_range import sampler
+from trainers.config.run import DistillConfig
+from trainers.data.augment import augment
+from trainers.engine import checkpoint
+from trainers.engine.draws import DrawSource
+from trainers.engine.ema import Ema, constant_decay
 from trainers.families.edm import Family as EDMModels
-from trainers.levels import sampler
 from trainers.objectives.base import sample_level
 from trainers.objectives.diff_instruct import DiffInstruct
 from trainers.preview import preview

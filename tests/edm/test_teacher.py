@@ -13,9 +13,9 @@ from PIL import Image
 
 from pipelines.edm import EDMPipeline, EDMUNet
 from trainers import train_teacher
-from trainers.config import TeacherConfig
-from trainers.config_file import ConfigError, load_config
-from trainers.config_networks import EDMNetwork
+from trainers.config.file import ConfigError, load_config
+from trainers.config.networks import EDMNetwork
+from trainers.config.run import TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "cifar10_teacher.yaml"

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, call, last_layer
 from pipelines.denoiser import Denoiser
 from pipelines.noise import VPSchedule, to_x0
-from trainers.ema import trained_parameters
+from trainers.engine.ema import trained_parameters
 
 B, H, W, TOKENS = 3, 5, 7, 11  # latents have 4 channels
 RANK = 2

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.images import to_unit
+from pipelines.data.images import to_unit
 from trainers import cache, distill, train_teacher
-from trainers.draws import derive_seed
+from trainers.engine.draws import derive_seed
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "one_thread", "own_datasets")
 KINDS = ("sd15", "sd21", "sdxl")

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main
-from eval.extractors import Clip
-from eval.sampler import load_sampler
-from eval.seeds import image_generator
-from eval.weights import Found
+from eval.images.sampler import load_sampler
+from eval.images.seeds import image_generator
+from eval.networks.extractors import Clip
+from eval.networks.weights import Found
 from pipelines.students import load_student
-from scripts import random_networks
-from trainers.draws import derive_seed
+from scripts.bench.parts import random_networks
+from trainers.engine.draws import derive_seed
 
 CAPTIONS = ["a cat", "a dog on a mat", "a red house"]
 

@@ -14,9 +14,9 @@ from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from eval.sampler import load_sampler
+from eval.images.sampler import load_sampler
+from pipelines.common.provenance import git_commit
 from pipelines.loras import LORA_FILE, find_lora, load_lora
-from pipelines.provenance import git_commit
 from pipelines.students import load_student, read_info
 
 

@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 
 from pipelines.noise import VPSchedule
 from pipelines.students import load_student
-from scripts import bench_step, bench_text, export_kohya, sample
-from trainers import distill, levels
-from trainers.config_networks import Lora
+from scripts import export_kohya, sample
+from scripts.bench import step as bench_step
+from scripts.bench import text as bench_text
+from trainers import distill
+from trainers.config import level_range as levels
+from trainers.config.networks import Lora
 
 SHAPE = {
     "unet": {"cross_attention_dim": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
@@ -146,8 +149,8 @@ def test_base_bytes_are_those_of_stable_diffusion():
 
 
 def test_configurations_of_the_text_benchmark_are_valid(tmp_path):
-    from trainers.config import DistillConfig, TeacherConfig
-    from trainers.config_file import validate
+    from trainers.config.file import validate
+    from trainers.config.run import DistillConfig, TeacherConfig
 
     schedule = VPSchedule.from_scheduler(DDIMScheduler())  # timesteps 0 to 999, as Stable Diffusion's
     teacher = bench_text.teacher_config(tmp_path, tmp_path / "captions.parquet", 7)

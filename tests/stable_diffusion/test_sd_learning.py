@@ -20,14 +20,15 @@ from pipelines import adapters
 from pipelines import stable_diffusion as sd
 from pipelines.noise import add_noise, weight
 from pipelines.students import load_student, read_info
-from trainers import checkpoint, distill, train_teacher
-from trainers.draws import DrawSource, MicroDraw
-from trainers.loop import Trainer
+from trainers import distill, train_teacher
+from trainers.data.shards import Cached
+from trainers.engine import checkpoint
+from trainers.engine.draws import DrawSource, MicroDraw
+from trainers.engine.loop import Trainer
 from trainers.objectives.base import LossTerms, sample_level
 from trainers.objectives.denoising import Denoising
 from trainers.objectives.energy import pairwise_power
 from trainers.objectives.varflow import Batch
-from trainers.shards import Cached
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("sd15", "sd21", "sdxl")

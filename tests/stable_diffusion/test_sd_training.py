@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 
 from pipelines import adapters
 from pipelines.students import read_info
-from trainers import checkpoint
+from trainers.engine import checkpoint
 from trainers.families.stable_diffusion import evenly
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -33,10 +33,11 @@ from pipelines import stable_diffusion as sd
 from pipelines.adapters import Whole
 from pipelines.denoiser import OneStepGenerator
 from pipelines.students import load_student
-from trainers import checkpoint, distill
-from trainers.config import DistillConfig
-from trainers.config_file import load_config
-from trainers.ema import Ema, constant_decay
+from trainers import distill
+from trainers.config.file import load_config
+from trainers.config.run import DistillConfig
+from trainers.engine import checkpoint
+from trainers.engine.ema import Ema, constant_decay
 from trainers.families.stable_diffusion import Family as StableDiffusionModels
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")

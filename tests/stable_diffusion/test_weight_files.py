@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from eval.sampler import load_sampler
-from pipelines.errors import UserError
+from eval.images.sampler import load_sampler
+from pipelines.common.errors import UserError
 from pipelines.stable_diffusion import load_pipeline
 from pipelines.students import load_student
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipelines.errors import UserError
-from pipelines.identity import weights_sha256
-from pipelines.reading import refuse_single_file
+from pipelines.common.errors import UserError
+from pipelines.common.identity import weights_sha256
+from pipelines.common.reading import refuse_single_file
 from pipelines.stable_diffusion import read_index
 
-from ..config import DistillConfig, TeacherConfig
+from ..config.run import DistillConfig, TeacherConfig
 
 if TYPE_CHECKING:
     from .base import Family

@@ -16,13 +16,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from pipelines.adapters import Role, SharedNetwork
+from pipelines.common.errors import UserError
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps
-from pipelines.errors import UserError
 
-from ..config import DistillConfig, TeacherConfig
-from ..config_networks import Lora
-from ..data import Examples
-from ..draws import derive_seed
+from ..config.networks import Lora
+from ..config.run import DistillConfig, TeacherConfig
+from ..data.examples import Examples
+from ..engine.draws import derive_seed
 from ..objectives.base import Need, Parts
 from ..posteriors import COVARIANCES, Covariance
 from ..posteriors.section import Posterior

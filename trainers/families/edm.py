@@ -12,21 +12,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_layer, whole_copy
+from pipelines.common.errors import UserError
+from pipelines.common.identity import weights_sha256
+from pipelines.common.reading import damaged_weights, loading, read_json, refuse_single_file
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet, PatchUNet, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
-from pipelines.errors import UserError
-from pipelines.identity import weights_sha256
 from pipelines.noise import EDMSchedule
-from pipelines.reading import damaged_weights, loading, read_json, refuse_single_file
 from pipelines.students import save_edm_student
 
-from .. import augment, data
-from ..config import DistillConfig, TeacherConfig
-from ..config_data import TEXT_DATA
-from ..config_networks import Lora
-from ..data import Images, Labels, Points
-from ..levels import check_levels
+from ..config.data import TEXT_DATA
+from ..config.level_range import check_levels
+from ..config.networks import Lora
+from ..config.run import DistillConfig, TeacherConfig
+from ..data import augment
+from ..data import examples as data
+from ..data.examples import Images, Labels, Points
 from ..networks import build_unet
 from ..posteriors import UNetPosterior
 from ..posteriors.section import Posterior

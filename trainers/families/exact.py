@@ -11,17 +11,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipelines.analytic import EmpiricalPosterior
+from pipelines.common.errors import UserError
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler
-from pipelines.errors import UserError
 from pipelines.noise import EDMSchedule
 from pipelines.preconditioning import EDM
 from pipelines.students import save_edm_student
 
-from ..config import DistillConfig
-from ..config_data import TEXT_DATA
-from ..data import load_data
-from ..levels import check_levels
+from ..config.data import TEXT_DATA
+from ..config.level_range import check_levels
+from ..config.run import DistillConfig
+from ..data.examples import load_data
 from ..networks import build_unet
 from ..objectives.base import Need
 from ..posteriors import UNetPosterior

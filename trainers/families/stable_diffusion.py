@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import AdapterHead, SharedNetwork, Whole, in_float32, last_layer, whole_copy
+from pipelines.common.errors import UserError
+from pipelines.common.identity import network_identity, pipeline_identity, tokens_identity, weights_sha256
+from pipelines.common.reading import loading
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator, check_readout
-from pipelines.errors import UserError
-from pipelines.identity import network_identity, pipeline_identity, tokens_identity, weights_sha256
-from pipelines.reading import loading
 from pipelines.students import save_stable_diffusion
 
 from ..cache import Encoded
 from ..command import sharded
-from ..config import DistillConfig, TeacherConfig
-from ..config_data import TEXT_DATA, Captions, Prompts, TeacherSamples
-from ..config_networks import Lora, Network
-from ..draws import derive_seed
-from ..levels import check_levels
+from ..config.data import TEXT_DATA, Captions, Prompts, TeacherSamples
+from ..config.level_range import check_levels
+from ..config.networks import Lora, Network
+from ..config.run import DistillConfig, TeacherConfig
+from ..data.sources import CaptionRows, PromptRows, image_batch, load_rows
+from ..engine.draws import derive_seed
 from ..objectives.base import Need
 from ..posteriors import UNetPosterior
 from ..posteriors.section import Posterior
-from ..sources import CaptionRows, PromptRows, image_batch, load_rows
 from . import base, teacher_folder
 from .base import Learner, add_role, build_covariance, refuse, unit_noise
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.noise import Level, Schedule, score
 
-from ..config_data import Strict
-from ..config_levels import LevelSampler, Use
-from ..config_networks import Optimizer
+from ..config.data import Strict
+from ..config.levels import LevelSampler, Use
+from ..config.networks import Optimizer
 
 
 class Draw(Protocol):

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.noise import Level, add_noise, score, weight
 
-from ..augment import NUMBERS, augment
-from ..config_data import PositiveInt, Strict
-from ..config_levels import Levels, LevelSampler, Use
-from ..config_networks import Lora, NewNetwork, Optimizer, Weight
-from ..levels import sampler
+from ..config.data import PositiveInt, Strict
+from ..config.level_range import sampler
+from ..config.levels import Levels, LevelSampler, Use
+from ..config.networks import Lora, NewNetwork, Optimizer, Weight
+from ..data.augment import NUMBERS, augment
 from .base import (
     Draw,
     LossTerms,

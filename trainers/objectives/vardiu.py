@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..config_data import PositiveFloat, PositiveInt
-from ..config_levels import Levels, Use
-from ..config_networks import Optimizer, Weight
-from ..levels import sampler
+from ..config.data import PositiveFloat, PositiveInt
+from ..config.level_range import sampler
+from ..config.levels import Levels, Use
+from ..config.networks import Optimizer, Weight
 from ..posteriors.section import Posterior
 from .amortized import AmortizedScore
 from .base import Need, ObjectiveConfig, Parts

@@ -32,14 +32,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from pipelines.common.errors import UserError
 from pipelines.denoiser import Condition, FeatureMaps, OneStepGenerator
-from pipelines.errors import UserError
 from pipelines.noise import Level, Schedule, add_noise, weight
 
-from ..config_data import PositiveInt
-from ..config_levels import Levels, LevelSampler
-from ..config_networks import Weight
-from ..levels import sampler
+from ..config.data import PositiveInt
+from ..config.level_range import sampler
+from ..config.levels import Levels, LevelSampler
+from ..config.networks import Weight
 from .base import Draw, LeastBatch, Need, ObjectiveConfig, Parts, sample_level
 from .energy import condition_vector, energy_loss, energy_score, grid_blocks, spread, unit_channels
 from .whole_batch import WholeBatch

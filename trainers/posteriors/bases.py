@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 from .density import Covariance, PooledLinear, Scale, Shift, Whitening
 from .invertible_conv import InvertibleConv, block_dct, dct_matrix

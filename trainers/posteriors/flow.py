@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zuko.transforms import MonotonicRQSTransform
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 from .density import Covariance, Scale, Shift, Whitening
 from .invertible_conv import InvertibleConv

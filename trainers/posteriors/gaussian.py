@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 from .density import Covariance, PooledLinear, Scale, Shift, Whitening
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ..config_data import PositiveInt, Strict
-from ..config_file import KINDS
-from ..config_networks import AnyNetwork, Lora, Optimizer, kind_of_network
+from ..config.data import PositiveInt, Strict
+from ..config.file import KINDS
+from ..config.networks import AnyNetwork, Lora, Optimizer, kind_of_network
 from . import COVARIANCES
 from .flow import TRANSFORMS
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zuko.flows import NSF
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 from .density import Covariance, Scale, Shift, Whitening
 

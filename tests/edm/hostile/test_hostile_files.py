@@ -222,8 +222,8 @@ def test_a_disk_that_is_full(tmp_path, small):
 
 def test_damage_of_any_kind(tmp_path, small, with_attribute, archive):
     """Bytes changed, removed, inserted, repeated: refused in one line, or read as a network; never anything else."""
-    from pipelines.edm.convert import convert
-    from pipelines.errors import USER_ERRORS, message
+    from pipelines.common.errors import USER_ERRORS, message
+    from pipelines.edm.conversion.convert import convert
 
     generator = np.random.default_rng(5)
     sources = {"a.pkl": with_attribute(small, "", "sigma_data", 0.5), "a.pth": archive}

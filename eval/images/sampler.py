@@ -1,0 +1,221 @@
+"""A model that draws images: any pipeline that this project writes or that stock diffusers loads, with how it is called."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor
+
+from pipelines.common.errors import UserError, shown
+from pipelines.common.identity import pipeline_identity, tokens_identity
+from pipelines.common.reading import loading
+from pipelines.edm import EDMPipeline, PointNet
+from pipelines.loras import LoraSource, find_lora, load_lora, load_scheduler
+from pipelines.stable_diffusion import UNUSED, check_weights, only_variant, read_index
+from pipelines.students import load_student, read_info
+
+from .seeds import image_generator, image_label
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Sampler:
+    """pipe with the arguments of its calls; facts: where the model came from, for reports.
+
+    takes: "prompt", "class_labels" or "nothing".
+    """
+
+    pipe: DiffusionPipeline
+    takes: str
+    call: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return self.pipe.unet.config.num_classes or 0 if isinstance(self.pipe, EDMPipeline) else 0
+
+    def __call__(
+        self,
+        indices: Sequence[int],
+        seed: int = 0,
+        captions: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        encoded: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The images of these indices, uint8 (b, c, h, w); captions, labels: one for each of them. labels: classes, None: drawn.
+        encoded: in place of captions, the arguments that give the pipeline what its text encoder has made of them.
+        ValueError for NaN.
+        """
+        inputs: dict[str, Any] = {"generator": [image_generator(seed, i) for i in indices]}
+        if encoded is not None:
+            inputs |= encoded
+        elif self.takes == "prompt":
+            inputs["prompt"] = list(captions)
+        else:
+            inputs["batch_size"] = len(indices)
+        if self.num_classes:
+            drawn = [image_label(seed, i, self.num_classes) for i in indices]
+            inputs["class_labels"] = drawn if labels is None else list(labels)
+        if isinstance(getattr(self.pipe, "unet", None), PointNet):
+            raise UserError(f"--model: {self.facts['model']!r} makes points, not images; use `python -m eval points`")
+        images = torch.from_numpy(self.pipe(**inputs, **self.call, output_type="np").images)
+        if images.ndim != 4 or len(images) != len(indices):
+            raise ValueError(f"the pipeline returned {tuple(images.shape)}, expected {len(indices)} images (h, w, c)")
+        if not bool(torch.isfinite(images).all()):
+            raise UserError(f"the pipeline made NaN or infinite pixels for images {list(indices)}; try --dtype float32")
+        return (images.permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def identity(self, captions: Sequence[str] | None) -> dict[str, Any]:
+        """What images depend on besides their numbers and seeds, part by part (pipelines.common.identity)."""
+        unused = {"vae": ("encoder.", "quant_conv.")} if isinstance(getattr(self.pipe, "vae", None), AutoencoderKL) else {}
+        found = pipeline_identity(self.pipe, left_out=unused) | {f"call.{key}": value for key, value in self.call.items()}
+        found |= {"dtype": self.facts.get("dtype"), "device": self.pipe.device.type}
+        if getattr(self.pipe, "watermark", None) is not None:
+            found["watermark"] = True
+        return found | (tokens_identity(self.pipe, captions) if captions is not None else {})
+
+    def describe(self) -> dict[str, Any]:
+        return self.facts | {
+            "pipeline": type(self.pipe).__name__,
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "call": self.call,
+        }
+
+
+def load_sampler(
+    model: str,
+    lora: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    base_model: str | None = None,
+    image_size: int | None = None,
+) -> Sampler:
+    """model: a folder or hub id of a pipeline or student, or a run's output_dir; lora: a file, folder, run or hub id of a LoRA to
+    put on it; a student's comes with its scheduler and its one step, and another goes beside a student's own.
+
+    A student is called as it was trained: one step, its own scheduler, no guidance. Others: steps and guidance_scale, or the
+    pipeline's own. FileNotFoundError or UserError say what is wrong with the folder, or which option would have no effect.
+    """
+    path, kwargs = Path(model), {"dtype": DTYPES[dtype]}
+    folder = next((path / sub for sub in ("student", "teacher") if (path / sub).is_dir()), path)
+    facts: dict[str, Any] = {"model": model, "lora": lora, "dtype": dtype}
+    student = folder if (folder / "student.json").is_file() else None
+    added = find_lora(lora, "--lora") if lora is not None else None
+    if added is not None and added.student:
+        if student is not None:
+            raise UserError(f"--lora: {lora!r} is a student, and so is --model {model!r}; give the model it was distilled from")
+        if base_model is not None:
+            raise UserError(f"--base-model has no effect with a student as --lora: its base model is --model {model!r}")
+        student, base_model, added = Path(added.folder), str(folder), None
+    if student is not None:
+        pipe, info = load_student(student, base_model, **kwargs), read_info(student, "student")
+        facts["student"] = {k: info.get(k) for k in ("objective", "estimator", "steps", "train_seconds", "git_commit")}
+    elif base_model is not None:
+        raise UserError(f"--base-model has no effect: --model {model!r} is no student on a base model")
+    else:
+        pipe, info = _load_pipeline(folder, model, kwargs), {}
+    if added is not None:
+        _add_lora(pipe, added, lora, student)
+    pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return Sampler(pipe, _takes(pipe), _call(pipe, info, steps, guidance_scale, image_size), facts)
+
+
+def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> DiffusionPipeline:
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"--model: {model!r} has no model_index.json, student.json, student/ or teacher/ in it")
+    source = str(folder) if folder.is_dir() else model
+    with loading(f"--model: {shown(model, 300)} cannot be loaded"):
+        index = _index(source)
+        kind = EDMPipeline if index.get("_class_name") == "EDMPipeline" else DiffusionPipeline
+        if kind is DiffusionPipeline and "requires_safety_checker" in index:  # it would blacken images
+            kwargs = kwargs | {"safety_checker": None, "requires_safety_checker": False}
+        if kind is DiffusionPipeline and folder.is_dir():
+            parts = [k for k, v in index.items() if isinstance(v, list) and k not in UNUSED]
+            check_weights(folder, parts)
+            kwargs = kwargs | {"variant": only_variant(folder, parts)}
+        return kind.from_pretrained(source, use_safetensors=True, **kwargs)
+
+
+def _index(source: str) -> dict[str, Any]:
+    try:
+        return read_index(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--model: {error}") from error
+    except UserError as error:
+        raise UserError(f"--model: {error}") from error
+
+
+def _add_lora(pipe: DiffusionPipeline, added: LoraSource, lora: str, student: Path | None) -> None:
+    """A LoRA that is no student's. A scheduler stored beside it comes with it, but a student keeps its own, and its adapter."""
+    if not hasattr(pipe, "load_lora_weights") or (student is not None and isinstance(pipe, EDMPipeline)):
+        raise UserError(f"--lora: a {type(pipe).__name__}{' of a student' if student else ''} takes no LoRA")
+    with loading(f"--lora: {shown(lora, 300)} cannot be loaded"):
+        if isinstance(pipe, EDMPipeline):
+            pipe.load_lora_weights(lora)
+            return
+        load_lora(pipe, added, "added")
+    if student is None and added.scheduler is not None:
+        pipe.scheduler = load_scheduler(added.scheduler)
+    if student is not None and "student" in getattr(pipe.unet, "peft_config", {}):
+        pipe.set_adapters(["student", "added"])  # the second to be loaded would be the only one that acts
+
+
+def _takes(pipe: DiffusionPipeline) -> str:
+    known = inspect.signature(pipe.__call__).parameters
+    if "prompt" in known:
+        return "prompt"
+    if "batch_size" not in known:
+        raise UserError(f"a {type(pipe).__name__} takes neither prompts nor a batch_size: what to ask it for is not known")
+    return "class_labels" if "class_labels" in known and getattr(pipe.unet.config, "num_classes", 0) else "nothing"
+
+
+def _call(pipe: DiffusionPipeline, info: dict[str, Any], steps, guidance_scale, image_size) -> dict[str, Any]:
+    """Keyword arguments of every call: written out even where they are the pipeline's defaults, so that reports tell them."""
+    known = inspect.signature(pipe.__call__).parameters
+    call: dict[str, Any] = {}
+    one_step_prompts = info and "prompt" in known
+    if one_step_prompts and steps is None:
+        last = pipe.scheduler.config.num_train_timesteps - 1
+        call |= {"num_inference_steps": 1} if info["readout_t"] == last else {"timesteps": [info["readout_t"]]}
+    elif steps is not None:
+        call["num_inference_steps"] = steps
+    elif isinstance(pipe, EDMPipeline):
+        call["num_inference_steps"] = pipe.scheduler.config.num_inference_steps
+    else:
+        call["num_inference_steps"] = known["num_inference_steps"].default
+    if "guidance_scale" in known:
+        call["guidance_scale"] = 1.0 if one_step_prompts and guidance_scale is None else guidance_scale
+        if call["guidance_scale"] is None:
+            call["guidance_scale"] = known["guidance_scale"].default
+    elif guidance_scale is not None:
+        raise UserError(f"--guidance-scale: a {type(pipe).__name__} has none")
+    if image_size and "height" not in known:
+        raise UserError(f"--image-size has no effect: a {type(pipe).__name__} makes images of one size; remove it")
+    size = image_size or info.get("image_size")
+    if "height" in known and size:
+        call |= {"height": size, "width": size}
+    return call
+
+
+def latency(sampler: Sampler, batch_size: int, repeats: int = 3, captions: Sequence[str] | None = None) -> dict[str, Any]:
+    """Seconds an image and images a second, of the fastest of `repeats` batches after one to warm up."""
+    texts = [captions[i % len(captions)] for i in range(batch_size)] if captions else None
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        sampler(range(batch_size), 0, texts)  # ends with a copy to the CPU, which waits for the device
+        seconds.append(time.perf_counter() - start)
+    best = min(seconds[1:])
+    facts = {"batch_size": batch_size, "repeats": repeats, "device": str(sampler.pipe.device), "call": sampler.call}
+    return {"seconds_per_image": best / batch_size, "images_per_s": batch_size / best} | facts

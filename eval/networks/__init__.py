@@ -1,0 +1,1 @@
+"""The networks behind the metrics, and where their weights lie."""

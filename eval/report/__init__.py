@@ -1,0 +1,1 @@
+"""What is written down: metrics.json, pages, figures, the page of a run, published numbers."""

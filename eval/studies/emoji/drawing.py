@@ -1,0 +1,187 @@
+"""Pictures by the batch, on all cores at once, each batch on one of them.
+
+So small a network is fastest so, and a picture is then the same to the bit on any number of cores: it depends on its own seed and
+on the batch that it is in, which follows from its number alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from ...images.sampler import Sampler
+from ...metrics.frechet import GaussianStats, frechet_distance
+from ...networks.extractors import Clip
+from ..digits.features import one_thread
+
+T = TypeVar("T")
+MOST_THREADS = 8  # python itself runs one at a time
+
+
+def cores() -> int:
+    """How many batches are drawn at once: as many as torch would use threads (OMP_NUM_THREADS, else the cores), 8 at most."""
+    return max(1, min(MOST_THREADS, torch.get_num_threads(), os.cpu_count() or 1))
+
+
+class Workers:
+    """Threads of Python that run jobs side by side, with one thread of torch each."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def run(self, jobs: Sequence[Callable[[], T]], label: str | None = None, sizes: Sequence[int] | None = None) -> list[T]:
+        """What the jobs return, in their order. label, sizes: of a progress bar, which counts pictures. The first error of a job
+        is raised, and no further job begun.
+        """
+        with one_thread(), ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            stop = threading.Event()
+
+            def unless_stopped(job: Callable[[], T]) -> T | None:
+                if stop.is_set():
+                    return None  # which nobody will read: the error that stopped it is raised
+                try:
+                    return job()
+                except BaseException:
+                    stop.set()
+                    raise
+
+            futures = {pool.submit(unless_stopped, job): size for job, size in zip(jobs, sizes or [1] * len(jobs), strict=True)}
+            bar = tqdm(total=sum(futures.values()), desc=label, unit="image", disable=label is None)
+            try:
+                with bar:
+                    for done in as_completed(futures):
+                        done.result()
+                        bar.update(futures[done])
+            except BaseException:  # Ctrl-C comes to this thread
+                stop.set()
+                raise
+            return [future.result() for future in futures]
+
+
+ALONE = Workers(1)  # what times: threads of Python side by side wait for one another, the more the shorter a call is
+TIMED = 5  # batches whose time is taken
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What text encoders make of n prompts: embeds (n, l, d) and of the empty one (1, l, d), as the pipeline takes them; units
+    (n, d'), CLIP's unit vectors. seconds: of the pipeline's text encoder, for one prompt on one core.
+    """
+
+    embeds: Tensor
+    empty: Tensor
+    units: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """pixels uint8 (n, 3, h, w); units (n, d), CLIP's of the pictures; seconds: a picture's on one core, all but its prompt's."""
+
+    pixels: Tensor
+    units: Tensor
+    seconds: float
+
+    def __add__(self, more: Drawn) -> Drawn:
+        """The pictures of both; the seconds of the first."""
+        return Drawn(torch.cat([self.pixels, more.pixels]), torch.cat([self.units, more.units]), self.seconds)
+
+    def numbers(self, reference: GaussianStats, texts: Tensor) -> dict[str, float]:
+        """fd and clip_score. texts (n, d): CLIP's unit vectors of the captions."""
+        return {"fd": frechet_distance(GaussianStats.of(self.units), reference), "clip_score": clip_score(self.units, texts)}
+
+
+def clip_score(units: Tensor, texts: Tensor) -> float:
+    """The mean cosine of pictures and their captions, unit vectors (n, d) each."""
+    return (units.double() * texts.double()).sum(1).mean().item()
+
+
+def blocks(first: int, last: int, size: int) -> list[range]:
+    return [range(i, min(i + size, last)) for i in range(first, last, size)]
+
+
+def twin(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The same networks with a scheduler and a tokenizer of its own: those have a state, so two threads cannot share them."""
+    twins = copy.copy(pipe)
+    twins.scheduler, twins.tokenizer = copy.deepcopy(pipe.scheduler), copy.deepcopy(pipe.tokenizer)
+    return twins
+
+
+def encode(pipe: DiffusionPipeline, captions: Sequence[str], units: Tensor, batch_size: int, workers: Workers) -> Texts:
+    """All prompts once, for all models that share the text encoder. units: CLIP's of them."""
+    parts = blocks(0, len(captions), batch_size)
+
+    def embed(part: range) -> tuple[Tensor, float]:
+        own, start = twin(pipe), time.perf_counter()
+        with torch.no_grad():
+            embeds = own.encode_prompt(captions[part.start : part.stop], "cpu", 1, False)[0]
+        return embeds, (time.perf_counter() - start) / len(part)
+
+    with torch.no_grad(), one_thread():
+        empty = twin(pipe).encode_prompt([""], "cpu", 1, False)[0]
+    found = workers.run([lambda part=part: embed(part) for part in parts])
+    alone = ALONE.run([lambda part=part: embed(part)[1] for part in parts[:TIMED]])
+    return Texts(torch.cat([e for e, _ in found]), empty, units, statistics.median(alone))
+
+
+def of_images(clip: Clip, pixels: Tensor, batch_size: int, workers: Workers) -> Tensor:
+    """CLIP's unit vectors of pictures, (n, d)."""
+    return torch.cat(workers.run([lambda part=part: clip.of_images(part) for part in pixels.split(batch_size)]))
+
+
+def of_texts(clip: Clip, captions: Sequence[str], batch_size: int, workers: Workers) -> Tensor:
+    """CLIP's unit vectors of captions, (n, d)."""
+    clip.of_texts(captions[:1])  # which sets the tokenizer's padding and truncation: no thread has to, while another one reads
+    parts = blocks(0, len(captions), batch_size)
+    return torch.cat(workers.run([lambda part=part: clip.of_texts(captions[part.start : part.stop]) for part in parts]))
+
+
+def is_guided(sampler: Sampler) -> bool:
+    """Whether a network call has two rows for each picture, one of them for the empty prompt."""
+    return sampler.call["guidance_scale"] > 1
+
+
+def draw(
+    sampler: Sampler, batches: Sequence[range], seed: int, texts: Texts, clip: Clip, workers: Workers, label: str | None = None
+) -> Drawn:
+    """The pictures of the numbers in `batches`, by a stock call of the pipeline for each batch, and CLIP's view of them."""
+    guided = is_guided(sampler)
+
+    def one(batch: range) -> tuple[Tensor, Tensor, float]:
+        own = replace(sampler, pipe=twin(sampler.pipe))
+        encoded: dict[str, Any] = {"prompt_embeds": texts.embeds[batch.start : batch.stop]}
+        if guided:
+            encoded["negative_prompt_embeds"] = texts.empty.expand(len(batch), -1, -1)
+        start = time.perf_counter()
+        pixels = own(batch, seed, encoded=encoded)
+        seconds = (time.perf_counter() - start) / len(batch)
+        return pixels, clip.of_images(pixels), seconds
+
+    found = workers.run([lambda batch=batch: one(batch) for batch in batches], label, [len(batch) for batch in batches])
+    pixels, units, seconds = zip(*found, strict=True)
+    return Drawn(torch.cat(pixels), torch.cat(units), statistics.median(seconds))
+
+
+@torch.no_grad()
+def decoder_seconds(pipe: DiffusionPipeline, batch_size: int) -> float:
+    """Of the autoencoder for one picture on one core, the least of three batches."""
+    side, taken = pipe.unet.config.sample_size, []
+    latents = torch.zeros(batch_size, pipe.unet.config.in_channels, side, side)
+    with one_thread():
+        for _ in range(3):
+            start = time.perf_counter()
+            pipe.vae.decode(latents)
+            taken.append(time.perf_counter() - start)
+    return min(taken) / batch_size

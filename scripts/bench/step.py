@@ -1,0 +1,272 @@
+"""Time and memory of one training step of a LoRA student: one frozen network with adapters against the usual layouts.
+
+    python -m scripts.bench.step [--shapes sd15 mid] [--repeats 3] [--threads 4] [--output outputs/bench]
+
+Writes <output>/step.json: shape -> objective -> layout -> {seconds, peak_bytes, peak_bytes_above_base}. Weights are random, made
+from the network's configuration; text embeddings too. Each layout is a process of its own, and they take turns, a step each, so
+that whatever else slows the machine slows all. seconds: the median over turns. peak_bytes: the most memory of the process (of the
+device, where there is one) less what it held before the first network was made. base: one frozen copy of the network's weights.
+
+    ours          trainers.distill's step: adapters on one network
+    three_copies  the same with a network each for teacher, student and posterior or fake score, as other repositories hold them;
+                  Diff-Instruct as they run it, in two phases with a student call each
+    lcm_update    what diffusers' LCM-LoRA example does for each step: teacher twice, student twice, two networks
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from pipelines.adapters import AdapterHead, Role, SharedNetwork, last_layer
+from pipelines.common.provenance import git_commit, versions
+from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.noise import VPSchedule
+from trainers.config.file import validate
+from trainers.config.networks import Lora
+from trainers.config.run import DistillConfig
+from trainers.data.examples import Tensors
+from trainers.engine.draws import DrawSource
+from trainers.engine.loop import Trainer
+from trainers.families.stable_diffusion import ALL_LAYERS
+from trainers.posteriors import COVARIANCES, UNetPosterior
+
+from ..jobs import cores, exit_cleanly
+from .parts.lcm_lora import Grid, lcm_loss
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # Stable Diffusion 1.5: 859.5M weights, 512x512 images
+    "sd15": {"unet": {"cross_attention_dim": 768}, "dtype": torch.bfloat16, "side": 64, "rank": 64},
+    "mid": {
+        "unet": {"cross_attention_dim": 512, "block_out_channels": (128, 256, 512, 512)},
+        "dtype": torch.float32,
+        "side": 32,
+        "rank": 32,
+    },
+}
+BATCH = {"vardiu": 1, "diff_instruct": 1, "varflow": 16, "varflow_k2": 2}
+LAYOUTS = {"vardiu": ("ours", "three_copies", "lcm_update"), "diff_instruct": ("ours", "three_copies", "lcm_update")}
+LAYOUTS |= {"varflow": ("ours",), "varflow_k2": ("ours",)}
+GUIDANCE = 7.5
+
+
+class RandomModels:
+    """objectives.base.Parts of a network with random weights; `copies`: a network for each role instead of adapters on one."""
+
+    num_classes = 0
+
+    def __init__(self, shape: dict[str, Any], copies: bool, lora: Lora, device: torch.device) -> None:
+        self.lora, self.copies, self.device = lora, copies, device
+        self.base = SharedNetwork(random_unet(shape, device))
+        self.latent_shape = (4, shape["side"], shape["side"])
+        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self.schedule = VPSchedule(scheduler.alphas_cumprod)
+        tokens = torch.randn(8, 77, shape["unet"]["cross_attention_dim"], generator=torch.Generator().manual_seed(0))
+        latents = torch.randn(8, *self.latent_shape, generator=torch.Generator().manual_seed(1))
+        self.examples = Tensors({"encoder_hidden_states": tokens, "latents": latents})
+        null = {"encoder_hidden_states": tokens[0]}
+        self.teacher = Denoiser(self.base.teacher(), self.schedule, "epsilon", 1.0, GUIDANCE, null)
+        self.student = OneStepGenerator(self._denoiser(self._role("student")), 999)
+
+    def _role(self, name: str) -> Role:
+        base = SharedNetwork(copy.deepcopy(self.base.network)) if self.copies else self.base
+        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.rank, target_modules=list(self.lora.targets or ALL_LAYERS))
+        return base.add_adapter(name, config)
+
+    def _denoiser(self, network: nn.Module) -> Denoiser:
+        return Denoiser(network, self.schedule, "epsilon", 1.0)
+
+    def fake_score(self, section: Any) -> Denoiser:
+        return self._denoiser(self._role("aux"))
+
+    def posterior(self, section: Any, with_mean: bool) -> UNetPosterior:
+        covariance = COVARIANCES["learned"](self.latent_shape)
+        head = AdapterHead(self._role("aux"), UNetPosterior.num_channels(covariance, with_mean))
+        posterior = UNetPosterior(head, covariance, 1.0, with_mean, "epsilon")
+        posterior.start_mean(last_layer(self.base.network))
+        return posterior
+
+
+def random_unet(shape: dict[str, Any], device: torch.device) -> UNet2DConditionModel:
+    """Made in its own dtype on its own device: a float32 copy on the way would be part of the peak."""
+    torch.set_default_dtype(shape["dtype"])
+    with device:
+        unet = UNet2DConditionModel(sample_size=shape["side"], **shape["unet"]).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    return unet
+
+
+def our_step(shape: dict[str, Any], objective: str, copies: bool, device: torch.device) -> Callable[[], None]:
+    """One step of trainers.distill on random weights: draws, losses, backward passes, AdamW and EMA."""
+    adam, levels = {"lr": 1e-5}, {"name": "uniform", "low": 20, "high": 980}
+    lora = {"rank": shape["rank"]}
+    sections: dict[str, dict[str, Any]] = {
+        "vardiu": {
+            "name": "vardiu",
+            "weighting": "dmd",
+            "pool": "own",
+            "noise_draws": 1,
+            "posterior": {"network": "adapter", "lora": lora, "covariance": "learned", "warmup_updates": 0, "optimizer": adam},
+        },
+        "diff_instruct": {
+            "name": "diff_instruct",
+            "weighting": "dmd",
+            "joint": not copies,
+            "fake_score": {"lora": lora, "optimizer": adam, "levels": levels, "weighting": "snr"},
+        },
+        "varflow": {"name": "varflow"},
+    }
+    raw = {
+        "output_dir": tempfile.mkdtemp(),
+        "teacher": {"path": "random", "guidance_scale": 1.0 if objective.startswith("varflow") else GUIDANCE},
+        "student": {"lora": lora, "optimizer": adam},
+        "objective": sections[objective.removesuffix("_k2")] | {"levels": levels},
+        "data": {"name": "teacher_samples", "file": "none"},
+        "steps": 1000,
+        "batch_size": BATCH[objective],
+        "micro_batch_size": 1,
+        "gradient_checkpointing": True,
+        "ema_decay": 0.0,
+        "log_every": 1000,
+    }
+    config = validate(DistillConfig, raw, "the benchmark's configuration")
+    models = RandomModels(shape, copies, config.student.lora, device)
+    built, optimizers = config.objective.build(models, config.steps), config.objective.optimizers()
+    draws = DrawSource(0, config.batch_size, models.latent_shape, device, models.examples, micro_batch_size=1)
+    trainer = Trainer(
+        config, Accelerator(), built, "student", {"student": config.student.optimizer} | optimizers, draws, None, None, None
+    )
+    return trainer.one_step
+
+
+def lcm_step(shape: dict[str, Any], device: torch.device) -> Callable[[], None]:
+    """The update of diffusers' LCM-LoRA example (Luo et al. 2023): consistency between t and the teacher's DDIM step from t."""
+    teacher = random_unet(shape, device)
+    student = SharedNetwork(copy.deepcopy(teacher))
+    role = student.add_adapter("student", LoraConfig(r=shape["rank"], target_modules=list(ALL_LAYERS)))
+    student.network.enable_gradient_checkpointing(student.checkpointed)
+    optimizer = torch.optim.AdamW(role.parameters(), lr=1e-5)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    grid = Grid(scheduler.alphas_cumprod.to(device))
+    z, eps = torch.randn(2, 1, 4, shape["side"], shape["side"], device=device)
+    text, empty = torch.randn(2, 1, 77, shape["unet"]["cross_attention_dim"], device=device)
+    index, w = torch.tensor([24], device=device), torch.tensor([GUIDANCE - 1], device=device)
+
+    def frozen(x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return teacher(x_t.to(shape["dtype"]), t, encoder_hidden_states.to(shape["dtype"])).sample.float()
+
+    def step() -> None:
+        lcm_loss(role, frozen, grid, z, eps, index, w, text, empty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def memory(device: torch.device) -> int:
+    """The most bytes that this process, or its device, has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def worker(pipe: Connection, name: str, objective: str, layout: str, threads: int) -> None:
+    """Builds one case, then answers each request with the seconds of one step and the peak so far."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape, before = SHAPES[name], memory(device)
+    step = lcm_step(shape, device) if layout == "lcm_update" else our_step(shape, objective, layout == "three_copies", device)
+    while pipe.recv():
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        pipe.send((time.perf_counter() - start, memory(device) - before))
+
+
+def measure(name: str, objective: str, repeats: int, threads: int) -> dict[str, dict[str, float]]:
+    """layout -> numbers; the first step of each is a warm-up."""
+    # freed tensors leave the process, so that its peak is what was in use and not what the allocator had set aside
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    context = multiprocessing.get_context("spawn")
+    running = {}
+    for layout in LAYOUTS[objective]:
+        mine, theirs = context.Pipe()
+        process = context.Process(target=worker, args=(theirs, name, objective, layout, threads), daemon=True)
+        process.start()
+        running[layout] = (process, mine)
+    seconds: dict[str, list[float]] = {layout: [] for layout in running}
+    peak: dict[str, int] = {}
+    for turn in range(repeats + 1):
+        order = list(running) if turn % 2 else list(reversed(running))  # nobody is always first
+        for layout in order:
+            running[layout][1].send(True)
+            taken, peak[layout] = running[layout][1].recv()
+            if turn:
+                seconds[layout].append(taken)
+    for process, pipe in running.values():
+        pipe.send(False)
+        process.join()
+    base = base_bytes(name)
+    return {
+        layout: {
+            "seconds": statistics.median(seconds[layout]),
+            "peak_bytes": peak[layout],
+            "peak_bytes_above_base": peak[layout] - base,
+        }
+        for layout in running
+    }
+
+
+def base_bytes(name: str) -> int:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=SHAPES[name]["side"], **SHAPES[name]["unet"])
+    return sum(p.numel() for p in unet.parameters()) * SHAPES[name]["dtype"].itemsize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--objectives", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "step.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    found["facts"] = {"git_commit": git_commit(), "versions": versions(("torch", "diffusers", "peft")), "threads": args.threads}
+    for name in args.shapes:
+        print(f"\n{name}: {base_bytes(name) / 2**30:.2f} GiB of weights, {SHAPES[name]['dtype']}", flush=True)
+        for objective in args.objectives:
+            numbers = measure(name, objective, args.repeats if BATCH[objective] < 16 else 1, args.threads)
+            found.setdefault(name, {})[objective] = numbers
+            file.write_text(json.dumps(found, indent=1))
+            for layout, row in numbers.items():
+                above = row["peak_bytes_above_base"] / 2**30
+                print(
+                    f"{objective:14} {layout:13} {row['seconds']:7.2f} s {row['peak_bytes'] / 2**30:6.2f} GiB, {above:.2f} above"
+                )
+    print(f"\n{file}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,144 @@
+"""All randomness of training as a function of (seed, key): a resumed run draws what an uninterrupted one would have.
+
+Every process makes the random numbers of the *whole* batch, once for an update, and keeps its rows, so that any number of
+processes and any number of micro-batches give the same update. The masks of a network's dropout layers are the exception: torch
+draws them layer by layer, so each micro-batch has its own, from a seed of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from pipelines.common.errors import UserError
+from pipelines.denoiser import Condition
+
+from ..data.augment import NUMBERS, augment
+from ..data.examples import Examples, without
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed from any tuple of numbers and names; the same on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def split(batch_size: int, world_size: int, micro_batch_size: int | None) -> tuple[int, int]:
+    """(each process's share of the batch, the micro-batches it falls into); UserError where they are not of one size."""
+    if batch_size % world_size:
+        raise UserError(f"batch_size={batch_size} is not a multiple of the number of processes, {world_size}")
+    share = batch_size // world_size
+    if share % (micro_batch_size or share):
+        raise UserError(
+            f"micro_batch_size={micro_batch_size} does not divide each process's share of the batch, {share} "
+            f"(batch_size={batch_size} over {world_size} processes)"
+        )
+    return share, micro_batch_size or share
+
+
+class DrawSource:
+    """Makes the draws of each update.
+
+    shape: (c, h, w) of z and eps. examples: where x0 and conditions come from; `dropout` of the conditions become null_condition.
+    augmentation: probability of each change to x0 (augment.py), of which condition["augment_labels"] then tells.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        examples: Examples | None = None,
+        null_condition: Condition = None,
+        dropout: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_size: int | None = None,
+        augmentation: float = 0.0,
+    ) -> None:
+        share, self.micro_batch_size = split(batch_size, world_size, micro_batch_size)
+        self.seed, self.batch_size, self.shape, self.device = seed, batch_size, shape, device
+        self.examples, self.null_condition, self.dropout = examples, null_condition, dropout
+        self.augmentation = augmentation
+        self.first_row, self.share = rank * share, share
+
+    def batch(self, key: tuple[int | str, ...], progress: float) -> list[MicroDraw]:
+        """This process's micro-batches for the update named by `key`."""
+        numbers = Numbers(self, (self.seed, *key))
+        return [MicroDraw(self, numbers, progress, start) for start in range(0, self.share, self.micro_batch_size)]
+
+
+class Numbers:
+    """The random numbers of one update, this process's rows of them: all micro-batches take theirs from here.
+
+    Each is drawn for the whole batch, once. What has many numbers a sample is drawn when the first micro-batch asks for it and
+    forgotten when the last has taken its rows, so accumulating needs no more memory than one batch's numbers.
+    """
+
+    def __init__(self, source: DrawSource, key: tuple[int | str, ...]) -> None:
+        self.source, self.key = source, key
+        self._mine = slice(source.first_row, source.first_row + source.share)
+        self._held: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        u = self._uniform("u")
+        # ndtri and log need u inside (0, 1); rand gives [0, 1)
+        u = u.clamp_min(torch.finfo(u.dtype).tiny)
+        self.u, self.shared_u = u[self._mine], u[0]
+        if source.examples is not None:
+            index = torch.randint(len(source.examples), (source.batch_size,), generator=self._generator("data", "cpu"))
+            self.index = index[self._mine]
+        if source.dropout:
+            self.dropped = self._uniform("label_dropout")[self._mine] < source.dropout
+
+    def normal(self, start: int, name: str, *shape: int) -> Tensor:
+        """(m, *shape) for the micro-batch that begins at row `start` of this process's share."""
+        source, stream = self.source, (name, shape)
+        rows = self._held.pop(stream, None)
+        if rows is None:
+            size = (source.batch_size, *shape)
+            rows = torch.randn(size, generator=self._generator(name), device=source.device)[self._mine]
+            if source.share < source.batch_size:
+                rows = rows.clone()  # a view would keep the rows of all processes in memory
+        stop = start + source.micro_batch_size
+        if stop < source.share:
+            self._held[stream] = rows
+        return rows[start:stop]
+
+    def _uniform(self, name: str) -> Tensor:
+        return torch.rand(self.source.batch_size, generator=self._generator(name), device=self.source.device)
+
+    def _generator(self, name: str, device: str | None = None) -> torch.Generator:
+        return torch.Generator(device or self.source.device).manual_seed(derive_seed(*self.key, name))
+
+
+class MicroDraw:
+    """One micro-batch: rows [start, start + micro_batch_size) of this process's share. See objectives.base.Draw."""
+
+    def __init__(self, source: DrawSource, numbers: Numbers, progress: float, start: int) -> None:
+        self._numbers, self._start = numbers, start
+        self.progress, self.first_row = progress, source.first_row
+        rows = slice(start, start + source.micro_batch_size)
+        self.z, self.eps = self.normal("z", *source.shape), self.normal("eps", *source.shape)
+        self.u, self.shared_u = numbers.u[rows], numbers.shared_u
+        self.x0, self.condition = None, None
+        if source.examples is not None:
+            x0, condition = source.examples.rows(numbers.index[rows])
+            self.x0 = None if x0 is None else x0.to(source.device)
+            if condition is not None:
+                condition = {k: v.to(source.device) for k, v in condition.items()}
+            if condition is not None and source.dropout:
+                condition = without(condition, source.null_condition, numbers.dropped[rows])
+            if source.augmentation:
+                self.x0, labels = augment(self.x0, self.normal("augment", NUMBERS), source.augmentation)
+                condition = (condition or {}) | {"augment_labels": labels}
+            self.condition = condition
+
+    @property
+    def seed(self) -> int:
+        """For torch's global generator, which dropout draws from: masks are the micro-batch's own."""
+        return derive_seed(*self._numbers.key, "dropout", self.first_row + self._start)
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        return self._numbers.normal(self._start, name, *shape)
