@@ -29,7 +29,7 @@ LEAST_IMAGES = {"fid": 2, "kid": 2, "patch_fid": 2, "fd_dinov2": 2, "precision_r
 LOWER_IS_BETTER = {"fid": True, "kid": True, "patch_fid": True, "fd_dinov2": True, "cmmd": True} | dict.fromkeys(
     ("inception_score", "precision", "recall", "clip_score", "aesthetic"), False
 )
-# studies of their own (eval/digits, eval/emoji) with --teacher and --student, of images and networks that are made here
+# studies of their own (eval/studies/) with --teacher and --student, of images and networks that are made here
 STUDIES = DIGITS, EMOJI = ("digits-10k", "emoji-2k")
 INCEPTION_MODES = ("clean", "legacy_tensorflow", "legacy_pytorch")
 

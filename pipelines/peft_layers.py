@@ -1,8 +1,8 @@
 """The one place that reaches into peft: how LoRA layers are found in a network, switched and named.
 
 peft's own `set_adapter` and `disable_adapters` are not used for switching: they also flip requires_grad, so that a backward pass
-after a switch finds no graph. What is used instead are two private attributes of its layers; tests/pipelines/test_peft_layers.py holds the
-contract, so that a version of peft that breaks it is found out by name.
+after a switch finds no graph. What is used instead are two private attributes of its layers; tests/pipelines/test_peft_layers.py
+holds the contract, so that a version of peft that breaks it is found out by name.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Plan:
 
 
 def view_of(key: str, protocol: Protocol) -> str:
-    """Which view of an image (image_files.VIEWS) an extractor sees."""
+    """Which view of an image (images.files.VIEWS) an extractor sees."""
     return {"inception_patch": "patch", "clip": "clip" if protocol.clip_crop else "image"}.get(key, "image")
 
 

@@ -32,7 +32,7 @@ INPUTS = {
 
 
 class Extractor(Protocol):
-    """outputs: name -> columns of what a call returns; view: which view of an image it sees (image_files.VIEWS).
+    """outputs: name -> columns of what a call returns; view: which view of an image it sees (images.files.VIEWS).
 
     Needs captions where "cosine" is among the outputs.
     """

@@ -1,5 +1,7 @@
 """Pixel-space EDM models (Karras et al. 2022) as diffusers components: networks, scheduler, pipeline.
 
+Their modules stay where they are: model_index.json of every stored model names them.
+
 Loaded when they are asked for: converting a snapshot needs neither torch nor diffusers, which take longer to import, and more
 memory, than the conversion.
 """

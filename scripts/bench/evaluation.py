@@ -3,7 +3,7 @@ against one library after the other, and agreement of every number.
 
     python -m scripts.bench.evaluation [--images 256] [--cifar DIR]
 
-Networks are made here with random weights (scripts/bench/parts/random_networks.py), in the published files' formats. --cifar: a folder with
+Networks are made here with random weights (parts/random_networks.py), in the published files' formats. --cifar: a folder with
 train.parquet and test.parquet; without it images are random. Writes outputs/bench/eval.json.
 """
 

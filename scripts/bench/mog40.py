@@ -5,7 +5,7 @@
 Each method first runs a few steps, in as many copies as there are workers, then as many as fit into --seconds on one thread, so
 that rates and noise levels are annealed over the same time. Leaves <output>/mog40.json (methods: method -> seed -> list of
 {seconds, step, log_density, mmd, modes, ...}), mog40_samples.png and mog40_curves.png. Run again, it continues where it was
-stopped. bench_mog40_bounds.py does the rest.
+stopped. mog40_bounds.py does the rest.
 """
 
 from __future__ import annotations

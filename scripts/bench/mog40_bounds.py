@@ -1,4 +1,4 @@
-"""After bench_mog40: how tight the bounds are, whether the estimators point where the gradient does, and what a step costs.
+"""After mog40.py: how tight the bounds are, whether the estimators point where the gradient does, and what a step costs.
 
     python -m scripts.bench.mog40_bounds [--output outputs/bench]
 

@@ -1,4 +1,4 @@
-"""scripts/export_kohya.py, sample.py, bench_step.py and bench_text.py on tiny networks."""
+"""scripts/export_kohya.py, sample.py, bench/step.py and bench/text.py on tiny networks."""
 
 from __future__ import annotations
 

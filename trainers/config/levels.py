@@ -45,7 +45,7 @@ class LogUniformLevels(Range):
 
 
 class LogNormalLevels(Strict):
-    """ln sigma ~ N(mean, std^2), cut off where the network knows no more (levels.py)."""
+    """ln sigma ~ N(mean, std^2), cut off where the network knows no more (level_range.py)."""
 
     name: Literal["log_normal"]
     mean: float = -1.2

@@ -1,4 +1,4 @@
-"""Configurations: one frozen, strict model for each command; unknown keys are errors. config_file.py reads them."""
+"""Configurations: one frozen, strict model for each command; unknown keys are errors. file.py reads them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Run(Strict):
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    ema_halflife: PositiveInt | None = None  # instead of ema_decay: in images, as in EDM, which ramps it up (see ema.py)
+    ema_halflife: PositiveInt | None = None  # instead of ema_decay: in images, as in EDM, which ramps it up (see engine/ema.py)
     log_every: PositiveInt = 50
     sample_every: PositiveInt | None = None
     num_samples: PositiveInt = 64

@@ -42,7 +42,7 @@ class DrawSource:
     """Makes the draws of each update.
 
     shape: (c, h, w) of z and eps. examples: where x0 and conditions come from; `dropout` of the conditions become null_condition.
-    augmentation: probability of each change to x0 (augment.py), of which condition["augment_labels"] then tells.
+    augmentation: probability of each change to x0 (data/augment.py), of which condition["augment_labels"] then tells.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """LCM-LoRA (Luo et al. 2023) by the update of diffusers' example, for a given time: what a user would distil with instead.
 
-    python -m scripts.bench.parts.lcm_lora --seconds 1200 --output DIR [--teacher assets/emoji_sd] [--data assets/emoji/captioned_32.parquet]
+    python -m scripts.bench.parts.lcm_lora --seconds 1200 --output DIR [--teacher assets/emoji_sd]
+                                           [--data assets/emoji/captioned_32.parquet]
 
 Consistency between t and the point that the guided teacher's DDIM step reaches from there, on encoded pictures and captions; a
 pseudo-Huber distance; no second student network (diffusers, examples/consistency_distillation/train_lcm_distill_lora_sd_wds.py).

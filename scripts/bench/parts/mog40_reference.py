@@ -1,4 +1,4 @@
-"""VarDiU's published update in the plane, from what the authors' code does: the baseline of bench_mog40, in plain PyTorch.
+"""VarDiU's published update in the plane, from what the authors' code does: the baseline of bench/mog40.py, in plain PyTorch.
 
 Two networks of 4 x 400 that see (x, sigma, sigma); 512 latents used twice, with +eps and -eps; std of q = softplus * sigma; Adam;
 gradients clipped to norm 10. Its weights (b, 1) meet losses (b,), so that their product is a (b, b) table whose mean is the

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,8 +76,9 @@ def test_same_weights_with_other_cpu_instructions():
     """As on another processor: without vector instructions sums round differently, and the rounded weights hide it."""
     code = "from eval.studies.digits.features import train_digits_extractor; print(train_digits_extractor(epochs=4).sha256)"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True
+    )
     assert done.stdout.strip() == train_digits_extractor(epochs=4).sha256, done.stderr
 
 

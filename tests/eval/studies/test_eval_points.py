@@ -1,4 +1,4 @@
-"""eval/studies/points/numbers.py: each number against its definition or a closed form, and the exact student density by quadrature."""
+"""Models of points: each number against its definition or a closed form, and the exact student density by quadrature."""
 
 import math
 import subprocess
