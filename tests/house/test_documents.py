@@ -112,6 +112,20 @@ def test_the_readme_is_short_and_its_table_names_recipes():
     assert [name for name in named if not (ROOT / "configs" / f"{name}.yaml").is_file()] == []
 
 
+def test_the_readme_has_a_line_for_each_room():
+    """Of two levels; what is deeper stands in the line of the room that it is in."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^ {4}((?:pipelines|trainers|eval|scripts)/[\w/]*) {2,}\S", text, re.MULTILINE)
+    rooms = [
+        f.parent.relative_to(ROOT)
+        for top in ("pipelines", "trainers", "eval", "scripts")
+        for f in ROOT.glob(f"{top}/**/__init__.py")
+    ]
+    assert sorted(named) == sorted(f"{room}/" for room in rooms if len(room.parts) <= 2)
+    deeper = [room.name for room in rooms if len(room.parts) > 2]
+    assert [name for name in deeper if f"{name}/" not in text] == []
+
+
 def test_the_index_names_every_document():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\]\((\w+\.md)\)", index))

@@ -257,7 +257,7 @@ ACCEPTED = [
     (
         room_arrows,
         "trainers/engine/loop.py",
-        "from . import checkpoint\nfrom ..objectives.base import Phase\nfrom ..families import base\nfrom ..config.run import Run",
+        "from . import ema\nfrom ..objectives.base import Phase\nfrom ..families import base\nfrom ..config.run import Run",
     ),
     (room_arrows, "trainers/distill.py", "from .families import family_for\nfrom .engine.loop import Trainer"),
     (seams, "trainers/objectives/vardiu.py", "x = o.name == 'vardiu'"),

@@ -1,7 +1,8 @@
 """The teacher: how it is called, and its numbers with 50 steps, which take minutes and are therefore kept.
 
-A file holds them with all that they depend on (pipelines.common.identity) and this module's FORMAT. assets/measured.json is part of
-the repository, for the embedded teacher; of any other <output>/teacher.json is written. Where neither fits they are measured anew.
+A file holds them with all that they depend on (pipelines.common.identity) and this module's FORMAT. assets/measured.json is part
+of the repository, for the embedded teacher; of any other <output>/teacher.json is written. Where neither fits they are measured
+anew.
 """
 
 from __future__ import annotations
