@@ -15,7 +15,7 @@ from pipelines.common.provenance import git_commit, versions
 from pipelines.students import save_model
 
 from . import command
-from .config import level_range as levels
+from .config import level_range
 from .config.run import TeacherConfig
 from .engine.draws import DrawSource
 from .engine.loop import Trainer
@@ -34,7 +34,7 @@ def run(config: TeacherConfig) -> None:
         raise UserError("FSDP shards frozen weights, and a teacher in training has none; use configs/accelerate/gpu_8.yaml")
     command.check_output(config, accelerator)
     teacher = family_for(config).in_training(config, accelerator)
-    drawn = levels.sampler(config.levels, config.steps, teacher.denoiser.schedule.t_range)
+    drawn = level_range.sampler(config.levels, config.steps, teacher.denoiser.schedule.t_range)
     objective = Denoising(teacher.denoiser, drawn, config.weighting)
     draws = DrawSource(
         config.seed,

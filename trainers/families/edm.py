@@ -25,8 +25,7 @@ from ..config.data import TEXT_DATA
 from ..config.level_range import check_levels
 from ..config.networks import Lora
 from ..config.run import DistillConfig, TeacherConfig
-from ..data import augment
-from ..data import examples as data
+from ..data import augment, examples
 from ..data.examples import Images, Labels, Points
 from ..networks import build_unet
 from ..posteriors import UNetPosterior
@@ -57,7 +56,7 @@ class Family(base.Family):
             if need.what == "condition_vector" and need.value and not self.num_classes:
                 raise UserError(f"{need.key} has no effect: the teacher is unconditional; remove it")
         if config.data:
-            self.examples = data.load_data(config.data)
+            self.examples = examples.load_data(config.data)
             self._check_data(self.examples)
         else:
             self.examples = Labels(self.num_classes) if self.num_classes else None
@@ -188,7 +187,7 @@ class NewTeacher:
         )
         scheduler.sigmas(config.sampling_steps)  # a grid that cannot be sampled is an error now
         check_levels(config, EDMSchedule(0.0, math.inf), (config.sigma_min, config.sigma_max))
-        self.examples = data.load_data(config.data)
+        self.examples = examples.load_data(config.data)
         self.latent_shape = self.examples.shape
         channels, size = self.latent_shape[:2]
         num_classes = len(self.examples.class_names)
