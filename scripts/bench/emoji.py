@@ -1,6 +1,7 @@
 """The quickstart's students, longer: FD and CLIP score against seconds, three seeds, and LCM-LoRA in the same time beside them.
 
-    python -m scripts.bench.emoji [--output outputs/bench] [--seconds 1200] [--seeds 3] [--objectives vardiu ...] [--num-images N]
+    python -m scripts.bench.emoji [--output outputs/bench] [--seconds 1200] [--seeds 3] [--objectives vardiu ...]
+                                   [--lcm lcm_lora ...] [--num-images N]
 
 Each run has one thread and trains on the embedded Stable Diffusion by configs/emoji_<objective>.yaml with as many steps as fit
 into --seconds: their time is measured in a short run first. Eight snapshots of each are measured by protocol emoji-2k. LCM-LoRA
@@ -76,11 +77,11 @@ def trial_options() -> list[str]:
     return [f"steps={TRIAL}", "log_every=10", "sample_every=null", "checkpoint_every=null", "resume=no"]
 
 
-def train_lcm(seconds: float, seeds: int, runs: Path) -> list[tuple[str, int, Path]]:
+def train_lcm(names: list[str], seconds: float, seeds: int, runs: Path) -> list[tuple[str, int, Path]]:
     """(name, seed, folder) of each, as many trained at a time as there are cores. One that was stopped begins again."""
     recipe = yaml.safe_load(config_of("vardiu").read_text())
     shape = ["--rank", str(recipe["student"]["lora"]["rank"]), "--batch-size", str(recipe["batch_size"])]
-    wanted = [(name, seed, runs / f"{name}_{seed}") for name in LCM for seed in range(seeds)]
+    wanted = [(name, seed, runs / f"{name}_{seed}") for name in names for seed in range(seeds)]
 
     weights = base_weights(TEACHER, torch.float32, None)
 
@@ -103,7 +104,7 @@ def lcm_sampler(folder: Path, steps: int) -> Sampler:
 
 def numbers(judge: Judge, sampler: Sampler, label: str, file: Path) -> dict[str, float]:
     """fd and clip_score, kept beside the weights."""
-    found = {"captions": judge.captions, "reference": judge.real.sha256, "clip": judge.clip.describe(), "call": sampler.call}
+    found = {"reference": judge.real.sha256, "clip": judge.clip.describe()} | sampler.identity(judge.captions)
     return kept(file, found, lambda: judge.measure(sampler, label)[1])
 
 
@@ -112,7 +113,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--seconds", type=finite, default=1200.0, help="of updates, each run")
     parser.add_argument("--seeds", type=whole(1), default=3)
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--objectives", nargs="*", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--lcm", nargs="*", choices=tuple(LCM), default=list(LCM), help="the rival's runs (default: both rates)")
     parser.add_argument("--num-images", type=whole(2), help="that are measured (default: the protocol's)")
     args = parser.parse_args()
     check_assets(PICTURES, EMOJI_SD, EMOJI_CLIP)
@@ -120,7 +122,7 @@ def main() -> None:
     runs, start = args.output / "emoji", time.perf_counter()
     runs.mkdir(parents=True, exist_ok=True)
     trained = train(list(dict.fromkeys(args.objectives)), args.seeds, args.seconds, runs)
-    others = train_lcm(args.seconds, args.seeds, runs)
+    others = train_lcm(list(dict.fromkeys(args.lcm)), args.seconds, args.seeds, runs)
 
     many, one = load_teacher(TEACHER)
     judge = make_judge(protocol, many)
