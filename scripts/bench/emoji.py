@@ -126,7 +126,7 @@ def main() -> None:
 
     many, one = load_teacher(TEACHER)
     judge = make_judge(protocol, many)
-    teacher = teacher_numbers(many, judge, runs / "teacher.json", print)[0].numbers
+    teacher = teacher_numbers(many, judge, runs / "teacher.json", print).numbers
     single = numbers(judge, one, "teacher, 1 step", runs / "teacher_one_step.json")
     curves: dict[str, dict[str, list[dict[str, float]]]] = {}
     for name, seed, folder in trained:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-import statistics
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -70,33 +68,23 @@ class Workers:
             return [future.result() for future in futures]
 
 
-ALONE = Workers(1)  # what times: threads of Python side by side wait for one another, the more the shorter a call is
-TIMED = 5  # batches whose time is taken
-
-
 @dataclass(frozen=True)
 class Texts:
     """What text encoders make of n prompts: embeds (n, l, d) and of the empty one (1, l, d), as the pipeline takes them; units
-    (n, d'), CLIP's unit vectors. seconds: of the pipeline's text encoder, for one prompt on one core.
+    (n, d'), CLIP's unit vectors.
     """
 
     embeds: Tensor
     empty: Tensor
     units: Tensor
-    seconds: float
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """pixels uint8 (n, 3, h, w); units (n, d), CLIP's of the pictures; seconds: a picture's on one core, all but its prompt's."""
+    """pixels uint8 (n, 3, h, w); units (n, d), CLIP's of the pictures."""
 
     pixels: Tensor
     units: Tensor
-    seconds: float
-
-    def __add__(self, more: Drawn) -> Drawn:
-        """The pictures of both; the seconds of the first."""
-        return Drawn(torch.cat([self.pixels, more.pixels]), torch.cat([self.units, more.units]), self.seconds)
 
     def numbers(self, reference: GaussianStats, texts: Tensor) -> dict[str, float]:
         """fd and clip_score. texts (n, d): CLIP's unit vectors of the captions."""
@@ -123,17 +111,14 @@ def encode(pipe: DiffusionPipeline, captions: Sequence[str], units: Tensor, batc
     """All prompts once, for all models that share the text encoder. units: CLIP's of them."""
     parts = blocks(0, len(captions), batch_size)
 
-    def embed(part: range) -> tuple[Tensor, float]:
-        own, start = twin(pipe), time.perf_counter()
+    def embed(part: range) -> Tensor:
         with torch.no_grad():
-            embeds = own.encode_prompt(captions[part.start : part.stop], "cpu", 1, False)[0]
-        return embeds, (time.perf_counter() - start) / len(part)
+            return twin(pipe).encode_prompt(captions[part.start : part.stop], "cpu", 1, False)[0]
 
     with torch.no_grad(), one_thread():
         empty = twin(pipe).encode_prompt([""], "cpu", 1, False)[0]
     found = workers.run([lambda part=part: embed(part) for part in parts])
-    alone = ALONE.run([lambda part=part: embed(part)[1] for part in parts[:TIMED]])
-    return Texts(torch.cat([e for e, _ in found]), empty, units, statistics.median(alone))
+    return Texts(torch.cat(found), empty, units)
 
 
 def of_images(clip: Clip, pixels: Tensor, batch_size: int, workers: Workers) -> Tensor:
@@ -159,29 +144,14 @@ def draw(
     """The pictures of the numbers in `batches`, by a stock call of the pipeline for each batch, and CLIP's view of them."""
     guided = is_guided(sampler)
 
-    def one(batch: range) -> tuple[Tensor, Tensor, float]:
+    def one(batch: range) -> tuple[Tensor, Tensor]:
         own = replace(sampler, pipe=twin(sampler.pipe))
         encoded: dict[str, Any] = {"prompt_embeds": texts.embeds[batch.start : batch.stop]}
         if guided:
             encoded["negative_prompt_embeds"] = texts.empty.expand(len(batch), -1, -1)
-        start = time.perf_counter()
         pixels = own(batch, seed, encoded=encoded)
-        seconds = (time.perf_counter() - start) / len(batch)
-        return pixels, clip.of_images(pixels), seconds
+        return pixels, clip.of_images(pixels)
 
     found = workers.run([lambda batch=batch: one(batch) for batch in batches], label, [len(batch) for batch in batches])
-    pixels, units, seconds = zip(*found, strict=True)
-    return Drawn(torch.cat(pixels), torch.cat(units), statistics.median(seconds))
-
-
-@torch.no_grad()
-def decoder_seconds(pipe: DiffusionPipeline, batch_size: int) -> float:
-    """Of the autoencoder for one picture on one core, the least of three batches."""
-    side, taken = pipe.unet.config.sample_size, []
-    latents = torch.zeros(batch_size, pipe.unet.config.in_channels, side, side)
-    with one_thread():
-        for _ in range(3):
-            start = time.perf_counter()
-            pipe.vae.decode(latents)
-            taken.append(time.perf_counter() - start)
-    return min(taken) / batch_size
+    pixels, units = zip(*found, strict=True)
+    return Drawn(torch.cat(pixels), torch.cat(units))

@@ -27,26 +27,12 @@ from ...networks.weights import find
 from ..protocols import Protocol
 from ..runs import Run
 from . import prompts, teacher
-from .drawing import (
-    ALONE,
-    TIMED,
-    Drawn,
-    Texts,
-    Workers,
-    blocks,
-    clip_score,
-    cores,
-    decoder_seconds,
-    draw,
-    encode,
-    is_guided,
-    of_images,
-    of_texts,
-)
+from .drawing import Drawn, Texts, Workers, blocks, clip_score, cores, draw, encode, is_guided, of_images, of_texts
 from .teacher import PACKAGES, SHIPPED, STEPS, Kept, check_fits, load_teacher
+from .timing import time_in_turn
 
 FLOOR_SPLITS = 10
-LIVE = 2  # batches that the teacher draws with all its steps in every evaluation: their time, and the pictures that are shown
+SHOWN = 64  # pictures of each model that a report can show
 
 
 @dataclass(frozen=True)
@@ -144,29 +130,36 @@ def evaluate(
     samplers = [load_student(run, teacher_path) for run in students]
     judge = make_judge(protocol, many, pictures, say)
 
-    def model(name: str, sampler: Sampler, drawn: Drawn, numbers: dict[str, float], run: Run | None = None) -> Measured:
-        facts = {"seconds_per_image": drawn.seconds + judge.texts.seconds, "n": protocol.num_images, "call": sampler.call}
+    names, runs = [f"teacher, {steps} steps", "teacher, 1 step", *(run.name for run in students)], [None, None, *students]
+    models = [many, one, *samplers]
+
+    def told(name: str, numbers: dict[str, float]) -> dict[str, float]:
+        say(f"{name}: FD {numbers['fd']:.4f}, CLIP score {numbers['clip_score']:.3f}")
+        return numbers
+
+    kept = teacher_numbers(many, judge, kept_in, say)
+    found, drawn = [told(names[0], kept.numbers)], []
+    for name, sampler in zip(names[1:], models[1:], strict=True):
+        pictures_of, numbers = judge.measure(sampler, name)
+        found.append(told(name, numbers))
+        drawn.append(pictures_of.pixels[:SHOWN])
+    timed = time_in_turn(models, judge.captions, protocol.seed, protocol.batch_size)
+    measured = []
+    for name, sampler, run, numbers, seconds, pixels in zip(
+        names, models, runs, found, timed.seconds, [timed.first, *drawn], strict=True
+    ):
+        say(f"{name}: {1000 * seconds:.1f} ms a picture")
+        facts = {"seconds_per_image": seconds, "n": protocol.num_images, "call": sampler.call}
         facts |= {"scheduler": type(sampler.pipe.scheduler).__name__}
         if run is not None:
             facts |= {"train_seconds": run.info.get("train_seconds"), "train_steps": run.info.get("steps")}
             facts |= {key: run.info.get(key) for key in ("objective", "estimator", "calls")}
-        say(
-            f"{name}: FD {numbers['fd']:.4f}, CLIP score {numbers['clip_score']:.3f}, "
-            f"{1000 * facts['seconds_per_image']:.1f} ms a picture"
-        )
-        return Measured(name, numbers | facts, drawn.pixels[: LIVE * protocol.batch_size], run)
-
-    kept, live = teacher_numbers(many, judge, kept_in, say)
-    first = model(f"teacher, {steps} steps", many, live, kept.numbers)
+        measured.append(Measured(name, numbers | facts, pixels, run))
+    first, second, *others = measured
     source = {"measured": "now" if kept.file is None else shown(kept.file), "seconds_to_measure": round(kept.seconds, 1)}
     first = replace(first, numbers=first.numbers | source)
-    second = model("teacher, 1 step", one, *judge.measure(one, "teacher, 1 step"))
-    others = tuple(
-        model(run.name, sampler, *judge.measure(sampler, run.name), run) for run, sampler in zip(students, samplers, strict=True)
-    )
-    machine = {"cores": judge.workers.count, "text_seconds_per_image": judge.texts.seconds}
-    machine["decoder_seconds_per_image"] = decoder_seconds(many.pipe, protocol.batch_size)
-    return Evaluation(protocol, judge.captions, judge.real, judge.clip.describe(), first, second, others, machine, started)
+    machine = {"cores": judge.workers.count, "text_seconds_per_image": timed.text, "decoder_seconds_per_image": timed.decoder}
+    return Evaluation(protocol, judge.captions, judge.real, judge.clip.describe(), first, second, tuple(others), machine, started)
 
 
 @dataclass(frozen=True)
@@ -184,8 +177,7 @@ class Judge:
         """All the pictures of a model that shares the teacher's text encoder; fd and clip_score."""
         parts = blocks(0, len(self.captions), self.protocol.batch_size)
         drawn = draw(sampler, parts, self.protocol.seed, self.texts, self.clip, self.workers, label)
-        alone = draw(sampler, parts[:TIMED], self.protocol.seed, self.texts, self.clip, ALONE)
-        return replace(drawn, seconds=alone.seconds), drawn.numbers(self.real.stats, self.texts.units)
+        return drawn, drawn.numbers(self.real.stats, self.texts.units)
 
 
 def make_judge(
@@ -244,28 +236,23 @@ def measure_real(
     return Real(stats, digest, facts)
 
 
-def teacher_numbers(many: Sampler, judge: Judge, kept_in: Path, say: Callable[[str], None]) -> tuple[Kept, Drawn]:
-    """fd and clip_score of the teacher with all its steps, kept ones where they fit; and its first pictures, drawn now."""
+def teacher_numbers(many: Sampler, judge: Judge, kept_in: Path, say: Callable[[str], None]) -> Kept:
+    """fd and clip_score of the teacher with all its steps, kept ones where they fit."""
     protocol, texts, workers = judge.protocol, judge.texts, judge.workers
     found = identity(many, judge)
     kept, why = teacher.look_up(found, (SHIPPED, kept_in))
     n, steps = protocol.num_images, many.call["num_inference_steps"]
-    # a guided call of the network has two rows a picture: so it has as many rows as a call of the students
-    size = max(1, protocol.batch_size // 2) if is_guided(many) else protocol.batch_size
     label, start = f"teacher, {steps} steps", time.perf_counter()
-    live = draw(many, blocks(0, min(n, LIVE * size), size), protocol.seed, texts, judge.clip, ALONE, label)
     if kept is not None:
         say(f"{label}: FD and CLIP score are those kept in {shown(kept.file)}, measured in {kept.seconds:.0f} s")
-        return kept, live
-    rest = blocks(len(live.pixels), n, size)
-    drawn = live
-    if rest:
-        minutes = live.seconds * (n - len(live.pixels)) / workers.count / 60
-        say(f"{label}: no numbers to use again ({why}); drawing all {n:,} pictures now, about {minutes:.1f} min, this once")
-        drawn = live + draw(many, rest, protocol.seed, texts, judge.clip, workers, label)
+        return kept
+    say(f"{label}: no numbers to use again ({why}); drawing all {n:,} pictures now, this once")
+    # a guided call of the network has two rows a picture: so it has as many rows as a call of the students
+    size = max(1, protocol.batch_size // 2) if is_guided(many) else protocol.batch_size
+    drawn = draw(many, blocks(0, n, size), protocol.seed, texts, judge.clip, workers, label)
     numbers, seconds = drawn.numbers(judge.real.stats, texts.units), time.perf_counter() - start
     teacher.keep(kept_in, found, numbers, seconds)
-    return Kept(numbers, None, seconds), live
+    return Kept(numbers, None, seconds)
 
 
 def identity(many: Sampler, judge: Judge) -> dict[str, Any]:
