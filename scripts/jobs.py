@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from pipelines.common.config import load_config
 from pipelines.common.errors import USER_ERRORS, UserError
 from pipelines.common.launch import fail
 from pipelines.stable_diffusion import DTYPES
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig
 from trainers.families import base_weights
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from pipelines.common.config import read_raw
 from pipelines.common.errors import UserError, shown
 from pipelines.common.launch import user_errors
 from pipelines.data.images import said_of
@@ -22,7 +23,6 @@ from pipelines.denoiser import Condition
 
 from . import command
 from .config.data import TEXT_DATA
-from .config.file import read_raw
 from .config.run import DistillConfig, TeacherConfig
 from .data import shards
 from .data.sources import CaptionRows, PromptRows

@@ -17,6 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 
 from pipelines.common import atomic
+from pipelines.common.config import load_config, one_file
 from pipelines.common.errors import UserError
 from pipelines.common.launch import check_processes, on_main
 from pipelines.common.launch_options import TRAINING, check_launch
@@ -24,7 +25,6 @@ from pipelines.common.lock import check_unlocked
 from pipelines.common.paths import path_option
 from pipelines.common.provenance import git_commit, versions
 
-from .config.file import load_config
 from .config.run import Run, TeacherConfig
 from .engine import resume
 from .engine.draws import split
@@ -49,9 +49,7 @@ def arguments(description: str, argv: list[str] | None) -> tuple[str, list[str]]
     parser.add_argument("--config", required=True, action="append", type=path_option, help="a YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replace single values of it")
     args = parser.parse_args(argv)
-    if len(args.config) > 1:
-        raise UserError(f"--config takes one file; {len(args.config)} were given: {', '.join(args.config)}")
-    return args.config[0], args.overrides
+    return one_file(args.config), args.overrides
 
 
 def make_accelerator(run: Run) -> Accelerator:

@@ -28,7 +28,16 @@ REASON = 300  # characters of a library's own words
 
 class Loader(yaml.SafeLoader):
     """Values as they look. YAML 1.1 reads 010 as 8, 1:30 as 90 and 2026-01-31 as a date; here they are text, of which a number
-    is made where one is expected (010 is ten)."""
+    is made where one is expected (010 is ten). Of two equal keys plain YAML keeps the last; here they are an error."""
+
+    def flatten_mapping(self, node):  # called first for every mapping, and again for one that an anchor brings in once more
+        if not hasattr(node, "checked"):
+            node.checked = True
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise UserError(f"line {node.start_mark.line + 1}: key {shown(key)} stands twice in one section")
+        super().flatten_mapping(node)  # merge keys (`<<: *anchor`) may be overridden
 
 
 Loader.yaml_implicit_resolvers = {
@@ -72,10 +81,10 @@ def read_json(file: str | Path, remedy: str, kind: type = dict) -> Any:
     return content
 
 
-def parse_yaml(text: str, source: str, loader: type[Loader] = Loader) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
     """UserError starting with `source` for whatever the parser makes of it: a date that is none, nesting without end, ..."""
     try:
-        return yaml.load(text, loader)  # a SafeLoader: it makes plain values only
+        return yaml.load(text, Loader)  # a SafeLoader: it makes plain values only
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:

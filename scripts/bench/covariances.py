@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.common.config import load_config
 from pipelines.data.images import load_digits, to_unit
 from pipelines.noise import Level
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig
 from trainers.engine import checkpoint
 from trainers.engine.draws import DrawSource

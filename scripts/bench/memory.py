@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipelines.common.config import load_config
 from pipelines.common.launch import user_errors
 from trainers import distill, train_teacher
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig, TeacherConfig
 
 CASES = {

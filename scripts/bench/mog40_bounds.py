@@ -24,9 +24,9 @@ from torch import Tensor
 from eval.studies.points import numbers as points
 from eval.studies.points.figures import tightness_chart
 from pipelines.analytic import make_mixture
+from pipelines.common.config import load_config
 from pipelines.noise import Level, add_noise, score, weight
 from trainers import distill
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig
 from trainers.engine.loop import Trainer
 from trainers.objectives.base import Draw, LossTerms, dot, sample_level

@@ -36,10 +36,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from pipelines.adapters import AdapterHead, Role, SharedNetwork, last_layer
+from pipelines.common.config import validate
 from pipelines.common.provenance import git_commit, versions
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.noise import VPSchedule
-from trainers.config.file import validate
 from trainers.config.networks import Lora
 from trainers.config.run import DistillConfig
 from trainers.data.examples import Tensors

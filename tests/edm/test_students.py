@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from torchvision.utils import save_image
 
+from pipelines.common.config import load_config, validate
 from pipelines.common.errors import UserError
 from pipelines.edm import EDMPipeline
 from pipelines.noise import EDMSchedule, add_noise
 from pipelines.students import load_student
 from trainers import distill
-from trainers.config.file import load_config, validate
 from trainers.config.level_range import sampler
 from trainers.config.run import DistillConfig
 from trainers.data.augment import augment

@@ -11,9 +11,10 @@ from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from pipelines.common.config import load_config
+from pipelines.common.errors import UserError
 from pipelines.edm import EDMPipeline, EDMUNet
 from trainers import train_teacher
-from trainers.config.file import ConfigError, load_config
 from trainers.config.networks import EDMNetwork
 from trainers.config.run import TeacherConfig
 
@@ -83,7 +84,7 @@ def test_the_recipe_is_the_published_network():
     ],
 )
 def test_settings_that_do_not_fit(overrides, match):
-    with pytest.raises(ConfigError, match=match):
+    with pytest.raises(UserError, match=match):
         load_config(TeacherConfig, str(RECIPE), overrides)
 
 

@@ -20,6 +20,7 @@ from eval.protocols import PROTOCOLS
 from eval.report.baselines import read_baselines
 from eval.run import load_results
 from eval.studies.points.report import read_law
+from pipelines.common.config import load_config
 from pipelines.common.errors import LONGEST, UserError, message, printable, shown
 from pipelines.common.reading import loading, read_json, read_text, read_yaml
 from pipelines.data.prompts import read_rows
@@ -27,7 +28,6 @@ from pipelines.stable_diffusion import read_index
 from pipelines.students import find_student
 from scripts import convert_edm, export_kohya, jobs, sample
 from trainers import cache, distill, train_teacher
-from trainers.config.file import ConfigError, load_config
 from trainers.config.run import DistillConfig, TeacherConfig
 from trainers.families import family_of
 from trainers.families.edm import load_edm_teacher
@@ -143,7 +143,7 @@ def test_a_long_value_does_not_hide_the_other_faults(tmp_path):
     file = tmp_path / "c.yaml"
     content = yaml.safe_load(Path("configs/digits_teacher.yaml").read_text()) | {"steps": "y" * 10**5, "batch_size": -1}
     file.write_text(yaml.safe_dump(content))
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         load_config(TeacherConfig, str(file), [])
     assert len(str(raised.value)) < 1000
     assert "batch_size" in str(raised.value)
@@ -159,7 +159,7 @@ def test_values_without_end_are_refused_like_others(text, tmp_path):
     base = yaml.safe_load(Path("configs/digits_teacher.yaml").read_text())
     del base["steps"]
     file.write_text(yaml.safe_dump(base) + text + "\n")
-    with pytest.raises(ConfigError, match="steps"):
+    with pytest.raises(UserError, match="steps"):
         load_config(TeacherConfig, str(file), [])
 
 

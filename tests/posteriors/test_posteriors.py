@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from trainers.config.file import ConfigError, validate
+from pipelines.common.config import validate
+from pipelines.common.errors import UserError
 from trainers.posteriors import COVARIANCES, Covariance
 from trainers.posteriors.section import Posterior
 
@@ -450,5 +451,5 @@ def test_configured_options():
     ],
 )
 def test_faulty_options(given, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         options_of(**given)

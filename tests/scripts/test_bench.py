@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from eval.report.figures import benchmark_chart
+from pipelines.common.config import load_config
 from pipelines.common.identity import weights_sha256
 from pipelines.data.images import ImageSet
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
@@ -19,7 +20,6 @@ from scripts.bench.memory import PeakMemory, distillation, student_alone
 from scripts.bench.parts.judge import Judge
 from scripts.jobs import Job, PartError, kept, run_all
 from trainers import train_teacher
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig, TeacherConfig
 
 SMALL = ["network={channels: 8, channel_mult: [1, 2, 4], num_blocks: 1}"]

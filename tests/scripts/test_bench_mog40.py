@@ -13,12 +13,12 @@ from torch import Tensor
 
 from eval.studies.points.numbers import Pushforward
 from pipelines.analytic import make_mixture
+from pipelines.common.config import load_config
 from pipelines.noise import EDMSchedule
 from scripts.bench import mog40 as bench_mog40
 from scripts.bench import mog40_bounds as bench_mog40_bounds
 from scripts.bench.parts.mog40_reference import PublishedVarDiU, network
 from trainers import distill
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig
 from trainers.objectives.importance import bound_loss
 from trainers.objectives.vardiu import VarDiU

@@ -149,7 +149,7 @@ def test_base_bytes_are_those_of_stable_diffusion():
 
 
 def test_configurations_of_the_text_benchmark_are_valid(tmp_path):
-    from trainers.config.file import validate
+    from pipelines.common.config import validate
     from trainers.config.run import DistillConfig, TeacherConfig
 
     schedule = VPSchedule.from_scheduler(DDIMScheduler())  # timesteps 0 to 999, as Stable Diffusion's

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import Whole
+from pipelines.common.config import load_config
 from pipelines.denoiser import OneStepGenerator
 from pipelines.students import load_student
 from trainers import distill
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig
 from trainers.engine import checkpoint
 from trainers.engine.ema import Ema, constant_decay

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.common.config import load_config
+from pipelines.common.errors import UserError
 from trainers import distill, train_teacher
-from trainers.config.file import ConfigError, load_config
 from trainers.config.run import DistillConfig, TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -352,7 +353,7 @@ def test_a_recipe_of_the_other_command_is_refused(tmp_path, capsys):
 
 
 def test_load_config_raises_what_main_prints(tmp_path):
-    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+    with pytest.raises(UserError, match="did you mean 'steps'"):
         load_config(DistillConfig, str(write(tmp_path, VARDIU)), ["step=1"])
 
 

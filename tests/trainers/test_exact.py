@@ -13,12 +13,12 @@ from torch.testing import assert_close
 
 from eval.studies.points import numbers as points
 from pipelines.analytic import EmpiricalPosterior, forty_modes, make_mixture
+from pipelines.common.config import load_config
 from pipelines.data.images import load_digits, to_unit
 from pipelines.edm import EDMPipeline
 from pipelines.noise import add_noise
 from pipelines.students import load_student
 from trainers import distill, train_teacher
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig
 from trainers.objectives.importance import log_standard_normal
 from trainers.preview import scatter

@@ -23,11 +23,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.utils import save_image
 
+from pipelines.common.config import load_config
 from pipelines.data.images import load_folder, to_unit
 from pipelines.denoiser import Denoiser
 from pipelines.students import load_student, read_info
 from trainers import distill, train_teacher
-from trainers.config.file import load_config
 from trainers.config.networks import Optimizer
 from trainers.config.run import DistillConfig, Run, TeacherConfig
 from trainers.data.examples import Images
@@ -443,7 +443,7 @@ import torch
 from accelerate.state import AcceleratorState
 from trainers import distill, draws
 from trainers.config.run import DistillConfig
-from trainers.config.file import load_config
+from pipelines.common.config import load_config
 from trainers.engine.loop import NonFiniteError
 
 torch.distributed.destroy_process_group = lambda group=None: None  # one group serves all the runs below

@@ -21,9 +21,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pipelines.common.config import load_config
 from pipelines.students import load_student, read_info
 from trainers import distill, train_teacher
-from trainers.config.file import load_config
 from trainers.config.run import DistillConfig
 from trainers.engine import checkpoint, draws
 from trainers.engine.loop import NonFiniteError, Trainer

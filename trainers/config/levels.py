@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipelines import noise
-
-from .data import PositiveFloat, PositiveInt, Strict
+from pipelines.common.strict import PositiveFloat, PositiveInt, Strict
 
 LevelSampler = Callable[[Tensor, float], Tensor]  # (u, progress) -> t
 

@@ -1,4 +1,4 @@
-"""Configurations: one frozen, strict model for each command; unknown keys are errors. file.py reads them."""
+"""Configurations: one frozen, strict model for each command; pipelines/common/config.py reads files into them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, Strict, UserPath
+
 from ..objectives import CONFIGS, AnyObjective
-from .data import TEXT_DATA, Data, Idle, PositiveFloat, PositiveInt, Prompts, Strict, UserPath
+from .data import TEXT_DATA, Data, Prompts
 from .levels import Levels, Use
 from .networks import EDMNetwork, Lora, NewNetwork, Optimizer, Weight
 

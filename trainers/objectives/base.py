@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipelines.common.strict import Strict
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.noise import Level, Schedule, score
 
-from ..config.data import Strict
 from ..config.levels import LevelSampler, Use
 from ..config.networks import Optimizer
 

@@ -16,10 +16,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pipelines.common.strict import PositiveInt, Strict
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.noise import Level, add_noise, score, weight
 
-from ..config.data import PositiveInt, Strict
 from ..config.level_range import sampler
 from ..config.levels import Levels, LevelSampler, Use
 from ..config.networks import Lora, NewNetwork, Optimizer, Weight

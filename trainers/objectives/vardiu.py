@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..config.data import PositiveFloat, PositiveInt
+from pipelines.common.strict import PositiveFloat, PositiveInt
+
 from ..config.level_range import sampler
 from ..config.levels import Levels, Use
 from ..config.networks import Optimizer, Weight

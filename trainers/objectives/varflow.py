@@ -33,10 +33,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipelines.common.errors import UserError
+from pipelines.common.strict import PositiveInt
 from pipelines.denoiser import Condition, FeatureMaps, OneStepGenerator
 from pipelines.noise import Level, Schedule, add_noise, weight
 
-from ..config.data import PositiveInt
 from ..config.level_range import sampler
 from ..config.levels import Levels, LevelSampler
 from ..config.networks import Weight

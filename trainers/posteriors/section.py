@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ..config.data import PositiveInt, Strict
-from ..config.file import KINDS
+from pipelines.common.config import KINDS
+from pipelines.common.strict import PositiveInt, Strict
+
 from ..config.networks import AnyNetwork, Lora, Optimizer, kind_of_network
 from . import COVARIANCES
 from .flow import TRANSFORMS
