@@ -4,92 +4,95 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from pipelines.common.errors import UserError
+from pipelines.common.options import flag
+from pipelines.common.strict import Idle
 
 from .protocols import AGAINST_REFERENCE, METRICS, get_protocol
+from .settings import Generate, Metrics, Reference, Run
 
 
-class Rule(NamedTuple):
-    """options act only where acts(args, metrics); needs: what that is, in words; by: the options that decide it."""
+class Asked(NamedTuple):
+    """What Idle rules decide by: a command's settings (None: of a training) and the metrics that are computed."""
 
-    options: tuple[str, ...]
-    needs: str
-    by: tuple[str, ...]
-    acts: Callable[[Namespace, Collection[str]], bool]
+    settings: Any
+    metrics: Collection[str]
 
 
-def reads(*extractors: str) -> Callable[[Namespace, Collection[str]], bool]:
+def reads(*extractors: str) -> Callable[[Asked], bool]:
     """Whether a metric is computed from one of these networks."""
-    return lambda args, metrics: any(METRICS[m] in extractors for m in metrics)
+    return lambda asked: any(METRICS[m] in extractors for m in asked.metrics)
 
 
-def compares(args: Namespace, metrics: Collection[str]) -> bool:
-    return any(m in AGAINST_REFERENCE for m in metrics)
+def compares(asked: Asked) -> bool:
+    return any(m in AGAINST_REFERENCE for m in asked.metrics)
+
+
+def in_columns(asked: Asked) -> bool:
+    return bool(asked.settings.captions) and not asked.settings.captions.endswith((".txt", ".json"))
 
 
 OF_A_MODEL = ("lora", "base_model", "steps", "guidance_scale", "image_size", "dtype", "seed", "batch_size", "exact", "teacher")
+TEXT = "--metrics clip_score, or a --model that takes text"
+COMPARED = f"--metrics {', '.join(AGAINST_REFERENCE)}"
 METRIC = ("metrics", "protocol")
-RULES = (
-    Rule(OF_A_MODEL, "--model", ("model", "images"), lambda args, metrics: bool(args.model)),
-    Rule(("draws",), "--model: images that are there are one set", ("model", "images"), lambda args, metrics: not args.images),
-    Rule(("image_column",), "--images", ("model", "images"), lambda args, metrics: bool(args.images)),
-    Rule(("teacher_steps", "latency_batch"), "--teacher", ("teacher",), lambda args, metrics: bool(args.teacher)),
-    Rule(
-        ("caption_column",),
-        "--captions of a file with columns (.csv, .jsonl, .parquet)",
-        ("captions",),
-        lambda args, metrics: bool(args.captions) and not args.captions.endswith((".txt", ".json")),
+IDLE: dict[tuple[str, ...], tuple[Idle, ...]] = {  # by the options that decide
+    ("model", "images"): (
+        *(Idle(key, "--model", lambda asked: asked.settings.model) for key in OF_A_MODEL),
+        Idle("draws", "--model: images that are there are one set", lambda asked: asked.settings.model),
+        Idle("image_column", "--images", lambda asked: asked.settings.images),
     ),
-    Rule(
-        ("captions", "caption_column"),
-        "--metrics clip_score, or a --model that takes text",
-        (*METRIC, "model", "images"),
-        lambda args, metrics: bool(args.model) or "clip_score" in metrics,
+    ("teacher",): tuple(
+        Idle(key, "--teacher", lambda asked: asked.settings.teacher) for key in ("teacher_steps", "latency_batch")
     ),
-    Rule(("reference_column",), "--reference", ("reference",), lambda args, metrics: bool(args.reference)),
-    Rule(("reference", "reference_column"), f"--metrics {', '.join(AGAINST_REFERENCE)}", METRIC, compares),
-    Rule(("start_method",), "--workers", ("workers",), lambda args, metrics: args.workers > 0),
-    Rule(("inception",), "a metric of Inception features", METRIC, reads("inception", "inception_patch")),
-    Rule(("inception_mode",), "a metric of whole images' Inception features", METRIC, reads("inception")),
-    Rule(("clip", "clip_model", "clip_prefix"), "--metrics clip_score", METRIC, reads("clip")),
-    Rule(("clip_336",), "--metrics cmmd", METRIC, reads("clip_336")),
-    Rule(("dinov2",), "--metrics fd_dinov2", METRIC, reads("dinov2")),
-    Rule(("clip_aesthetic", "aesthetic"), "--metrics aesthetic", METRIC, reads("clip_aesthetic")),
-)
+    ("captions",): (Idle("caption_column", "--captions of a file with columns (.csv, .jsonl, .parquet)", in_columns),),
+    (*METRIC, "model", "images"): tuple(
+        Idle(key, TEXT, lambda asked: asked.settings.model or "clip_score" in asked.metrics)
+        for key in ("captions", "caption_column")
+    ),
+    ("reference",): (Idle("reference_column", "--reference", lambda asked: asked.settings.reference),),
+    ("workers",): (Idle("start_method", "--workers", lambda asked: asked.settings.workers),),
+    METRIC: (
+        *(Idle(key, COMPARED, compares) for key in ("reference", "reference_column")),
+        Idle("inception", "a metric of Inception features", reads("inception", "inception_patch")),
+        Idle("inception_mode", "a metric of whole images' Inception features", reads("inception")),
+        *(Idle(key, "--metrics clip_score", reads("clip")) for key in ("clip", "clip_model", "clip_prefix")),
+        Idle("clip_336", "--metrics cmmd", reads("clip_336")),
+        Idle("dinov2", "--metrics fd_dinov2", reads("dinov2")),
+        *(Idle(key, "--metrics aesthetic", reads("clip_aesthetic")) for key in ("clip_aesthetic", "aesthetic")),
+    ),
+}
 
 
-def refuse_idle(args: Namespace, command: str = "") -> None:
-    """UserError for an option that has no effect.
+def refuse_idle(settings: Run | Metrics | Generate | Reference, given: set[str]) -> None:
+    """UserError for an option that has no effect. given: those that stood on the command line itself.
 
     What a metric would read that is not asked for (a network, the reference) is let be, and said: one set of options may serve
     several calls. Let be is an option of the --config file where the command line itself decided so: a file describes a whole
-    evaluation, of which a command may want a part (`command`: one that always does).
+    evaluation, of which a command may want a part (`generate` and `reference` always do).
     """
-    protocol = get_protocol(args.protocol)
-    metrics = [m for m in args.metrics or protocol.metrics if m in METRICS]  # unknown ones are refused where they are read
-    if command == "reference":
+    known = getattr(settings, "metrics", None) or get_protocol(settings.protocol).metrics
+    metrics = [m for m in known if m in METRICS]  # unknown ones are refused where they are read
+    if isinstance(settings, Reference):
         metrics = [m for m in metrics if m in AGAINST_REFERENCE]
-    for rule in RULES:
-        if rule.acts(args, metrics):
-            continue
-        for key in rule.options:
-            decided = command or args.given & set(rule.by)
-            if key not in args.given and (key not in args.listed or decided):
+    asked, part = Asked(settings, metrics), isinstance(settings, Generate | Reference)
+    for by, rules in IDLE.items():
+        counted = given if part or given & {*by} else settings.model_fields_set
+        for rule in rules:
+            if rule.key not in counted or rule.acts(asked):
                 continue
-            message = f"--{key.replace('_', '-')} has no effect without {rule.needs}"
-            if "metrics" not in rule.by:
-                raise UserError(f"{message}; remove it")
+            fault = rule.fault(flag(rule.key))
+            if "metrics" not in by:
+                raise UserError(f"{fault}; remove it")
             if os.environ.get("RANK", "0") == "0":
-                print(f"eval: {message}", file=sys.stderr)
+                print(f"eval: {fault}", file=sys.stderr)
 
 
 def refuse_unread(options: Mapping[str, Any], metrics: Collection[str], prefix: str) -> None:
     """UserError for one of `options` (by name, None where not given) that no metric reads. prefix: of their names."""
-    for rule in RULES:
-        given = [key for key in rule.options if rule.by == METRIC and options.get(key) is not None]
-        if given and not rule.acts(Namespace(), metrics):
-            raise UserError(f"{prefix}{given[0]} has no effect without {rule.needs.replace('--metrics', 'metric')}; remove it")
+    for rule in IDLE[METRIC]:
+        if options.get(rule.key) is not None and not rule.acts(Asked(None, metrics)):
+            raise UserError(f"{rule.fault(prefix + rule.key).replace('--metrics', 'metric')}; remove it")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pipelines.common.errors import UserError
 
@@ -31,7 +32,7 @@ LOWER_IS_BETTER = {"fid": True, "kid": True, "patch_fid": True, "fd_dinov2": Tru
 )
 # studies of their own (eval/studies/) with --teacher and --student, of images and networks that are made here
 STUDIES = DIGITS, EMOJI = ("digits-10k", "emoji-2k")
-INCEPTION_MODES = ("clean", "legacy_tensorflow", "legacy_pytorch")
+InceptionMode = Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from .metrics.measure import Plan, plan
 from .networks.weights import weights_dir
 from .protocols import AGAINST_REFERENCE, Protocol, get_protocol
 from .report.baselines import read_baselines
+from .settings import Generate, Metrics, Reference, Run
 
 GIVEN = ("inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic")  # options that name weights
 CUSTOM = ("size", "crop_to", "inception_mode", "clip_model", "clip_prefix", "grayscale")  # options of protocol custom alone
@@ -26,13 +26,13 @@ CUSTOM = ("size", "crop_to", "inception_mode", "clip_model", "clip_prefix", "gra
 class Job:
     """What the options mean, checked. captions: one an image of a draw, or None."""
 
-    args: Namespace
+    args: Run | Metrics | Generate
     protocol: Protocol
     plan: Plan
     captions: Captions | None
 
 
-def check(args: Namespace) -> Job:
+def check(args: Run | Metrics) -> Job:
     """Everything that can be known to be wrong from the options and small files. FileNotFoundError or ValueError."""
     protocol = chosen_protocol(args)
     if bool(args.model) == bool(args.images):
@@ -55,14 +55,17 @@ def check(args: Namespace) -> Job:
     return Job(args, protocol, made, captions)
 
 
-def chosen_protocol(args: Namespace) -> Protocol:
+def chosen_protocol(args: Run | Metrics | Generate | Reference) -> Protocol:
+    def told(key: str) -> Any:
+        return getattr(args, key, None)  # a command that has no such option takes what the protocol has
+
     protocol = get_protocol(args.protocol)
-    own = {key: getattr(args, key) for key in CUSTOM if getattr(args, key) not in (None, False)}
+    own = {key: told(key) for key in CUSTOM if told(key) not in (None, False)}
     if own and protocol.name != "custom":
         raise UserError(f"--{next(iter(own)).replace('_', '-')} is fixed by protocol {protocol.name}; use --protocol custom")
     if "inception_mode" in own:
         own["inception"] = own.pop("inception_mode")
-    return replace(protocol, **own).adjusted(args.num_images, args.draws, args.metrics, args.force)
+    return replace(protocol, **own).adjusted(told("num_images"), told("draws"), told("metrics"), args.force)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -139,13 +142,13 @@ def start() -> Any:
     return accelerator
 
 
-def reading(args: Namespace) -> dict[str, Any]:
+def reading(args: Run | Metrics | Reference) -> dict[str, Any]:
     """How the images of a reference are read."""
     names = {"column": "reference_column", "force": "force", "batch_size": "feature_batch", "workers": "workers"}
     return {key: getattr(args, name) for key, name in (names | {"start_method": "start_method"}).items()}
 
 
-def load_model(args: Namespace, device: Any, teacher: bool = False) -> Any:
+def load_model(args: Run | Generate, device: Any, teacher: bool = False) -> Any:
     from .images.sampler import load_sampler
 
     if teacher:
@@ -185,7 +188,7 @@ def latencies(job: Job, sampler: Any) -> dict[str, Any]:
     return {"model": model, "teacher": teacher, "speedup": teacher["seconds_per_image"] / model["seconds_per_image"]}
 
 
-def make_reference(args: Namespace) -> dict[str, Any]:
+def make_reference(args: Reference) -> dict[str, Any]:
     """`python -m eval reference`: statistics of real images for a protocol, in args.output."""
     from .metrics import reference as references
 
@@ -205,7 +208,7 @@ def make_reference(args: Namespace) -> dict[str, Any]:
     return reference.facts
 
 
-def make_only(args: Namespace) -> Path:
+def make_only(args: Generate) -> Path:
     """`python -m eval generate`: the images of a protocol, and nothing measured."""
     protocol = chosen_protocol(args)
     captions = read_captions(args.captions, args.caption_column) if args.captions else None
@@ -225,7 +228,7 @@ def make_only(args: Namespace) -> Path:
     return folder.parent
 
 
-def _sized(protocol: Protocol, n: int, args: Namespace) -> Protocol:
+def _sized(protocol: Protocol, n: int, args: Run | Metrics) -> Protocol:
     """For images that are there. ValueError where their number is not the one that was asked for."""
     if protocol.num_images and n != protocol.num_images:
         hint = "" if n > protocol.num_images else "; add --num-images and --force to measure fewer (every report will say so)"

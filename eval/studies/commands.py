@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..output_folder import require_writable
+from ..settings import Run
 from .protocols import PROTOCOLS
 
 
-def digits(args: argparse.Namespace, named: Sequence[tuple[str, Path]]) -> int:
+def digits(args: Run, named: Sequence[tuple[str, Path]]) -> int:
     """The study of the digits."""
     from .digits.evaluate import evaluate
     from .digits.report import FILES, write_report
@@ -27,7 +27,7 @@ def digits(args: argparse.Namespace, named: Sequence[tuple[str, Path]]) -> int:
     return 0
 
 
-def emoji(args: argparse.Namespace, named: Sequence[tuple[str, Path]]) -> int:
+def emoji(args: Run, named: Sequence[tuple[str, Path]]) -> int:
     """The study of the emoji. Files are checked before anything heavy is imported."""
     from pipelines.assets import EMOJI as PICTURES
     from pipelines.assets import EMOJI_CLIP, EMOJI_SD, check_assets

@@ -105,6 +105,8 @@ def _explain(model: type[BaseModel], error: Any, named: Callable[[str], str]) ->
     if error["type"] == "extra_forbidden":
         return unknown_key(str(error["loc"][-1]), fields, where)
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing" and (about := fields[error["loc"][-1]].description):
+        message += f": {about}"
     given = f", got {shown(error['input'], 200)}" if error["type"] != "missing" and not isinstance(error["input"], dict) else ""
     return f"{where}: {message}{given}" if where else message
 

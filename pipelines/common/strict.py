@@ -23,6 +23,10 @@ class Idle(NamedTuple):
     needs: str
     acts: Callable[[Any], Any]
 
+    def fault(self, name: str) -> str:
+        """name: the key as the user wrote it."""
+        return f"{name} has no effect without {self.needs}"
+
 
 def _holds_truth(value: Any) -> bool:
     """Itself or in a list; not deeper: what YAML's anchors make may have no end."""
@@ -69,5 +73,5 @@ class Strict(BaseModel):
             if field is None or getattr(section, name) == field.get_default(call_default_factory=True) or rule.acts(self):
                 continue
             default = "" if field.is_required() or field.default is None else f", or set it to its default, {field.default}"
-            raise ValueError(f"{rule.key} has no effect without {rule.needs}; remove it{default}")
+            raise ValueError(f"{rule.fault(rule.key)}; remove it{default}")
         return self

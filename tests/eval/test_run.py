@@ -283,7 +283,7 @@ def test_config_file(networks, sets, tmp_path, capsys, values):
     assert main(call) == 0  # of the same file: images and baselines are no option of this command
     file.write_text("protocl: custom\n")
     assert main(["metrics", "--config", str(file)]) == 2
-    assert "unknown option 'protocl'; did you mean 'protocol'" in capsys.readouterr().err
+    assert "unknown key 'protocl'; did you mean 'protocol'" in capsys.readouterr().err
     assert main(["metrics", "--config", str(tmp_path / "absent.yaml")]) == 2
 
 

@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[Callable, object, str, list[str]]] = {
     "train_teacher": (train_teacher.main, train_teacher, "run", ["--config", "configs/digits_teacher.yaml"]),
     "cache": (cache.main, cache.command, "make_accelerator", ["--config", "configs/sd15_vardiu.yaml"]),
     "eval run": (evaluation.main, evaluation, "get_protocol", ["run", "--protocol", "custom", *OUT]),
-    "eval metrics": (evaluation.main, evaluation, "with_config", ["metrics", "--protocol", "custom", *OUT]),
+    "eval metrics": (evaluation.main, evaluation, "parse", ["metrics", "--protocol", "custom", *OUT]),
     "eval generate": (
         evaluation.main,
         evaluation,
@@ -52,8 +52,8 @@ COMMANDS: dict[str, tuple[Callable, object, str, list[str]]] = {
         "require_writable",
         ["reference", "--protocol", "custom", "--reference", "y", *OUT],
     ),
-    "eval compare": (evaluation.main, evaluation, "_compare", ["compare", "x", *OUT]),
-    "eval points": (evaluation.main, evaluation, "with_config", ["points", "--model", "x", *OUT]),
+    "eval compare": (evaluation.main, evaluation, "parse", ["compare", "x", *OUT]),
+    "eval points": (evaluation.main, evaluation, "parse", ["points", "--model", "x", *OUT]),
     "sample": (sample.main, sample, "draw", ["x", "--prompt", "y"]),
     "export_kohya": (export_kohya.main, export_kohya, "read_lora", ["x", "{tmp}/y.safetensors"]),
     "convert_edm": (convert_edm.main, convert_edm, "convert", ["x.pkl", "{tmp}/y"]),
@@ -202,7 +202,7 @@ def test_a_configuration_that_cannot_be_read_is_named(content, said, tmp_path, c
             main(["--config", str(file)])
         assert re.search(rf"^error: '?{file}'? {re.escape(said)}", capsys.readouterr().err)
     assert evaluation.main(["run", "--config", str(file), "--protocol", "custom", "--output", str(tmp_path / "out")]) == 2
-    assert f"eval: error: --config: {file} {said}" in capsys.readouterr().err
+    assert f"eval: error: {file} {said}" in capsys.readouterr().err
     with pytest.raises(UserError, match=rf"^'{file}' {re.escape(said)}"):
         read_law(str(file), tmp_path)
     with pytest.raises(UserError, match=rf"^--baselines: {file} {re.escape(said)}"):
@@ -220,7 +220,7 @@ def test_a_byte_order_mark_is_accepted_everywhere(tmp_path):
     assert load_config(DistillConfig, str(student), []) == load_config(DistillConfig, "configs/digits_vardiu.yaml", [])
     options = tmp_path / "eval.yaml"
     options.write_bytes(BOM + b"protocol: custom\n")
-    assert evaluation.with_config(["metrics", "--config", str(options)]) == (["--protocol=custom"], [])
+    assert evaluation.parse(["metrics", "--config", str(options), "--output", "x"])[1].protocol == "custom"
     for name, text in (("a.txt", "a cat\n"), ("a.csv", "caption\na cat\n"), ("a.jsonl", '{"caption": "a cat"}\n')):
         (tmp_path / name).write_bytes(BOM + text.encode())
         assert read_rows(str(tmp_path / name), "caption", "data.file", "data.column") == ["a cat"]
