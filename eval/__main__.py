@@ -18,14 +18,12 @@ from .output_folder import require_writable
 from .protocols import EMOJI, STUDIES, get_protocol
 from .settings import Compare, Generate, Metrics, Output, Points, Reference, Run
 
-Act = Callable[[Any, set[str]], int]  # (settings, the keys given on the command line itself) -> exit code
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with the fault on stderr where the command cannot work as given."""
     try:
-        act, settings, given = parse(argv)
-        return act(settings, given)
+        command, settings, given = parse(argv)
+        return COMMANDS[command][1](settings, given)
     except USER_ERRORS as error:
         say(error, "eval: error")
         return 2
@@ -33,21 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_processes()
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Act, Any, set[str]]:
-    """(What does the work, its settings, the keys that stood on the command line itself and not in a --config file)."""
-    words = vars(_parser().parse_args(argv))
-    model, act = COMMANDS[words.pop("command")]
-    known = {key for others, _ in COMMANDS.values() for key in others.model_fields}
-    return act, *read_options(model, words, known)
-
-
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str] | None = None) -> tuple[str, Any, set[str]]:
+    """(Command, its settings, the keys of those that stood on the command line itself, and not in a --config file)."""
     parser = argparse.ArgumentParser(prog="python -m eval", description="Measure generators against real images.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, (settings, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=settings.__doc__, description=settings.__doc__, allow_abbrev=False)
-        add_options(command, settings, config=settings is not Compare)
-    return parser
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    models = {name: model for name, (model, _) in COMMANDS.items()}
+    for name, model in models.items():
+        command = parsers.add_parser(name, help=model.__doc__, description=model.__doc__, allow_abbrev=False)
+        add_options(command, model, config=model is not Compare)
+    words = vars(parser.parse_args(argv))
+    name = words.pop("command")
+    return name, *read_options(models[name], words, {key for model in models.values() for key in model.model_fields})
 
 
 def _run(settings: Run, given: set[str]) -> int:
@@ -150,7 +144,7 @@ def _named_students(values: Sequence[str]) -> list[tuple[str, Path]]:
     return list(named.items())
 
 
-COMMANDS: dict[str, tuple[type[Output], Act]] = {
+COMMANDS: dict[str, tuple[type[Output], Callable[[Any, set[str]], int]]] = {
     "run": (Run, _run),
     "metrics": (Metrics, _measure),
     "generate": (Generate, _generate),

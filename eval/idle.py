@@ -16,10 +16,14 @@ from .settings import Generate, Metrics, Reference, Run
 
 
 class Asked(NamedTuple):
-    """What Idle rules decide by: a command's settings (None: of a training) and the metrics that are computed."""
+    """What rules decide by: a command's settings (None: of a training) and the metrics that are computed."""
 
     settings: Any
     metrics: Collection[str]
+
+
+def without(needs: str, acts: Callable[[Asked], Any], *keys: str) -> tuple[Idle, ...]:
+    return tuple(Idle(key, needs, acts) for key in keys)
 
 
 def reads(*extractors: str) -> Callable[[Asked], bool]:
@@ -27,42 +31,39 @@ def reads(*extractors: str) -> Callable[[Asked], bool]:
     return lambda asked: any(METRICS[m] in extractors for m in asked.metrics)
 
 
-def compares(asked: Asked) -> bool:
-    return any(m in AGAINST_REFERENCE for m in asked.metrics)
-
-
-def in_columns(asked: Asked) -> bool:
-    return bool(asked.settings.captions) and not asked.settings.captions.endswith((".txt", ".json"))
-
-
 OF_A_MODEL = ("lora", "base_model", "steps", "guidance_scale", "image_size", "dtype", "seed", "batch_size", "exact", "teacher")
-TEXT = "--metrics clip_score, or a --model that takes text"
-COMPARED = f"--metrics {', '.join(AGAINST_REFERENCE)}"
 METRIC = ("metrics", "protocol")
 IDLE: dict[tuple[str, ...], tuple[Idle, ...]] = {  # by the options that decide
     ("model", "images"): (
-        *(Idle(key, "--model", lambda asked: asked.settings.model) for key in OF_A_MODEL),
+        *without("--model", lambda asked: asked.settings.model, *OF_A_MODEL),
         Idle("draws", "--model: images that are there are one set", lambda asked: asked.settings.model),
         Idle("image_column", "--images", lambda asked: asked.settings.images),
     ),
-    ("teacher",): tuple(
-        Idle(key, "--teacher", lambda asked: asked.settings.teacher) for key in ("teacher_steps", "latency_batch")
+    ("teacher",): without("--teacher", lambda asked: asked.settings.teacher, "teacher_steps", "latency_batch"),
+    ("captions",): without(
+        "--captions of a file with columns (.csv, .jsonl, .parquet)",
+        lambda asked: not (asked.settings.captions or ".txt").endswith((".txt", ".json")),
+        "caption_column",
     ),
-    ("captions",): (Idle("caption_column", "--captions of a file with columns (.csv, .jsonl, .parquet)", in_columns),),
-    (*METRIC, "model", "images"): tuple(
-        Idle(key, TEXT, lambda asked: asked.settings.model or "clip_score" in asked.metrics)
-        for key in ("captions", "caption_column")
+    (*METRIC, "model", "images"): without(
+        "--metrics clip_score, or a --model that takes text",
+        lambda asked: asked.settings.model or "clip_score" in asked.metrics,
+        *("captions", "caption_column"),
     ),
-    ("reference",): (Idle("reference_column", "--reference", lambda asked: asked.settings.reference),),
-    ("workers",): (Idle("start_method", "--workers", lambda asked: asked.settings.workers),),
+    ("reference",): without("--reference", lambda asked: asked.settings.reference, "reference_column"),
+    ("workers",): without("--workers", lambda asked: asked.settings.workers, "start_method"),
     METRIC: (
-        *(Idle(key, COMPARED, compares) for key in ("reference", "reference_column")),
-        Idle("inception", "a metric of Inception features", reads("inception", "inception_patch")),
-        Idle("inception_mode", "a metric of whole images' Inception features", reads("inception")),
-        *(Idle(key, "--metrics clip_score", reads("clip")) for key in ("clip", "clip_model", "clip_prefix")),
-        Idle("clip_336", "--metrics cmmd", reads("clip_336")),
-        Idle("dinov2", "--metrics fd_dinov2", reads("dinov2")),
-        *(Idle(key, "--metrics aesthetic", reads("clip_aesthetic")) for key in ("clip_aesthetic", "aesthetic")),
+        *without(
+            f"--metrics {', '.join(AGAINST_REFERENCE)}",
+            lambda asked: any(m in AGAINST_REFERENCE for m in asked.metrics),
+            *("reference", "reference_column"),
+        ),
+        *without("a metric of Inception features", reads("inception", "inception_patch"), "inception"),
+        *without("a metric of whole images' Inception features", reads("inception"), "inception_mode"),
+        *without("--metrics clip_score", reads("clip"), "clip", "clip_model", "clip_prefix"),
+        *without("--metrics cmmd", reads("clip_336"), "clip_336"),
+        *without("--metrics fd_dinov2", reads("dinov2"), "dinov2"),
+        *without("--metrics aesthetic", reads("clip_aesthetic"), "clip_aesthetic", "aesthetic"),
     ),
 }
 

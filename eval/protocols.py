@@ -94,15 +94,8 @@ class Protocol:
     def adjusted(self, num_images: int | None, draws: int | None, metrics: list[str] | None, force: bool) -> Protocol:
         """With other numbers. ValueError: another number of images without force, impossible numbers, unknown metrics."""
         n = self.num_images if num_images is None else num_images
-        if n < 2 and (num_images is not None or self.name != "custom"):
-            raise UserError(f"--num-images is {n}; statistics need at least 2 images")
-        if self.name != "custom" and n != self.num_images and not force:
-            raise UserError(
-                f"--num-images is {n:,} but protocol {self.name} has {self.num_images:,}, and these numbers depend on it; "
-                "add --force to do it anyway (every report will say so)"
-            )
-        if draws is not None and draws < 1:
-            raise UserError(f"--draws is {draws}; at least 1 is needed")
+        if num_images is not None:
+            check_number(n, n if self.name == "custom" else self.num_images, self.name, force)
         for metric in metrics or ():
             if metric not in METRICS:
                 raise UserError(f"--metrics: unknown {metric!r}{_near(metric, METRICS)}")
@@ -184,6 +177,17 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("custom", 0, "chosen by the user", ("fid",), "chosen by the user"),
     )
 }
+
+
+def check_number(n: int, standard: int, protocol: str, force: bool) -> None:
+    """UserError for too few images, or for another number than the protocol's without force."""
+    if n < 2:
+        raise UserError(f"--num-images is {n}; statistics need at least 2 images")
+    if n != standard and not force:
+        raise UserError(
+            f"--num-images is {n:,} but protocol {protocol} has {standard:,}, and these numbers depend on it; "
+            "add --force to do it anyway (every report will say so)"
+        )
 
 
 def get_protocol(name: str) -> Protocol:

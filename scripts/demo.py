@@ -29,8 +29,7 @@ from torchvision.transforms.functional import to_pil_image
 from eval.images.sampler import DTYPES, Sampler, load_sampler
 from pipelines.common.errors import USER_ERRORS, UserError, message, shown
 from pipelines.common.launch import user_errors
-from pipelines.common.numbers import finite, whole
-from pipelines.common.paths import path_option
+from pipelines.common.options import finite, path_option, whole
 from pipelines.edm import PointNet
 from pipelines.stable_diffusion import overlong
 from pipelines.students import find_student, read_info

@@ -21,7 +21,7 @@ from textwrap import indent
 from eval.studies.emoji.page import NEXT
 from pipelines.assets import EMOJI, EMOJI_CLIP, EMOJI_SD, check_assets
 from pipelines.common import atomic
-from pipelines.common.numbers import whole
+from pipelines.common.options import whole
 
 from .jobs import Job, cores, exit_cleanly, run, run_all
 

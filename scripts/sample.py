@@ -19,8 +19,7 @@ from torch import Tensor
 from pipelines.common.atomic import new_file
 from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
-from pipelines.common.numbers import finite, whole
-from pipelines.common.paths import path_option
+from pipelines.common.options import finite, path_option, whole
 from pipelines.stable_diffusion import DTYPES, load_pipeline
 from pipelines.students import find_student, load_student, read_info
 

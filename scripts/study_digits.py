@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.common.numbers import whole
+from pipelines.common.options import whole
 
 from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
 

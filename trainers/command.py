@@ -22,7 +22,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.launch import check_processes, on_main
 from pipelines.common.launch_options import TRAINING, check_launch
 from pipelines.common.lock import check_unlocked
-from pipelines.common.paths import path_option
+from pipelines.common.options import path_option
 from pipelines.common.provenance import git_commit, versions
 
 from .config.run import Run, TeacherConfig

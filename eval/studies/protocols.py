@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipelines.common.errors import UserError
-
-from ..protocols import DIGITS, EMOJI
+from ..protocols import DIGITS, EMOJI, check_number
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,7 @@ class Protocol:
     def adjusted(self, num_images: int | None = None, seed: int | None = None, force: bool = False) -> Protocol:
         """A copy with another seed or number of images; the latter only by force, since FD depends on it."""
         n = self.num_images if num_images is None else num_images
-        if n < 2:
-            raise UserError(f"num-images is {n}; statistics need at least 2 images")
-        if n != self.standard_images and not force:
-            raise UserError(
-                f"num-images is {n:,} but protocol {self.name} has {self.standard_images:,}, and a Frechet distance "
-                "depends on the number of images; add --force to do it anyway (the report will say so)"
-            )
+        check_number(n, self.standard_images, self.name, force)
         return replace(self, num_images=n, seed=self.seed if seed is None else seed)
 
 

@@ -104,11 +104,15 @@ def _explain(model: type[BaseModel], error: Any, named: Callable[[str], str]) ->
     where = named(".".join(names)) if names else ""
     if error["type"] == "extra_forbidden":
         return unknown_key(str(error["loc"][-1]), fields, where)
-    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing" and (about := fields[error["loc"][-1]].description):
-        message += f": {about}"
+        return f"{where}: {error['msg']}: {about}"
+    return f"{where}: {explain_value(error)}" if where else error["msg"].removeprefix("Value error, ")
+
+
+def explain_value(error: Any) -> str:
+    """What pydantic says of a value, and the value."""
     given = f", got {shown(error['input'], 200)}" if error["type"] != "missing" and not isinstance(error["input"], dict) else ""
-    return f"{where}: {message}{given}" if where else message
+    return error["msg"].removeprefix("Value error, ") + given
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

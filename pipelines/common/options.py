@@ -5,24 +5,44 @@ from __future__ import annotations
 import argparse
 import sys
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import NoneType
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from .config import faults, one_file, read_raw, unknown_key, validate
-from .paths import path_option
-from .strict import Strict, leaves
+from .config import explain_value, faults, one_file, read_raw, unknown_key, validate
+from .strict import Strict, UserPath, leaves
 
 T = TypeVar("T", bound=Strict)
 REPEATED = "may be given several times, which adds up"  # in the Annotated of a list; of other options the last one counts
 POSITIONAL = "stands without a flag"
 
 
-def option(metavar: str | None, help: str | None, default: Any = None, **limits: Any) -> Any:  # noqa: A002
-    """A field of a model that is an option. default ...: it is needed."""
+def typed(kind: Any) -> Callable[[str], Any]:
+    """A `type` of argparse that takes what a field of this type takes, for commands that have no model."""
+    adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+
+    def read(text: str) -> Any:
+        try:
+            return adapter.validate_python(text)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(explain_value(error.errors()[0])) from None
+
+    return read
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number of at least `least`."""
+    return typed(Annotated[int, Field(ge=least)])
+
+
+finite, path_option = typed(float), typed(UserPath)
+
+
+def option(metavar: str | None, help: str, default: Any = None, **limits: Any) -> Any:  # noqa: A002
+    """A field of a model that is an option. metavar None: its choices. default ...: it is needed."""
     return Field(default, title=metavar, description=help, **limits)
 
 
@@ -61,12 +81,10 @@ def read_options(model: type[T], words: dict[str, list], known: Collection[str])
     raw = {key: value for key, value in raw.items() if key in fields and key not in words and value is not None}
     raw = {key: [value] if _several(fields[key]) and not isinstance(value, list) else value for key, value in raw.items()}
     given = {key: _given(key, values, fields[key]) for key, values in words.items()}
-
-    def named(where: str) -> str:
-        key = where.partition(".")[0]
-        return where if key in raw else flag(key)
-
-    return validate(model, raw | given, "".join(files), named), set(given)
+    settings = validate(
+        model, raw | given, "".join(files), lambda where: where if (key := where.partition(".")[0]) in raw else flag(key)
+    )
+    return settings, set(given)
 
 
 def _given(key: str, values: list, field: FieldInfo) -> Any:
@@ -79,12 +97,9 @@ def _given(key: str, values: list, field: FieldInfo) -> Any:
 
 def _help(field: FieldInfo) -> str:
     """With what happens where it is not given, unless the description says that."""
-    about, default = field.description or "", field.default
-    if field.is_required():
-        about += " (needed)"
-    elif not isinstance(default, bool | NoneType | list):
-        about += f" (default: {default})"
-    return about.strip().replace("%", "%%")
+    silent = isinstance(field.default, bool | NoneType | list)
+    more = " (needed)" if field.is_required() else "" if silent else f" (default: {field.default})"
+    return f"{field.description}{more}".replace("%", "%%")
 
 
 def _several(field: FieldInfo) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 
@@ -19,11 +18,3 @@ def user_path(text: str) -> str:
     if variable := re.search(r"\$(\w+|\{\w+\})", path):
         raise ValueError(f"{text!r}: {variable[0]} is not replaced here; write the path out, or let the shell do it")
     return path
-
-
-def path_option(text: str) -> str:
-    """The same as the `type` of a command's option."""
-    try:
-        return user_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

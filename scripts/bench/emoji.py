@@ -33,7 +33,7 @@ from eval.studies.protocols import EMOJI, PROTOCOLS
 from eval.studies.runs import find_run
 from pipelines.assets import EMOJI as PICTURES
 from pipelines.assets import EMOJI_CLIP, EMOJI_SD, check_assets
-from pipelines.common.numbers import finite, whole
+from pipelines.common.options import finite, whole
 from pipelines.common.provenance import git_commit, versions
 from trainers.families import base_weights
 

@@ -237,7 +237,7 @@ def test_points_read_a_file_too(tmp_path, capsys):
     file.write_text(f"model: {tmp_path / 'nothing'}\nnum_points: 1\noutput: {tmp_path / 'out'}\n")
     for form in (["--config", str(file)], [f"--config={file}"]):
         assert main(["points", *form]) == 2
-        assert "--num-points: 1, expected at least 2" in capsys.readouterr().err
+        assert "num_points: Input should be greater than or equal to 2, got 1" in capsys.readouterr().err
         assert main(["points", *form, "--num-points", "7"]) == 2
         assert "nothing" in capsys.readouterr().err
     file.write_text("num_pionts: 1\n")

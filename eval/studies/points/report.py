@@ -25,8 +25,6 @@ def measure_points(model: str, num_points: int, seed: int, law: str | None, outp
     """Write <output>/points.json and points.png; law: a configuration whose `data` is the mixture (default: the run's own, else
     the forty modes). ValueError for a model of something else, or a mixture of other dimensions.
     """
-    if num_points < 2:
-        raise UserError(f"--num-points: {num_points}, expected at least 2")
     mixture = read_law(law, Path(model))
     sampler = load_sampler(model)
     if not isinstance(sampler.pipe.unet, PointNet):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pipelines.adapters import SharedNetwork
 from pipelines.common.launch import user_errors
-from pipelines.common.numbers import finite, whole
+from pipelines.common.options import finite, whole
 from pipelines.stable_diffusion import load_pipeline
 from pipelines.students import save_lora
 from trainers.config.data import Captions

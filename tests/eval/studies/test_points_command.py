@@ -72,7 +72,7 @@ def test_refused(run, tmp_path, capsys, edm):
     three.write_text("data: {name: mixture, means: [[1, 2, 3]], std: 1}")
     digits.write_text("data: {name: digits}")
     for model, more, message in (
-        (run, ["--num-points", "1"], "--num-points: 1, expected at least 2"),
+        (run, ["--num-points", "1"], "--num-points: Input should be greater than or equal to 2, got '1'"),
         (run, ["--law", str(three)], "--law: a mixture in 3 dimensions"),
         (run, ["--law", str(digits)], "has no `data: {name: mixture}`"),
         (run, ["--law", "nowhere.yaml"], "--law: no such file 'nowhere.yaml'"),
