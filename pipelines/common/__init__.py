@@ -1,1 +1,1 @@
-"""What is no model and everything may use: whole files, errors, identities, launchers, what users write in options."""
+"""What is no model and everything may use: configurations and options, whole files, errors, identities, launchers."""

@@ -250,7 +250,7 @@ ACCEPTED = [
     (
         seams,
         "trainers/objectives/foo.py",
-        "from .base import Parts\nfrom ..config.data import Strict\nfrom ..config.level_range import sampler",
+        "from .base import Parts\nfrom ..config.data import Data\nfrom ..config.level_range import sampler",
     ),
     (seams, "trainers/families/foo.py", "from ..objectives.base import Need\nfrom ..config.run import DistillConfig"),
     (room_arrows, "pipelines/common/reading.py", "import torch\nfrom . import atomic\nfrom .errors import UserError"),
