@@ -127,8 +127,7 @@ def _study(settings: Run) -> int:
     used = {"protocol", "force", "output", "num_images", "seed", "teacher", "student"}
     if idle := sorted(settings.model_fields_set - used):
         raise UserError(f"{flag(idle[0])} has no effect with protocol {settings.protocol}; remove it")
-    named = _named_students(settings.student)
-    return (studies.emoji if settings.protocol == EMOJI else studies.digits)(settings, named)
+    return (studies.emoji if settings.protocol == EMOJI else studies.digits)(settings, _named_students(settings.student))
 
 
 def _named_students(values: Sequence[str]) -> list[tuple[str, Path]]:

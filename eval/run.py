@@ -20,6 +20,7 @@ from .settings import Generate, Metrics, Reference, Run
 
 GIVEN = ("inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic")  # options that name weights
 CUSTOM = ("size", "crop_to", "inception_mode", "clip_model", "clip_prefix", "grayscale")  # options of protocol custom alone
+SIZE = ("num_images", "draws", "metrics")  # of any protocol
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,14 @@ def check(args: Run | Metrics) -> Job:
 
 
 def chosen_protocol(args: Run | Metrics | Generate | Reference) -> Protocol:
-    def told(key: str) -> Any:
-        return getattr(args, key, None)  # a command that has no such option takes what the protocol has
-
     protocol = get_protocol(args.protocol)
-    own = {key: told(key) for key in CUSTOM if told(key) not in (None, False)}
+    told = {key: getattr(args, key, None) for key in (*CUSTOM, *SIZE)}  # a command without the option: what the protocol has
+    own = {key: told[key] for key in CUSTOM if told[key] not in (None, False)}
     if own and protocol.name != "custom":
         raise UserError(f"--{next(iter(own)).replace('_', '-')} is fixed by protocol {protocol.name}; use --protocol custom")
     if "inception_mode" in own:
         own["inception"] = own.pop("inception_mode")
-    return replace(protocol, **own).adjusted(told("num_images"), told("draws"), told("metrics"), args.force)
+    return replace(protocol, **own).adjusted(*(told[key] for key in SIZE), args.force)
 
 
 def run(job: Job) -> dict[str, Any]:

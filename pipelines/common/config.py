@@ -45,7 +45,7 @@ def read_raw(path: str, overrides: Iterable[str] = ()) -> dict:
 
 
 def validate(model: type[T], raw: dict, source: str, named: Callable[[str], str] = str) -> T:
-    """UserError lists every fault. source: the file. named: how the user wrote a key."""
+    """UserError lists every fault. source: the file. named: how the user wrote a key of the model."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -101,7 +101,7 @@ def _explain(model: type[BaseModel], error: Any, named: Callable[[str], str]) ->
             continue
         else:
             names.append(str(part))
-    where = named(".".join(names)) if names else ""
+    where = ".".join([named(names[0]), *names[1:]]) if names else ""
     if error["type"] == "extra_forbidden":
         return unknown_key(str(error["loc"][-1]), fields, where)
     if error["type"] == "missing" and (about := fields[error["loc"][-1]].description):

@@ -81,10 +81,7 @@ def read_options(model: type[T], words: dict[str, list], known: Collection[str])
     raw = {key: value for key, value in raw.items() if key in fields and key not in words and value is not None}
     raw = {key: [value] if _several(fields[key]) and not isinstance(value, list) else value for key, value in raw.items()}
     given = {key: _given(key, values, fields[key]) for key, values in words.items()}
-    settings = validate(
-        model, raw | given, "".join(files), lambda where: where if (key := where.partition(".")[0]) in raw else flag(key)
-    )
-    return settings, set(given)
+    return validate(model, raw | given, "".join(files), lambda key: key if key in raw else flag(key)), set(given)
 
 
 def _given(key: str, values: list, field: FieldInfo) -> Any:
