@@ -8,8 +8,11 @@ import re
 
 def user_path(text: str) -> str:
     """`text` with a leading ~ or ~user replaced, as a shell does it where it sees one. ValueError for a user whom this machine
-    does not know, and for a $VARIABLE that no shell has replaced: a folder of that name would be made in silence.
+    does not know, for a $VARIABLE that no shell has replaced (a folder of that name would be made in silence), and for nothing
+    at all: it would be the working folder, or as if not given.
     """
+    if not text:
+        raise ValueError("expected a path; an empty one is what a shell makes of a variable that is not set")
     if os.path.exists(text):
         return text
     path = os.path.expanduser(text)
