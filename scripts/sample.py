@@ -19,7 +19,8 @@ from torch import Tensor
 from pipelines.common.atomic import new_file
 from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
-from pipelines.common.options import finite, path_option, whole
+from pipelines.common.options import path_option, typed, whole
+from pipelines.common.strict import StockGuidance
 from pipelines.stable_diffusion import DTYPES, load_pipeline
 from pipelines.students import find_student, load_student, read_info
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=lambda text: Path(path_option(text)), default=Path("samples.png"))
     parser.add_argument("--base-model", type=path_option, help="where the teacher lies now, if not where it was")
     parser.add_argument("--teacher-steps", type=whole(1), default=50)
-    parser.add_argument("--teacher-guidance", type=finite, default=7.5)
+    parser.add_argument("--teacher-guidance", type=typed(StockGuidance), default=7.5)
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -198,6 +198,8 @@ def _call(pipe: DiffusionPipeline, info: dict[str, Any], steps, guidance_scale, 
         call["guidance_scale"] = 1.0 if one_step_prompts and guidance_scale is None else guidance_scale
         if call["guidance_scale"] is None:
             call["guidance_scale"] = known["guidance_scale"].default
+        elif call["guidance_scale"] < 1 and hasattr(type(pipe), "do_classifier_free_guidance"):
+            raise UserError(f"guidance scale {guidance_scale:g}: a {type(pipe).__name__} takes all below 1 for 1, none; give 1")
     elif guidance_scale is not None:
         raise UserError(f"--guidance-scale: a {type(pipe).__name__} has none")
     if image_size and "height" not in known:

@@ -13,6 +13,7 @@ from .paths import user_path
 
 UserPath = Annotated[str, AfterValidator(user_path)]  # of a file or folder, or what may stand in its place (a hub id)
 PositiveFloat = Annotated[float, Field(gt=0)]
+StockGuidance = Annotated[float, Field(ge=1)]  # 1: none; diffusers' Stable Diffusion pipelines take all below for 1 too
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]  # what a tensor's shape can hold
 
 

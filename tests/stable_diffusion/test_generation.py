@@ -54,6 +54,16 @@ def test_stock_pipeline_by_prompt_and_seed(tiny, captions, tmp_path):
     assert np.array_equal(generated(tmp_path / "out"), (np.stack(expected) * 255).round().astype(np.uint8))
 
 
+@pytest.mark.parametrize("scale", ["0", "0.5", "-3"])
+def test_guidance_that_a_stock_pipeline_does_not_have(scale, tiny, captions, tmp_path, capsys):
+    """diffusers guides above 1 only: these would be the pictures of 1, under another name."""
+    call = ["generate", "--protocol", "custom", "--num-images", "3", "--model", str(tiny["sd15"]), "--captions", str(captions)]
+    assert main([*call, f"--guidance-scale={scale}", "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"guidance scale {scale}: a StableDiffusionPipeline takes all below 1 for 1, none; give 1" in said
+    assert not (tmp_path / "out" / "images").exists()
+
+
 def test_a_student_is_called_as_it_was_trained(student, tiny, captions, tmp_path, one_thread):
     """By its run, its folder, or as the LoRA of its base model: one step, its own scheduler, no guidance, the same pictures."""
     ways = {

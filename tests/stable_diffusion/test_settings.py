@@ -119,6 +119,11 @@ def test_levels_of_a_teacher_trained_further(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_teacher.main(["--config", str(file)])
     assert "guidance_scale has no effect without pipeline; remove it" in capsys.readouterr().err
+    for scale in (0.0, -2.0):  # the stock pipeline would draw what it draws for 1
+        file.write_text(yaml.safe_dump(config | {"guidance_scale": scale}))
+        with pytest.raises(SystemExit):
+            train_teacher.main(["--config", str(file)])
+        assert f"guidance_scale: Input should be greater than or equal to 1, got {scale}" in capsys.readouterr().err
 
 
 def test_a_negative_prompt_without_guidance_is_refused(recipe, capsys):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, Strict, UserPath
+from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, StockGuidance, Strict, UserPath
 
 
 class DigitsData(Strict):
@@ -135,7 +135,7 @@ class TeacherSamples(TextData):
     file: UserPath
     column: str = "caption"
     num_inference_steps: PositiveInt = 50
-    guidance_scale: float = 7.5
+    guidance_scale: StockGuidance = 7.5
     images_per_prompt: PositiveInt = 1
 
 

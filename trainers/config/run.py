@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, Strict, UserPath
+from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, StockGuidance, Strict, UserPath
 
 from ..objectives import CONFIGS, AnyObjective
 from .data import TEXT_DATA, Data, Prompts
@@ -81,7 +81,7 @@ class TeacherConfig(Run):
     data: Data
     network: NewNetwork | None = None  # a new network: small, by `architecture` one of the EDM paper's, by `width` one for points
     pipeline: UserPath | None = None  # or: a Stable Diffusion pipeline whose network is trained further, on captioned images
-    guidance_scale: float | None = None  # with pipeline: of the pictures shown while it trains; None: the stock pipeline's own
+    guidance_scale: StockGuidance | None = None  # with pipeline: of the pictures of samples/; None: the stock pipeline's own
     sigma_data: PositiveFloat = 0.5
     levels: Levels
     weighting: Weight = "edm"
