@@ -36,12 +36,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str, Any, set[str]]:
     parser = argparse.ArgumentParser(prog="python -m eval", description="Measure generators against real images.")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     models = {name: model for name, (model, _) in COMMANDS.items()}
+    in_files = [model for model in models.values() if model is not Compare]
     for name, model in models.items():
         command = parsers.add_parser(name, help=model.__doc__, description=model.__doc__, allow_abbrev=False)
-        add_options(command, model, config=model is not Compare)
+        add_options(command, model, config=model in in_files)
     words = vars(parser.parse_args(argv))
     name = words.pop("command")
-    return name, *read_options(models[name], words, {key for model in models.values() for key in model.model_fields})
+    return name, *read_options(models[name], words, dict.fromkeys(key for model in in_files for key in model.model_fields))
 
 
 def _run(settings: Run, given: set[str]) -> int:

@@ -43,7 +43,7 @@ class Drawn(Strict):
 
 
 class Comparing(ByProtocol):
-    metrics: list[str] | None = option("M", f"of: {', '.join(METRICS)} (default: the protocol's)")
+    metrics: list[str] | None = option("M", f"of: {', '.join(METRICS)} (default: the protocol's)", min_length=1)
     reference: UserPath | None = option("SRC", "real images, or statistics (a folder made by `reference`, EDM's .npz)")
     reference_column: str | None = option("C", "of --reference, where it has several")
     weights_dir: UserPath | None = option("DIR", "where weights are looked for first (or $ONE_STEP_WEIGHTS)")

@@ -204,6 +204,9 @@ def test_both_forms_of_the_file(networks, sets, tmp_path, values):
         ("lora: true", "lora: Input should be a valid string, got True"),
         ("model: {path: x}", "model: Input should be a valid string"),
         ("seed: [1, 2]", "seed: Input should be a valid integer, got [1, 2]"),
+        ("metrics: []", "metrics: List should have at least 1 item after validation, not 0, got []"),
+        ("lora: ''", "lora: expected a path; an empty one is what a shell makes of a variable that is not set, got ''"),
+        ("runs: [a]", "unknown key 'runs'; known here: output, protocol, force,"),
         ("dtype: float8", "dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'float8'"),
     ],
 )
@@ -259,6 +262,14 @@ def test_home_is_meant_by_a_tilde(edm, networks, sets, tmp_path, monkeypatch):
     assert main([*call, "--config=~/eval.yaml"]) == 0
     assert main(["compare", "first=~/out", "second=~/again", "--output", "~/compared"]) == 0
     assert sorted(f.name for f in tmp_path.iterdir() if f.is_dir() and not f.is_symlink()) == ["again", "compared", "out"]
+
+
+@pytest.mark.parametrize("option", ["output", "teacher", "base-model", "captions", "weights-dir"])
+def test_a_path_that_is_empty(option, capsys, tmp_path, monkeypatch):
+    """`--output "$UNSET"` would write into the working folder, `--teacher "$UNSET"` time no teacher."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--protocol", "custom", "--model", "m", "--output", "x", f"--{option}", ""]) == 2
+    assert f"--{option}: expected a path" in capsys.readouterr().err
 
 
 def test_a_home_that_is_not_there(capsys, tmp_path):
