@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from pipelines.common.errors import printable
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 from pipelines.edm.conversion.convert import convert
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("snapshot", type=Path)
-    parser.add_argument("output", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("snapshot", type=path)
+    parser.add_argument("output", type=path, help="a folder that does not exist yet")
     parser.add_argument("--preconditioning", choices=["edm", "vp", "ve", "iddpm"], help="of a .pth, which cannot say")
     args = parser.parse_args(argv)
     source = printable(str(args.snapshot), 300).replace("\n", "\\n")

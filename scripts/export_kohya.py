@@ -21,6 +21,7 @@ from torch import Tensor
 from pipelines.common.atomic import new_file
 from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 from pipelines.common.reading import damaged_weights, loading, refuse_single_file
 from pipelines.loras import LORA_FILE
 
@@ -51,8 +52,8 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], int, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", type=Path, help="a student/ folder")
-    parser.add_argument("output", type=Path, help="the .safetensors file to write")
+    parser.add_argument("student", type=path, help="a student/ folder")
+    parser.add_argument("output", type=path, help="the .safetensors file to write")
     args = parser.parse_args(argv)
     with user_errors():
         refuse_single_file(args.student, "the student")

@@ -21,7 +21,7 @@ from textwrap import indent
 from eval.studies.emoji.page import NEXT
 from pipelines.assets import EMOJI, EMOJI_CLIP, EMOJI_SD, check_assets
 from pipelines.common import atomic
-from pipelines.common.options import whole
+from pipelines.common.options import path, whole
 
 from .jobs import Job, cores, exit_cleanly, run, run_all
 
@@ -31,7 +31,7 @@ OBJECTIVES = ("vardiu", "varflow", "diff_instruct")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--output", type=path, default=Path("outputs/quickstart"))
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seed", type=whole(0), default=0, help="of the distillations")
     parser.add_argument("--workers", type=whole(1), default=None, help="distillations at a time (default: all)")

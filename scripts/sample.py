@@ -19,7 +19,7 @@ from torch import Tensor
 from pipelines.common.atomic import new_file
 from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
-from pipelines.common.options import path_option, typed, whole
+from pipelines.common.options import path, path_option, typed, whole
 from pipelines.common.strict import StockGuidance
 from pipelines.stable_diffusion import DTYPES, load_pipeline
 from pipelines.students import find_student, load_student, read_info
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", type=path_option, help="a run's output_dir, a student/ folder or a hub id")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--output", type=lambda text: Path(path_option(text)), default=Path("samples.png"))
+    parser.add_argument("--output", type=path, default=Path("samples.png"))
     parser.add_argument("--base-model", type=path_option, help="where the teacher lies now, if not where it was")
     parser.add_argument("--teacher-steps", type=whole(1), default=50)
     parser.add_argument("--teacher-guidance", type=typed(StockGuidance), default=7.5)

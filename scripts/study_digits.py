@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.common.options import whole
+from pipelines.common.options import path, whole
 
 from .jobs import LAUNCH, Job, cores, exit_cleanly, run, run_all
 
@@ -22,7 +22,7 @@ STUDENTS = ("varflow", "vardiu", "diff_instruct", "vardiu_bound")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/study_digits"))
+    parser.add_argument("--output", type=path, default=Path("outputs/study_digits"))
     parser.add_argument("--workers", type=whole(1), default=None, help="distillations at a time (default: one a core, at most 4)")
     args = parser.parse_args()
     workers = args.workers or min(len(STUDENTS), cores())

@@ -6,6 +6,7 @@ import argparse
 import sys
 import typing
 from collections.abc import Callable, Collection
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -39,6 +40,11 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 finite, path_option = typed(float), typed(UserPath)
+
+
+def path(text: str) -> Path:
+    """What path_option takes, of a file or folder that is here."""
+    return Path(path_option(text))
 
 
 def option(metavar: str | None, help: str, default: Any = None, **limits: Any) -> Any:  # noqa: A002

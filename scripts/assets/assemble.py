@@ -21,6 +21,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 from pipelines.assets import sum_of
 from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 
 ASSETS = Path("assets")
 READ_FROM = ("_name_or_path", "is_local", "local_files_only")
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clip", default="outputs/assets/clip/clip")
     parser.add_argument("--unet", help="a trained UNet2DConditionModel; without it a new one")
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--output", type=Path, default=Path("outputs/assets/start"))
+    place.add_argument("--output", type=path, default=Path("outputs/assets/start"))
     place.add_argument("--ship", action="store_true", help="write assets/ instead")
     args = parser.parse_args(argv)
     with user_errors():

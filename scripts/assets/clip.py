@@ -24,6 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from pipelines import emoji
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 from trainers.config.networks import Optimizer
 
 from .fitting import draws, fit
@@ -158,7 +159,7 @@ def measure(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: emoji.Pictures
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/assets/clip"))
+    parser.add_argument("--output", type=path, default=Path("outputs/assets/clip"))
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)

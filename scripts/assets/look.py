@@ -24,6 +24,7 @@ from transformers import CLIPTokenizer
 from eval.metrics.frechet import GaussianStats, frechet_distance
 from pipelines import emoji
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 from pipelines.stable_diffusion import load_pipeline
 
 from .assemble import load_clip
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", default="assets/emoji_sd")
     parser.add_argument("--clip", default="assets/emoji_clip")
-    parser.add_argument("--output", type=Path, default=Path("outputs/assets/look"))
+    parser.add_argument("--output", type=path, default=Path("outputs/assets/look"))
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=2.0)

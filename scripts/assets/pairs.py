@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pipelines import emoji
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 from pipelines.data.images import to_pixels
 
 WITHOUT_STYLE, WITHOUT_BACKGROUND = 60, 60  # percent of captions
@@ -63,7 +64,7 @@ def write(pictures: emoji.Pictures, file: Path, backgrounds: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--output", type=Path, default=Path("outputs/assets/pairs"))
+    place.add_argument("--output", type=path, default=Path("outputs/assets/pairs"))
     place.add_argument("--ship", action="store_true", help="write assets/emoji/captioned_32.parquet instead")
     parser.add_argument("--groups", nargs="+", default=list(emoji.GROUPS))
     args = parser.parse_args(argv)

@@ -21,6 +21,7 @@ from torchvision.utils import save_image
 from pipelines import emoji
 from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 from trainers.config.networks import Optimizer
 
 from .fitting import draws, fit
@@ -79,7 +80,7 @@ def held_out(pictures: emoji.Pictures) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/assets/vae"))
+    parser.add_argument("--output", type=path, default=Path("outputs/assets/vae"))
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)

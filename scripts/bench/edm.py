@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 from pipelines.common.provenance import git_commit, versions
 from pipelines.edm import EDMPipeline
 
@@ -70,11 +71,11 @@ def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nvlabs", type=Path, required=True, help="a checkout of NVlabs/edm")
+    parser.add_argument("--nvlabs", type=path, required=True, help="a checkout of NVlabs/edm")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -33,7 +33,7 @@ from eval.studies.protocols import EMOJI, PROTOCOLS
 from eval.studies.runs import find_run
 from pipelines.assets import EMOJI as PICTURES
 from pipelines.assets import EMOJI_CLIP, EMOJI_SD, check_assets
-from pipelines.common.options import finite, whole
+from pipelines.common.options import finite, path, whole
 from pipelines.common.provenance import git_commit, versions
 from trainers.families import base_weights
 
@@ -110,7 +110,7 @@ def numbers(judge: Judge, sampler: Sampler, label: str, file: Path) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     parser.add_argument("--seconds", type=finite, default=1200.0, help="of updates, each run")
     parser.add_argument("--seeds", type=whole(1), default=3)
     parser.add_argument("--objectives", nargs="*", choices=OBJECTIVES, default=list(OBJECTIVES))

@@ -33,6 +33,7 @@ from eval.networks.extractors import Clip, Inception
 from eval.networks.weights import Found
 from eval.protocols import PROTOCOLS
 from pipelines.common.launch import user_errors
+from pipelines.common.options import path
 
 from .parts import random_networks
 
@@ -318,9 +319,9 @@ def agreement(cifar: Path, work: Path, output: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--cifar", type=Path)
+    parser.add_argument("--cifar", type=path)
     parser.add_argument("--agreement", action="store_true", help="10,000 against 50,000 CIFAR-10 images, everywhere; 20 minutes")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench/eval.json"))
+    parser.add_argument("--output", type=path, default=Path("outputs/bench/eval.json"))
     args = parser.parse_args()
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
     found["frechet"] = frechet(10_000)

@@ -28,6 +28,7 @@ from eval.studies.points.figures import curves_chart, scatter_chart
 from pipelines.analytic import make_mixture
 from pipelines.common.atomic import new_file
 from pipelines.common.identity import pipeline_identity
+from pipelines.common.options import path
 from pipelines.common.provenance import git_commit, versions
 from pipelines.edm import EDMPipeline
 
@@ -225,7 +226,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--workers", type=int, default=cores(), help="runs side by side")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     args = parser.parse_args()
     start, runs = time.perf_counter(), args.output / "mog40"
     chosen = {name: METHODS[name] for name in args.methods}

@@ -25,6 +25,7 @@ from eval.studies.points import numbers as points
 from eval.studies.points.figures import tightness_chart
 from pipelines.analytic import make_mixture
 from pipelines.common.config import load_config
+from pipelines.common.options import path
 from pipelines.noise import Level, add_noise, score, weight
 from trainers import distill
 from trainers.config.run import DistillConfig
@@ -242,7 +243,7 @@ def step_times(steps: int = 60) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     args = parser.parse_args()
     runs = args.output / "mog40"
     found: dict[str, Any] = {"step_ms": step_times()}

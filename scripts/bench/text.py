@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eval.networks.weights import sha256
+from pipelines.common.options import path
 from pipelines.common.provenance import git_commit, versions
 from pipelines.data.images import ImageSet, load_parquet, to_pixels, to_unit
 from pipelines.stable_diffusion import decode_latents, encode_images, load_pipeline, one_step_scheduler
@@ -216,8 +217,8 @@ def draw(pipe: StableDiffusionPipeline, **call: Any) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--cifar", type=path, required=True)
+    parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--teacher-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=300)

@@ -1,13 +1,15 @@
 """Options of a command that a strict model makes: flags, help, defaults; a file of the same keys below the command line."""
 
 import argparse
+import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 
 from eval.__main__ import COMMANDS, parse
 from pipelines.common.errors import UserError
-from pipelines.common.options import POSITIONAL, REPEATED, add_options, finite, option, path_option, read_options, whole
+from pipelines.common.options import POSITIONAL, REPEATED, add_options, finite, option, path, path_option, read_options, whole
 from pipelines.common.strict import PositiveInt, Strict, UserPath
 
 
@@ -85,12 +87,20 @@ def test_faults_are_said_as_they_were_written(tmp_path):
         (whole(0), "010", 10, "1.5"),
         (finite, "1e3", 1000.0, "nan"),
         (path_option, "a", "a", "$NOT_THERE/a"),
+        (path_option, "~", str(Path.home()), ""),
+        (path, "~/a", Path.home() / "a", "~nobody_here/a"),
     ],
 )
 def test_types_of_commands_without_a_model(read_as, good, value, bad):
     assert read_as(good) == value
     with pytest.raises(argparse.ArgumentTypeError, match=r"got '"):
         read_as(bad)
+
+
+def test_paths_of_scripts_are_the_users():
+    """`--output=~/x`, which no shell replaces, would make a folder named ~."""
+    scripts = Path(__file__).parents[2] / "scripts"
+    assert not [file.name for file in scripts.rglob("*.py") if re.search(r"type=Path\b", file.read_text())]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from pipelines.adapters import SharedNetwork
 from pipelines.common.launch import user_errors
-from pipelines.common.options import finite, whole
+from pipelines.common.options import finite, path, whole
 from pipelines.stable_diffusion import load_pipeline
 from pipelines.students import save_lora
 from trainers.config.data import Captions
@@ -102,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--data", default="assets/emoji/captioned_32.parquet", help="a parquet file with columns image and caption"
     )
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=path, required=True)
     parser.add_argument("--seconds", type=finite, required=True, help="of updates")
     parser.add_argument("--rank", type=whole(1), default=32)
     parser.add_argument("--batch-size", type=whole(1), default=32)
