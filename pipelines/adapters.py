@@ -14,8 +14,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +30,7 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 
 @contextmanager
-def in_float32(layer: nn.Conv2d) -> Iterator[None]:
+def in_float32(layer: nn.Module) -> Iterator[None]:
     """Inside, a last convolution computes in float32 (or wider) whatever the dtype of its weights, and under autocast.
 
     A student of Stable Diffusion reads out noise at t = 999, where alpha is .068: x0 = (x_t - sigma out) / alpha makes of the
@@ -44,7 +46,7 @@ def in_float32(layer: nn.Conv2d) -> Iterator[None]:
             bias = None if layer.bias is None else layer.bias.to(dtype)
             return layer._conv_forward(x.to(dtype), layer.weight.to(dtype), bias)
 
-    layer.forward = forward
+    layer.forward = forward  # type: ignore[method-assign, assignment]  # of this layer alone, until the block ends
     try:
         yield
     finally:
@@ -59,7 +61,7 @@ class Anatomy(NamedTuple):
     """
 
     call: Callable[..., Any]
-    last: Callable[[nn.Module], nn.Module]
+    last: Callable[[ModelMixin], nn.Module]
 
 
 class SharedNetwork:
@@ -68,11 +70,11 @@ class SharedNetwork:
     anatomy: of its kind; None: that of diffusers' U-Nets.
     """
 
-    def __init__(self, network: nn.Module, anatomy: Anatomy | None = None) -> None:
+    def __init__(self, network: ModelMixin, anatomy: Anatomy | None = None) -> None:
         self.network, self.anatomy = network.requires_grad_(False).eval(), anatomy or UNET
         self.active: str | None = None
         self.sharded = self.checkpointing = False
-        self._layers: list[nn.Module] = []
+        self._layers: list[LoraLayer] = []
 
     def add_adapter(self, name: str, config: LoraConfig) -> Role:
         """A new role, float32 whatever the network's dtype: small updates would be lost in bfloat16. Starts as the teacher.
@@ -80,7 +82,7 @@ class SharedNetwork:
         ValueError names a target that fits no layer: peft only complains if none of them fits any.
         """
         modules = [n for n, _ in self.network.named_modules() if not of_adapters(n)]
-        for target in config.target_modules:
+        for target in config.target_modules or ():
             # once a layer has an adapter its own weights live in .base_layer
             if not any(n == target or n.endswith(f".{target}") for n in modules):
                 raise UserError(
@@ -118,7 +120,7 @@ class SharedNetwork:
         return Role(self, None)
 
     @contextmanager
-    def running(self, name: str | None) -> Iterator[nn.Module]:
+    def running(self, name: str | None) -> Iterator[ModelMixin]:
         """The network with this adapter alone, or none; afterwards the one that was active before."""
         before = self.active
         self._switch(name)
@@ -160,12 +162,12 @@ class SharedNetwork:
         switch(self._layers, name)
 
 
-def call(network: nn.Module, x: Tensor, time: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+def call(network: ModelMixin, x: Tensor, time: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
     """A U-Net of x (b, c, h, w) at time (b,), under a flat condition: (b, c', h, w); all floats in its dtype."""
     return output(network, x, time, condition).sample
 
 
-def output(network: nn.Module, x: Tensor, time: Tensor, condition: Mapping[str, Tensor], **options: Any) -> Any:
+def output(network: ModelMixin, x: Tensor, time: Tensor, condition: Mapping[str, Tensor], **options: Any) -> Any:
     """As `call`, but all that the network puts out. options: further arguments."""
     dtype = network.dtype
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in condition.items()}
@@ -176,7 +178,7 @@ def output(network: nn.Module, x: Tensor, time: Tensor, condition: Mapping[str, 
 class Whole(nn.Module):
     """A diffusers network all of whose weights are this module's: network(x, time, **condition)."""
 
-    def __init__(self, network: nn.Module, anatomy: Anatomy | None = None) -> None:
+    def __init__(self, network: ModelMixin, anatomy: Anatomy | None = None) -> None:
         super().__init__()
         self.network, self.anatomy = network, anatomy or UNET
 
@@ -251,9 +253,12 @@ class AdapterHead(nn.Module):
         super().__init__()
         self.role, self.out_channels = role, out_channels
         last = role.last
-        self.conv_out = nn.Conv2d(last.in_channels, out_channels, last.kernel_size, padding=last.padding)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        if not isinstance(last, nn.Conv2d):
+            raise ValueError(f"the role's last layer is a {type(last).__name__}; a head takes the place of a convolution")
+        height, width = last.kernel_size
+        self.conv_out = nn.Conv2d(last.in_channels, out_channels, (height, width), padding=last.padding)  # type: ignore[arg-type]  # of any length
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
         features = self.role.features(x, time, **condition).to(self.conv_out.weight.dtype)
@@ -261,15 +266,15 @@ class AdapterHead(nn.Module):
             return self.conv_out(features)
 
 
-def whole_copy(network: nn.Module) -> nn.Module:
+def whole_copy(network: ModelMixin) -> ModelMixin:
     """A float32 copy whose weights can be trained, without the adapters that may sit on the original by now."""
     weights = {own_name(k): v for k, v in network.state_dict().items() if not of_adapters(k)}
-    clean = type(network).from_config(network.config)
+    clean = type(network).from_config(network.config)  # type: ignore[attr-defined]  # of ConfigMixin, which they all are too
     clean.load_state_dict(weights)
     return clean.float().eval().requires_grad_(True)
 
 
-def last_layer(network: nn.Module) -> nn.Conv2d:
+def last_layer(network: ModelMixin) -> nn.Module:
     """A U-Net's own last convolution, also where an adapter sits on it."""
     return own_layer(network.conv_out)
 
@@ -277,14 +282,14 @@ def last_layer(network: nn.Module) -> nn.Conv2d:
 UNET = Anatomy(output, last_layer)
 
 
-def block_layers(network: nn.Module) -> list[str]:
+def block_layers(network: ModelMixin) -> list[str]:
     """The names, within their block, of all linear layers and convolutions in the blocks that a network repeats."""
     blocks = (m for m in network.modules() if type(m).__name__ in network._repeated_blocks)
     children = ((n, own_layer(m)) for block in blocks for n, m in block.named_children())  # adapted or not
     return sorted({n for n, m in children if isinstance(m, nn.Linear | nn.Conv2d)})
 
 
-def parameter_tree(parameters: Mapping[str, Tensor]) -> nn.Module:
+def parameter_tree(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     """Nested modules that hold these parameters under their dotted names."""
     root = nn.Module()
     for key, parameter in parameters.items():
@@ -293,7 +298,7 @@ def parameter_tree(parameters: Mapping[str, Tensor]) -> nn.Module:
         for part in path:
             if part not in node._modules:
                 node.add_module(part, nn.Module())
-            node = node._modules[part]
+            node = node.get_submodule(part)
         node.register_parameter(last, parameter)
     return root
 

@@ -29,6 +29,10 @@ class GaussianMixture(nn.Module):
     means (k, d); std a number or (k,); weights (k,), normalised here, None: equal.
     """
 
+    means: Tensor  # (k, d)
+    variances: Tensor  # (k,)
+    log_weights: Tensor  # (k,)
+
     def __init__(
         self, means: Tensor, std: float | Tensor, schedule: Schedule, shape: tuple[int, int, int], weights: Tensor | None = None
     ) -> None:
@@ -94,6 +98,11 @@ class EmpiricalPosterior(nn.Module):
     Below the distance between neighbours it gives back the nearest point: a teacher that remembers.
     """
 
+    centres: Tensor  # (cells, d) float64, the mean of each cell's points
+    centred: Tensor  # (cells, m, d + 2): [1, p, |p|^2] of each point p less its centre
+    weighted: Tensor  # (cells, 1 + d, m): [1, x] of each point, zero where it does not count
+    radii: Tensor  # (cells,) float64, the largest distance from the centre
+
     def __init__(self, data: Tensor, schedule: Schedule) -> None:
         super().__init__()
         if data.ndim != 4 or not len(data) or not data.is_floating_point():
@@ -126,7 +135,8 @@ class EmpiricalPosterior(nn.Module):
             raise ValueError("the posterior of a data set needs sigma > 0")
         given = (x_t.flatten(1).double().T, level.alpha.flatten().double(), sigma)
         parts = zip(*(v.split(COLUMNS, -1) for v in given), strict=True)
-        found = torch.cat([self._columns(*part, single=x_t.dtype != torch.float64) for part in parts], 1)
+        single = x_t.dtype != torch.float64
+        found = torch.cat([self._columns(x, alpha, sigma, single) for x, alpha, sigma in parts], 1)
         return found[1:].T, found[0]
 
     def _columns(self, x: Tensor, alpha: Tensor, sigma: Tensor, single: bool) -> Tensor:
@@ -152,7 +162,7 @@ class EmpiricalPosterior(nn.Module):
         for dtype, columns in ((torch.float64, ~fits), (torch.float32, fits)):
             for _, exponents in self._exponents(offsets, slopes, columns & unsafe, dtype):
                 top[columns & unsafe] = torch.maximum(top[columns & unsafe], exponents.amax((0, 1)).double())
-            total = 0
+            total: Tensor | float = 0
             for weighted, exponents in self._exponents(offsets - top, slopes, columns, dtype):
                 # a floor: e^-80 counts for nothing, and smaller numbers are no normal ones, which a CPU is very slow with
                 total = total + (weighted.to(dtype) @ exponents.clamp_(min=FLOOR).exp_()).sum(0).double()
@@ -191,7 +201,7 @@ def neighbours(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """
     cells = [torch.arange(len(points), device=points.device)]
     while max(len(cell) for cell in cells) > size:
-        halves = []
+        halves: list[Tensor] = []
         for cell in cells:
             inside = points[cell]
             widest = inside[:, (inside.amax(0) - inside.amin(0)).argmax()]

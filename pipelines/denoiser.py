@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .common.errors import UserError
 from .noise import Level, Schedule
-from .preconditioning import Preconditioner, make_preconditioner
+from .preconditioning import Parameterization, make_preconditioner
 
 Condition = dict[str, Tensor] | None
-Parameterization = Literal["edm", "sample", "epsilon", "v_prediction", "flow"] | Preconditioner
 
 
 class Denoiser(nn.Module):
@@ -67,9 +66,10 @@ class Denoiser(nn.Module):
         if self.guidance_scale == 1.0:
             x0, features = self._denoise(x_t, level, condition, return_features)
             return (x0, features) if return_features else x0
-        if condition is None:
+        if condition is None or self.null_condition is None:
             raise ValueError("guidance needs a condition; got None")
-        null = {k: null_rows(self.null_condition[k], v) if k in self.null_condition else v for k, v in condition.items()}
+        nulls = self.null_condition
+        null = {k: null_rows(nulls[k], v) if k in nulls else v for k, v in condition.items()}
         both = {k: torch.cat([null[k], v]) for k, v in condition.items()}
         x0, features = self._denoise(torch.cat([x_t, x_t]), level.repeat(2), both, return_features)
         x0_null, x0_cond = x0.chunk(2)

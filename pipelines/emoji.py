@@ -45,8 +45,8 @@ class Pictures:
         return len(self.names)
 
     def only(self, rows: list[int]) -> Pictures:
-        lists = ([values[i] for i in rows] for values in (self.names, self.styles, self.groups, self.keywords, self.codes))
-        return Pictures(self.rgba[rows], *lists)
+        names, styles, groups, codes = ([v[i] for i in rows] for v in (self.names, self.styles, self.groups, self.codes))
+        return Pictures(self.rgba[rows], names, styles, groups, [self.keywords[i] for i in rows], codes)
 
     def part(self, held_out: bool, groups: tuple[str, ...] | None = None) -> Pictures:
         """Those held out or those not, of some groups or of all."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -24,6 +23,7 @@ from .common.errors import UserError
 from .common.reading import damaged_weights
 from .data.walk import examples
 from .peft_layers import layers_with_adapters
+from .stock import StockPipeline
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # What PEFT's own save_pretrained writes: which network it is for is not said, and its alpha stands in another file.
@@ -122,7 +122,7 @@ def _on_the_hub(name: str, option: str) -> LoraSource:
     return _of_student(Path(folder), option)
 
 
-def load_lora(pipe: DiffusionPipeline, lora: LoraSource, adapter_name: str | None = None) -> None:
+def load_lora(pipe: StockPipeline, lora: LoraSource, adapter_name: str | None = None) -> None:
     """Put it on the pipeline's networks. UserError for weights made for another model, of which diffusers loads what fits, or
     nothing, and says so in a log at most.
     """
@@ -222,7 +222,7 @@ def _diffusers_quiet() -> Iterator[None]:
         diffusers_logging.set_verbosity(level)
 
 
-def _networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+def _networks(pipe: StockPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 

@@ -65,16 +65,14 @@ def add_noise(x0: Tensor, eps: Tensor, level: Level) -> Tensor:
 
 def _output_coefficients(prediction_type: str, level: Level) -> tuple[Tensor | float, Tensor | float]:
     """(a, b) with network output = a x0 + b eps."""
-    try:
-        return {
-            "epsilon": (0.0, 1.0),
-            "v_prediction": (-level.sigma, level.alpha),
-            "flow": (-1.0, 1.0),
-        }[prediction_type]
-    except KeyError:
-        raise ValueError(
-            f"prediction_type {prediction_type!r} is unknown; expected sample, epsilon, v_prediction or flow"
-        ) from None
+    known: dict[str, tuple[Tensor | float, Tensor | float]] = {
+        "epsilon": (0.0, 1.0),
+        "v_prediction": (-level.sigma, level.alpha),
+        "flow": (-1.0, 1.0),
+    }
+    if prediction_type not in known:
+        raise ValueError(f"prediction_type {prediction_type!r} is unknown; expected sample, epsilon, v_prediction or flow")
+    return known[prediction_type]
 
 
 def to_x0(out: Tensor, x_t: Tensor, level: Level, prediction_type: PredictionType) -> Tensor:
@@ -247,9 +245,10 @@ def annealed_power(progress: float, start: float, end: float, until: float) -> f
 # ---------------------------------------------------------------------------------------------------------------------
 # Weightings of the gradient of the KL (a difference of scores) at a level, by name -> (b, 1, 1, 1).
 
+Weight = Literal["uniform", "sigma", "sigma2", "sigma4", "inv_sigma", "snr", "edm", "dmd"]
 Weighting = Callable[[Level, Tensor, Tensor, float], Tensor]
 
-WEIGHTINGS: dict[str, Weighting] = {
+WEIGHTINGS: dict[Weight, Weighting] = {
     # x0: a sample, x0_hat: the teacher's denoised estimate of it, both (b, c, h, w).
     "uniform": lambda level, x0, x0_hat, sigma_data: torch.ones_like(level.sigma),
     "sigma": lambda level, x0, x0_hat, sigma_data: level.sigma,
@@ -268,7 +267,7 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
-def weight(name: str, level: Level, x0: Tensor, x0_hat: Tensor, sigma_data: float) -> Tensor:
+def weight(name: Weight, level: Level, x0: Tensor, x0_hat: Tensor, sigma_data: float) -> Tensor:
     """w(t) by name, (b, 1, 1, 1), detached: a weight is a number, never a path for gradients."""
     if name not in WEIGHTINGS:
         raise ValueError(f"weighting {name!r} is unknown; expected one of {', '.join(WEIGHTINGS)}")

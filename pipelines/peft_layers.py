@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 
-def layers_with_adapters(network: nn.Module) -> dict[str, BaseTunerLayer]:
+def layers_with_adapters(network: nn.Module) -> dict[str, LoraLayer]:
     """The layers on which adapters sit, by name; the adapters on one are the keys of its `r`."""
-    return {name: m for name, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
 
 
-def switch(layers: Iterable[BaseTunerLayer], name: str | None) -> None:
+def switch(layers: Iterable[LoraLayer], name: str | None) -> None:
     """Run these layers with one adapter alone, or with none. No parameter changes, nor whether it requires a gradient."""
     for layer in layers:
         layer._disable_adapters = name is None

@@ -7,20 +7,23 @@ are pure functions of a Level, whose dtype they compute in.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from .noise import Level, edm_coefficients, to_x0
+from .noise import Level, PredictionType, edm_coefficients, to_x0
+
+ALL_LEVELS = (0.0, math.inf)
 
 
 class Preconditioner(Protocol):
-    """sigma_range: the noise-to-signal ratios that the network was made for, both inclusive."""
-
-    sigma_range: tuple[float, float]
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The noise-to-signal ratios that the network was made for, both inclusive."""
 
     def inputs(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """x_t (b, c, h, w) -> the network's input (b, c, h, w) and time (b,)."""
@@ -32,10 +35,15 @@ class Preconditioner(Protocol):
         """The noise levels, of any shape, that the network knows and that are nearest to these."""
 
 
+Parameterization = Literal["edm", "sample", "epsilon", "v_prediction", "flow"] | Preconditioner
+
+
 class Continuous:
     """Any noise level."""
 
-    sigma_range = (0.0, math.inf)
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return ALL_LEVELS
 
     def nearest(self, sigma: Tensor) -> Tensor:
         return sigma
@@ -45,7 +53,7 @@ class Continuous:
 class Prediction(Continuous):
     """A diffusers prediction type: the network sees x_t and the schedule's own t."""
 
-    prediction_type: str
+    prediction_type: PredictionType
 
     def inputs(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         return x_t, level.t
@@ -59,7 +67,7 @@ class EDM(Continuous):
     """Unit variance in and out at every level, for any alpha; c_noise = ln(sigma / alpha) / 4."""
 
     sigma_data: float = 0.5
-    sigma_range: tuple[float, float] = Continuous.sigma_range
+    sigma_range: tuple[float, float] = ALL_LEVELS
 
     def inputs(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         c_in, _, _ = edm_coefficients(level, self.sigma_data)
@@ -150,10 +158,16 @@ class IDDPM:
         return x_t - level.sigma * out[:, : x_t.shape[1]]
 
 
-PRECONDITIONERS = {"edm": EDM, "sample": partial(Prediction, "sample"), "vp": VP, "ve": VE, "iddpm": IDDPM}
+PRECONDITIONERS: dict[str, Callable[..., EDM | Prediction | VP | VE | IDDPM]] = {
+    "edm": EDM,
+    "sample": partial(Prediction, "sample"),
+    "vp": VP,
+    "ve": VE,
+    "iddpm": IDDPM,
+}
 
 
-def make_preconditioner(parameterization: str | Preconditioner, sigma_data: float) -> Preconditioner:
+def make_preconditioner(parameterization: Parameterization, sigma_data: float) -> Preconditioner:
     """Names stand for Prediction(name) and EDM(sigma_data)."""
     if not isinstance(parameterization, str):
         return parameterization

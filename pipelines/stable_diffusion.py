@@ -21,11 +21,13 @@ from .common.errors import UserError, shown
 from .common.reading import BY_FILES, damaged_weights, loading, read_json, reason_of, refuse_single_file
 from .data.walk import examples
 from .denoiser import Condition, Denoiser
-from .noise import VPSchedule, from_x0, widen
+from .noise import PredictionType, VPSchedule, from_x0, widen
+from .preconditioning import Prediction
+from .stock import StockPipeline
 
 FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+NETWORKS: dict[str, type[ModelMixin]] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 MOST_LEVELS = 1_000_000  # a thousand times what published models have
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -44,7 +46,7 @@ def read_index(source: str) -> dict[str, Any]:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise FileNotFoundError(f"no such folder {source!r}, and a hub id looks like owner/name")
     try:
-        return DiffusionPipeline.load_config(source)
+        return DiffusionPipeline.load_config(source)  # type: ignore[return-value]  # a pair only where that is asked for
     except BY_FILES as error:
         raise FileNotFoundError(
             f"{source!r} is no folder here, and the hub could not be asked for it: {reason_of(error)} "
@@ -58,7 +60,7 @@ def load_pipeline(
     without: Iterable[str] = (),
     variant: str | None = None,
     **components: nn.Module,
-) -> DiffusionPipeline:
+) -> StockPipeline:
     """The stock pipeline of a folder or hub id, safetensors only, in eval mode and without gradients.
 
     without: components to leave out (None in the pipeline), e.g. "vae"; components: to use in place of its own. ValueError names
@@ -75,7 +77,7 @@ def load_pipeline(
         parts = [k for k, v in index.items() if isinstance(v, list) and k not in (*left_out, *UNUSED)]
         check_weights(Path(source), parts)
         variant = variant or only_variant(Path(source), parts)
-    options = {k: None for k in UNUSED if k in index} | left_out
+    options: dict[str, Any] = {k: None for k in UNUSED if k in index} | left_out
     if "requires_safety_checker" in index:
         options["requires_safety_checker"] = False
     how = {"dtype": dtype, "use_safetensors": True, "variant": variant}
@@ -83,7 +85,7 @@ def load_pipeline(
         for name, kind in NETWORKS.items():
             if name in index and name not in options:
                 options[name] = load_whole(kind, source, name, **how | {"variant": variant_of(source, name, variant)})
-        pipe = DiffusionPipeline.from_pretrained(source, **how, **options)
+        pipe: StockPipeline = DiffusionPipeline.from_pretrained(source, **how, **options)  # type: ignore[assignment]  # see there
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         if tokenizer is not None and encoder is not None and not 3 <= len(tokenizer) <= encoder.config.vocab_size:
@@ -101,7 +103,8 @@ def load_pipeline(
 
 def load_whole(kind: type[ModelMixin], source: str, subfolder: str, **how: Any) -> ModelMixin:
     """A network of a pipeline. ValueError if its file lacks tensors, which diffusers would fill with random numbers."""
-    network, report = kind.from_pretrained(source, subfolder=subfolder, output_loading_info=True, **how)
+    how |= {"subfolder": subfolder, "output_loading_info": True}
+    network, report = kind.from_pretrained(source, **how)  # type: ignore[attr-defined]  # a pair, with that information
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -128,7 +131,7 @@ def variants_in(folder: Path) -> set[str | None]:
 def only_variant(folder: Path, components: Iterable[str]) -> str | None:
     """The one variant in which some component has weights only, None where each has plain ones. UserError for several."""
     found = [(c, variants_in(folder / c)) for c in components]
-    needed = {c: names for c, names in found if names and None not in names}
+    needed = {c: {n for n in names if n} for c, names in found if names and None not in names}
     common = set.intersection(*needed.values()) if needed else set()
     if len(common) == 1:
         return common.pop()
@@ -197,7 +200,7 @@ def check_scheduler_config(scheduler: Any, source: str) -> None:
         )
 
 
-def denoiser(pipe: DiffusionPipeline, network: nn.Module, guidance_scale: float = 1.0, null: Condition = None) -> Denoiser:
+def denoiser(pipe: StockPipeline, network: nn.Module, guidance_scale: float = 1.0, null: Condition = None) -> Denoiser:
     """`network` (the pipeline's, or a role of it) read out by the pipeline's schedule. Latents are scaled to variance 1."""
     return Denoiser(network, schedule_of(pipe.scheduler), prediction_type_of(pipe.scheduler), 1.0, guidance_scale, null)
 
@@ -213,7 +216,7 @@ def load_schedule(source: str) -> VPSchedule:
     return schedule_of(load_pipeline(source, without=parts).scheduler)
 
 
-def prediction_type_of(scheduler: Any) -> str:
+def prediction_type_of(scheduler: Any) -> PredictionType:
     return scheduler.config.get("prediction_type", "epsilon")
 
 
@@ -221,7 +224,7 @@ def prediction_type_of(scheduler: Any) -> str:
 
 
 @torch.no_grad()
-def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str], size: tuple[int, int], device: torch.device) -> Condition:
+def encode_prompts(pipe: StockPipeline, prompts: Sequence[str], size: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
     """The condition of each prompt, without guidance; SDXL's time_ids are those of an uncropped image of `size` (h, w)."""
     if FAMILIES[type(pipe).__name__] == "sd":
         embeds, _ = pipe.encode_prompt(list(prompts), device, 1, False)
@@ -232,7 +235,7 @@ def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str], size: tuple[
 
 
 @torch.no_grad()
-def null_condition(pipe: DiffusionPipeline, negative_prompt: str | None, device: torch.device) -> Condition:
+def null_condition(pipe: StockPipeline, negative_prompt: str | None, device: torch.device) -> dict[str, Tensor]:
     """What guidance leads away from, unbatched. None means what stock pipelines take it to mean: the empty prompt, or zeros where
     an SDXL pipeline says force_zeros_for_empty_prompt. It has no time_ids: those are the condition's own.
     """
@@ -248,7 +251,7 @@ def time_ids(original_and_crop: Sequence[tuple[int, int, int, int]], size: tuple
     return torch.tensor([(*row, *size) for row in original_and_crop], dtype=torch.float32)
 
 
-def overlong(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
+def overlong(pipe: StockPipeline, prompts: Sequence[str]) -> list[int]:
     """Rows of prompts with more tokens than the tokenizer keeps (77 with both ends)."""
     tokens = pipe.tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids
     return [i for i, ids in enumerate(tokens) if len(ids) > pipe.tokenizer.model_max_length]
@@ -258,17 +261,17 @@ def overlong(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
 
 
 @torch.no_grad()
-def encode_images(vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+def encode_images(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
     """images (b, 3, H, W) in [-1, 1], noise (b, c, h, w) -> latents (b, c, h, w): a draw of its Gaussian, variance 1."""
     gaussian = vae.encode(images.to(vae.dtype)).latent_dist
     latents = gaussian.mean.float() + gaussian.std.float() * noise
-    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
 
 
 @torch.no_grad()
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """latents (b, c, h, w) -> images (b, 3, H, W) in [-1, 1], float32."""
-    unscaled = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    unscaled = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
     return vae.decode(unscaled.to(vae.dtype)).sample.float().clamp(-1, 1)
 
 
@@ -294,7 +297,9 @@ def one_step_error(scheduler: Any, denoiser: Denoiser, readout_t: int) -> float:
     z, expected = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
     level = denoiser.schedule.level(torch.tensor([readout_t]))
     level = type(level)(widen(level.alpha.double().flatten()), widen(level.sigma.double().flatten()), level.t)
-    out = from_x0(expected, z, level, denoiser.parameterization)
+    if not isinstance(denoiser.preconditioner, Prediction):
+        raise ValueError(f"a scheduler's step is that of a prediction type, not of {denoiser.preconditioner}")
+    out = from_x0(expected, z, level, denoiser.preconditioner.prediction_type)
     probe = type(scheduler).from_config(scheduler.config)
     try:
         if readout_t == denoiser.schedule.t_range[1]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler, ModelMixin, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from torch import nn
@@ -21,6 +21,7 @@ from .common.identity import weights_sha256
 from .common.reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 from .edm import EDMPipeline, PointNet
 from .loras import LORA_FILE, LoraSource, load_lora
+from .stock import StockPipeline
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3
@@ -80,7 +81,7 @@ into the student.
 """
 
 
-def save_model(folder: Path, pipeline: DiffusionPipeline, kind: str, info: dict[str, Any]) -> None:
+def save_model(folder: Path, pipeline: StockPipeline | EDMPipeline, kind: str, info: dict[str, Any]) -> None:
     """Write the pipeline, <kind>.json and README.md to `folder`, replacing it whole. kind: "student" or "teacher"."""
     title = "One-step student" if kind == "student" else f"Teacher, {type(pipeline).__name__}"
     module = "pipelines.edm" if isinstance(pipeline, EDMPipeline) else "diffusers"
@@ -89,7 +90,7 @@ def save_model(folder: Path, pipeline: DiffusionPipeline, kind: str, info: dict[
     replace_folder(folder, pipeline.save_pretrained, kind, info, card)
 
 
-def call_of(pipeline: DiffusionPipeline) -> str:
+def call_of(pipeline: StockPipeline | EDMPipeline) -> str:
     """The line of a card that draws."""
     return POINTS if isinstance(getattr(pipeline, "unet", None), PointNet) else IMAGES
 
@@ -111,7 +112,7 @@ def save_edm_student(folder: Path, pipeline: EDMPipeline, info: dict[str, Any], 
     return replace_folder(folder, write, "student", info, card)
 
 
-def save_lora(folder: Path, pipeline: type[DiffusionPipeline], network: nn.Module, adapter: str) -> None:
+def save_lora(folder: Path, pipeline: type[StockPipeline] | type[EDMPipeline], network: ModelMixin, adapter: str) -> None:
     """pytorch_lora_weights.safetensors. The raw PEFT state dict with its metadata is the one form that keeps alpha, and all of
     the layers (convolutions too).
     """
@@ -122,22 +123,25 @@ def save_lora(folder: Path, pipeline: type[DiffusionPipeline], network: nn.Modul
 
 def save_stable_diffusion(
     folder: Path,
-    pipeline: type[DiffusionPipeline],
+    pipeline: type[StockPipeline],
     scheduler: Any,
     info: dict[str, Any],
-    adapter: tuple[nn.Module, str] | None = None,
-    network: nn.Module | None = None,
+    adapter: tuple[ModelMixin, str] | None = None,
+    network: ModelMixin | None = None,
 ) -> None:
     """A Stable Diffusion student: LoRA weights (adapter: the network and the name on it) or a whole network in unet/, beside the
     scheduler that makes one step of a stock pipeline its x0.
     """
 
+    if adapter is None and network is None:
+        raise ValueError("give the adapter or the network that is the student")
+
     def write(partial: Path) -> None:
         scheduler.save_pretrained(partial / "scheduler")
-        if adapter is None:
+        if adapter is not None:
+            save_lora(partial, pipeline, *adapter)
+        elif network is not None:
             network.save_pretrained(partial / "unet")
-            return
-        save_lora(partial, pipeline, *adapter)
 
     last = scheduler.config.num_train_timesteps - 1
     card = STABLE_DIFFUSION_CARD.format(
@@ -173,7 +177,7 @@ def facts_list(info: dict[str, Any]) -> str:
 
 def load_student(
     source: str | Path, base_model: str | None = None, scheduler: Any = None, dtype: torch.dtype = torch.float32
-) -> DiffusionPipeline:
+) -> StockPipeline | EDMPipeline:
     """The stock pipeline of a student, ready for one step: of its folder, of a run's output_dir (student/ in it) or of a hub id.
 
     A Stable Diffusion student is loaded on its base model, as the adapter "student"; base_model: where that lies, if not where it
@@ -192,11 +196,11 @@ def load_student(
         if scheduler is not None:
             raise UserError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
         with loading(f"{str(folder)!r} is not complete or damaged", RESAVE):
-            pipe = EDMPipeline.from_pretrained(folder, base_model=base_model, use_safetensors=True, dtype=dtype)
+            edm = EDMPipeline.from_pretrained(folder, base_model=base_model, use_safetensors=True, dtype=dtype)
         if info.get("weights") == "lora":
             base = EDMPipeline.from_pretrained(base_model or info["base_model"], use_safetensors=True, dtype=dtype).unet
             check_base(base, info, folder)
-        return pipe
+        return edm
     whole = info["weights"] == "unet"
     stable_diffusion.check_weights(folder, ["unet" if whole else ""])
     incomplete = f"{str(folder)!r} is not complete or does not fit its base model"
@@ -226,10 +230,10 @@ def load_student(
             f"the student in {str(folder)!r} reads out at timestep {info['readout_t']}, its base model has none after {last}; "
             "give base_model=<the one that it was distilled from>"
         )
-    error = stable_diffusion.one_step_error(scheduler, prediction, info["readout_t"])
-    if error > ONE_STEP_TOLERANCE:
+    off = stable_diffusion.one_step_error(scheduler, prediction, info["readout_t"])
+    if off > ONE_STEP_TOLERANCE:
         warnings.warn(
-            f"one step of {type(scheduler).__name__} is not the x0 that the student was trained for (off by {error:.2g}); "
+            f"one step of {type(scheduler).__name__} is not the x0 that the student was trained for (off by {off:.2g}); "
             f"use the scheduler stored in {str(folder / 'scheduler')!r}",
             stacklevel=2,
         )

@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
-REMEDIES = {"free space there, or name another folder": (errno.ENOSPC, errno.EDQUOT)}
-REMEDIES["make it writable, or name another folder"] = (errno.EACCES, errno.EPERM, errno.EROFS)
+REMEDIES = {
+    "free space there, or name another folder": {errno.ENOSPC, errno.EDQUOT},
+    "make it writable, or name another folder": {errno.EACCES, errno.EPERM, errno.EROFS},
+}
 
 
 class WriteError(UserError):

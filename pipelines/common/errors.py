@@ -26,13 +26,17 @@ def printable(text: str, longest: int = LONGEST) -> str:
     return safe if len(text) <= longest else f"{safe[:longest]}... ({len(text) - longest} more characters)"
 
 
+class _Limits(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python writes no integers of more than 4,300 digits."""
+        return repr(x) if x.bit_length() < 10_000 else f"<{type(x).__name__}>"
+
+
 def shown(value: object, longest: int = 80) -> str:
     """A value in a message: its repr, cut where it is long, deep or wide (what YAML's anchors make of it may have no end)."""
-    limits = reprlib.Repr()
+    limits = _Limits()
     limits.maxstring = limits.maxother = 10 * longest
     limits.maxlevel, limits.maxlist, limits.maxdict = 4, 20, 20
-    # python writes no integers of more than 4,300 digits
-    limits.repr_int = lambda number, level: repr(number) if number.bit_length() < 10_000 else f"<{type(number).__name__}>"
     text = limits.repr(value)
     return printable(text if len(text) <= longest else f"{text[:longest]}...")
 

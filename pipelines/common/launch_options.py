@@ -87,9 +87,9 @@ def check_launch(options: Sequence[Option]) -> None:
     given = launch_arguments(parent_command())
     for name in sorted(getattr(given, "nondefault", ())):
         value = str(getattr(given, name))
-        option = next((o for o in options if fnmatch(name, o.name)), None)
-        if option is not None and value.lower() not in option.idle:
-            raise UserError(f"accelerate launch --{name} {value} is not followed: {option.instead}")
+        refused = next((o for o in options if fnmatch(name, o.name)), None)
+        if refused is not None and value.lower() not in refused.idle:
+            raise UserError(f"accelerate launch --{name} {value} is not followed: {refused.instead}")
 
 
 def parent_command() -> list[str]:

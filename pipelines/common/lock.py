@@ -27,7 +27,8 @@ class FolderLock:
     """Held from `acquire` to `release` by one process on any machine that shares the folder. key: what the user calls it."""
 
     def __init__(self, folder: Path, key: str = "output_dir") -> None:
-        self.folder, self.key, self.file, self.stream = folder, key, folder / NAME, None
+        self.folder, self.key, self.file = folder, key, folder / NAME
+        self.stream: TextIOWrapper | None = None
 
     def acquire(self) -> None:
         """UserError if another process holds it. On a file system without locks a warning, and no lock."""

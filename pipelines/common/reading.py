@@ -76,8 +76,8 @@ def read_json(file: str | Path, remedy: str, kind: type = dict) -> Any:
         reason = DEEP if isinstance(error, RecursionError) else error
         raise UserError(f"{name} is not valid JSON ({reason}); {remedy}") from error
     if not isinstance(content, kind):
-        what = {dict: "an object {...}", list: "a list [...]"}[kind]
-        raise UserError(f"{name} holds a {type(content).__name__}, expected {what}; {remedy}")
+        names: dict[type, str] = {dict: "an object {...}", list: "a list [...]"}
+        raise UserError(f"{name} holds a {type(content).__name__}, expected {names[kind]}; {remedy}")
     return content
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, __version__
+from PIL import Image, ImageFile, UnidentifiedImageError, __version__
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..common.errors import UserError, message
 
@@ -94,14 +95,15 @@ def decode(file: str | Path | bytes, where: str, rules: Rules = TRAINING) -> Dec
         raise UserError(f"{where} cannot be decoded: {_reason(error, file)}; mend or remove it") from error
 
 
-def _decode(opened: Image.Image, file: str | Path | bytes, where: str, rules: Rules) -> Decoded:
+def _decode(opened: ImageFile.ImageFile, file: str | Path | bytes, where: str, rules: Rules) -> Decoded:
     raw, notes = _raw_mode(opened), []
     if opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False):  # those are one photo, with more beside it
         if not rules.frames:
             raise _refusal(where, opened, "several frames or pages")
         notes.append("the first of several frames or pages taken")
     opened.load()
-    image, deep = opened, _is_deep(opened, raw)
+    image: Image.Image = opened
+    deep = _is_deep(opened, raw)
     if not rules.deep and (deep or image.mode in ("I", "F")):
         raise _refusal(where, image, "more than 8 bits a channel")
     if deep:
@@ -140,11 +142,11 @@ def says_turned(content: bytes) -> bool:
         return False
 
 
-def _open(file: str | Path | bytes) -> Image.Image:
+def _open(file: str | Path | bytes) -> ImageFile.ImageFile:
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats())
 
 
-def _raw_mode(image: Image.Image) -> str:
+def _raw_mode(image: ImageFile.ImageFile) -> str:
     """How pixels lie in the file ("RGB;16B"), which Pillow keeps in its tiles; "" where it does not."""
     args = image.tile[0].args if image.tile else ""
     raw = args[0] if isinstance(args, tuple) and args else args
@@ -165,7 +167,7 @@ def _turn(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
         return None, True
 
 
-def _eight_bits(opened: Image.Image, file: str | Path | bytes, raw: str, where: str) -> Image.Image:
+def _eight_bits(opened: ImageFile.ImageFile, file: str | Path | bytes, raw: str, where: str) -> Image.Image:
     """A loaded picture of 16 bits a channel -> 8 bits, rounded: v / 257, so that what a program made of 8 bits by v * 257 comes
     back exactly. A transparent colour becomes an alpha channel.
 
@@ -183,7 +185,9 @@ def _eight_bits(opened: Image.Image, file: str | Path | bytes, raw: str, where: 
     else:
         raise UserError(f"{where} has 16 bits a channel in a form that is not read here ({raw}); save it with 8 bits a channel")
     white = 4095 if raw == "I;12" else 65_535
-    if opened.format == "TIFF" and opened.tag_v2.get(PHOTOMETRIC) == 0:  # white is 0; Pillow turns that round for 8 bits only
+    if (
+        isinstance(opened, TiffImageFile) and opened.tag_v2.get(PHOTOMETRIC) == 0
+    ):  # white is 0; Pillow turns that round for 8 bits only
         values = white - values
     image = Image.fromarray(np.ascontiguousarray((values * 255 + white // 2) // white).astype(np.uint8), mode)
     key = opened.info.get("transparency")
@@ -207,7 +211,7 @@ def _with_alpha(image: Image.Image) -> tuple[Image.Image, bool]:
     if image.mode == "La":  # Pillow converts it in two steps only
         image = image.convert("LA")
     image = image.convert("RGBA")
-    return image, image.getchannel("A").getextrema()[0] < 255
+    return image, bool((np.asarray(image.getchannel("A")) < 255).any())
 
 
 def _refusal(where: str, image: Image.Image, what: str, hint: str = "") -> UserError:

@@ -88,7 +88,8 @@ def load_rows(
     for key, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in dataset.column_names:
             raise UserError(f"data.{key}: no column {column!r}; the data set has {', '.join(dataset.column_names)}")
-    labels, names = None, ()
+    labels: Tensor | None = None
+    names: tuple[str, ...] = ()
     if label_column is not None:
         labels, names = _labels(dataset, label_column)
     cells = undecoded(dataset, image_column, "data.image_column")
@@ -119,7 +120,7 @@ def _decoded(n: int, pictures: Iterable[tuple[Any, str]], image_size: int, chann
     from tqdm import tqdm
 
     _check_size(n, channels, image_size, option)
-    pixels, notes = torch.empty(n, channels, image_size, image_size, dtype=torch.uint8), Counter()
+    pixels, notes = torch.empty(n, channels, image_size, image_size, dtype=torch.uint8), Counter[str]()
     for i, (file, where) in enumerate(tqdm(pictures, desc="decoding images", unit="image", total=n)):
         pixels[i], done = _square(file, where, image_size, channels, rules)
         notes.update(done)

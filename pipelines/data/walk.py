@@ -11,6 +11,7 @@ import re
 import stat
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ def walk(root: str | Path) -> Tree:
     """Everything below a folder. Links are followed, but each folder is read once: first under its own name, so that a link to a
     folder above ends there. OSError for a folder that may not be read.
     """
-    tree, seen, links, folders = Tree(), set(), [], [""]
+    tree, seen = Tree(), set[tuple[int, int]]()
+    folders, links = [""], list[str]()
     while folders or links:
         if not folders:
             links.sort(key=natural, reverse=True)
@@ -106,7 +108,9 @@ class Pictures:
     """
 
     def __init__(self, source: str, option: str) -> None:
-        self.source, self.option, self._zip, self._members_of = source, option, None, {}
+        self.source, self.option = source, option
+        self._zip: tuple[int, zipfile.ZipFile] | None = None
+        self._members_of: dict[str, str] = {}
         if os.path.isdir(source):
             self.zipped, tree = False, walk(source)
         elif source.lower().endswith(".zip") and os.path.isfile(source):
@@ -135,7 +139,7 @@ class Pictures:
             if archive.getinfo(member).file_size > LARGEST:
                 raise UserError(f"{self.option}: {name!r} of {self.source} has more than {LARGEST / 2**30:.0f} GiB; take it out")
             return archive.read(member)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, zipfile.zlib.error) as error:
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, zlib.error) as error:
             raise UserError(f"{self.option}: {name!r} of {self.source} cannot be read: {message(error)}; mend it") from error
 
     @property
@@ -180,7 +184,8 @@ class Pictures:
 
     def _check_files(self) -> None:
         """Links to nothing are refused: pictures that a user believes to be there. Sockets and the like are no pictures."""
-        regular, lost = [], []
+        regular: list[str] = []
+        lost: list[str] = []
         for name in self.names:
             try:
                 (regular if stat.S_ISREG(os.stat(os.path.join(self.source, name)).st_mode) else self.others).append(name)

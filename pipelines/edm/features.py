@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+Unet = TypeVar("Unet", bound="EncoderDecoder")
 
 
 class Features(NamedTuple):
@@ -73,10 +78,19 @@ class Decoder(Recomputing, nn.Module):
         return nn.functional.pixel_shuffle(out, self.patch_size)
 
 
-class EncoderDecoder(Recomputing):
-    """What the U-Nets of this package share; their `encode(sample, timestep, class_labels, ...)` gives Features."""
+class EncoderDecoder(Recomputing, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # their attributes disagree
+    """What the U-Nets of this package share; `encode` and `dec` are their halves."""
 
     dec: Decoder
+    # blocks that compile_repeated_blocks compiles, and that stay whole on one device: names of classes
+    _repeated_blocks: tuple[str, ...]  # type: ignore[assignment]  # diffusers has a list
+    _no_split_modules: tuple[str, ...]  # type: ignore[assignment]  # diffusers has None
+
+    def encode(
+        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Features:
+        """sample (b, in_channels, s, s), timestep (b,) -> what the decoder reads."""
+        raise NotImplementedError
 
     @property
     def conv_out(self) -> nn.Conv2d:
@@ -129,7 +143,7 @@ def second_decoder(decoder: Decoder, out_channels: int) -> Decoder:
     return second
 
 
-def with_outputs(unet: EncoderDecoder, out_channels: int) -> EncoderDecoder:
+def with_outputs(unet: Unet, out_channels: int) -> Unet:
     """A trainable copy of a whole network, with a last convolution of its own that starts at zero."""
     made = copy.deepcopy(unet).requires_grad_(True)
     made.dec = second_decoder(made.dec, out_channels)
@@ -138,8 +152,9 @@ def with_outputs(unet: EncoderDecoder, out_channels: int) -> EncoderDecoder:
 
 def blank(conv: nn.Conv2d, out_channels: int) -> nn.Conv2d:
     """A convolution like `conv` with another number of outputs, all zero."""
-    made = type(conv)(conv.in_channels, out_channels, conv.kernel_size, padding=conv.padding)
+    height, width = conv.kernel_size
+    made = type(conv)(conv.in_channels, out_channels, (height, width), padding=conv.padding)  # type: ignore[arg-type]  # of any length
     made.to(conv.weight.device, conv.weight.dtype)
-    nn.init.zeros_(made.weight)
-    nn.init.zeros_(made.bias)
+    for parameter in made.parameters():
+        nn.init.zeros_(parameter)
     return made

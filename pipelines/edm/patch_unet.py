@@ -10,9 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..common.errors import UserError
@@ -37,8 +35,8 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.skip = None if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x))) + self.embed(embedding)[:, :, None, None]
@@ -54,8 +52,8 @@ class SelfAttention(nn.Module):
         self.norm = group_norm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        for parameter in self.proj.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -72,8 +70,8 @@ class PatchDecoder(Decoder):
         self.up, self.patch_size = nn.ModuleList(up), patch_size
         self.norm_out = group_norm(groups, width)
         self.conv_out = nn.Conv2d(width, out_channels * patch_size**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def maps(self, features: Features) -> Tensor:
         h, skips = features.bottom, list(features.skips)
@@ -85,7 +83,7 @@ class PatchDecoder(Decoder):
         return F.silu(self.norm_out(h))
 
 
-class PatchUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class PatchUNet(EncoderDecoder):
     """F(x, c_noise, class_labels): the raw network inside EDM preconditioning.
 
     x (b, in_channels, s, s) with s a multiple of patch_size 2^(levels-1); timestep (b,) is c_noise = ln(sigma)/4;
@@ -123,7 +121,7 @@ class PatchUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         widths = [channels * m for m in channel_mult]
         c, skips = channels, [channels]
-        self.down, up = nn.ModuleList(), []
+        self.down, up = nn.ModuleList(), list[nn.Module]()
         self.bottom = nn.Identity()  # where FeatureMaps listens: a hook on a compiled block would not be heard
         for level, width in enumerate(widths):
             if level:  # halve the resolution: average pooling, then the next block widens
@@ -151,15 +149,15 @@ class PatchUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Features:
         refuse_augment_labels(augment_labels)
-        embedding = self.embed_noise(fourier_features(timestep, self.config.channels).to(sample.dtype))
+        embedding = self.embed_noise(fourier_features(timestep, self.config["channels"]).to(sample.dtype))
         if self.embed_class is not None:
             if class_labels is None:
-                class_labels = timestep.new_full((len(sample),), self.config.num_classes, dtype=torch.long)
+                class_labels = timestep.new_full((len(sample),), self.config["num_classes"], dtype=torch.long)
             embedding = embedding + self.embed_class(class_labels)
         elif class_labels is not None:
             raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
         embedding = F.silu(embedding)
-        h = self.conv_in(channels_last(F.pixel_unshuffle(sample, self.config.patch_size)))
+        h = self.conv_in(channels_last(F.pixel_unshuffle(sample, self.config["patch_size"])))
         skips = [h]
         for layer in self.down:
             block = isinstance(layer, ResidualBlock | SelfAttention)

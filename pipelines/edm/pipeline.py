@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..common.reading import read_json
@@ -45,8 +49,10 @@ class Churn:
 class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
     """unet: an EDMUNet, PatchUNet or PointNet; scheduler: an EDMScheduler: the preconditioning and the default sampler."""
 
-    model_cpu_offload_seq = "unet"
-    _lora_loadable_modules = ("unet",)
+    unet: EDMUNet | PatchUNet | PointNet
+    scheduler: EDMScheduler
+    model_cpu_offload_seq = "unet"  # type: ignore[assignment]  # diffusers has None
+    _lora_loadable_modules = ("unet",)  # type: ignore[assignment]  # diffusers has a list
 
     def __init__(self, unet: EDMUNet | PatchUNet | PointNet, scheduler: EDMScheduler) -> None:
         super().__init__()
@@ -54,7 +60,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         self._teacher_scheduler: EDMScheduler | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> EDMPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> EDMPipeline:
         """A teacher, a full student, or a LoRA student's folder: then its base model with the adapter on it.
 
         base_model=...: where a LoRA student's base model lies now, if not where it did.
@@ -75,7 +81,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         pipeline.load_lora_weights(folder, adapter_name="student")
         return pipeline
 
-    def load_lora_weights(
+    def load_lora_weights(  # type: ignore[override]  # as diffusers' own pipelines override it
         self,
         pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
         adapter_name: str | None = None,
@@ -85,13 +91,13 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         noise level only. `unload_lora_weights` puts the scheduler back. kwargs: see diffusers' `load_lora_adapter`. UserError for
         weights that this network has not all of the layers for.
         """
-        source = pretrained_model_name_or_path_or_dict
+        source: str | Path | dict[str, Tensor] = pretrained_model_name_or_path_or_dict
         if "weight_name" in kwargs and not isinstance(source, dict) and Path(source).is_dir():
             source = Path(source) / kwargs["weight_name"]
-        lora = None if isinstance(source, dict) else find_lora(source, "load_lora_weights")
-        if lora is None:
-            layers = layers_by_network(source).get("unet", set())
+        if isinstance(source, dict):
+            lora, layers = None, layers_by_network(source).get("unet", set())
         else:
+            lora = find_lora(source, "load_lora_weights")
             name, source = kwargs.setdefault("weight_name", lora.file or LORA_FILE), lora.folder
             if not Path(source).is_dir():
                 source = str(Path(hf_hub_download(source, name)).parent)
@@ -114,26 +120,30 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         if self._teacher_scheduler is not None:
             self.scheduler, self._teacher_scheduler = self._teacher_scheduler, None
 
-    def fuse_lora(self, components: list[str] | tuple[str, ...] = ("unet",), **kwargs: Any) -> None:
-        super().fuse_lora(components=list(components), **kwargs)
+    def fuse_lora(self, components: Sequence[str] | None = ("unet",), *args: Any, **kwargs: Any) -> None:
+        super().fuse_lora(list(components or ()), *args, **kwargs)
 
-    def unfuse_lora(self, components: list[str] | tuple[str, ...] = ("unet",), **kwargs: Any) -> None:
-        super().unfuse_lora(components=list(components), **kwargs)
+    def unfuse_lora(self, components: Sequence[str] | None = ("unet",), **kwargs: Any) -> None:
+        super().unfuse_lora(list(components or ()), **kwargs)
 
     @classmethod
-    def save_lora_weights(
-        cls, save_directory: str | Path, unet_lora_layers: dict[str, Tensor], unet_lora_adapter_metadata: dict | None = None
+    def save_lora_weights(  # type: ignore[override]  # as diffusers' own pipelines override it
+        cls,
+        save_directory: str | Path,
+        unet_lora_layers: dict[str, nn.Module | Tensor],
+        unet_lora_adapter_metadata: dict[str, Any] | None = None,
     ) -> None:
         """The adapter alone, with its rank and alpha: what `load_lora_weights` reads."""
         cls._save_lora_weights(save_directory, {"unet": unet_lora_layers}, {"unet": unet_lora_adapter_metadata})
 
     def denoiser(self, guidance_scale: float = 1.0) -> Denoiser:
         """D(x_t, level, condition): the network behind its preconditioning; guidance uses the null class label."""
-        num_classes = self.unet.config.num_classes
+        num_classes = self.unet.config["num_classes"]
         null = {"class_labels": torch.tensor(num_classes)} if num_classes else None
-        known, sigma_data = self.scheduler.preconditioner(), self.scheduler.config.sigma_data
+        known, sigma_data = self.scheduler.preconditioner(), self.scheduler.config["sigma_data"]
         # What the network was made for: EDM's at every sigma > 0. The scheduler's range is only where it is sampled.
-        schedule = EDMSchedule(*known.sigma_range, known.nearest)
+        low, high = known.sigma_range
+        schedule = EDMSchedule(low, high, known.nearest)
         return Denoiser(self.unet, schedule, known, sigma_data, guidance_scale, null)
 
     @torch.no_grad()
@@ -177,13 +187,13 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             raise ValueError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image")
         if sigmas is not None and any(v is not None for v in (num_inference_steps, sigma_min, sigma_max, rho)):
             raise ValueError("sigmas and num_inference_steps, sigma_min, sigma_max, rho exclude each other; give one grid")
-        heun = self.scheduler.config.sampler == "heun"
+        heun = self.scheduler.config["sampler"] == "heun"
         churn = Churn(S_churn, S_min, S_max, S_noise)
-        if guidance_scale != 1.0 and class_labels is None and config.num_classes:
+        if guidance_scale != 1.0 and class_labels is None and config["num_classes"]:
             raise ValueError(f"guidance_scale={guidance_scale} needs class_labels: guidance needs a condition")
         if not heun and churn != Churn():
             raise ValueError("S_churn, S_min, S_max and S_noise are for the 'heun' sampler; this scheduler's is 'renoise'")
-        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        shape = (batch_size, config["in_channels"], config["sample_size"], config["sample_size"])
         z = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
         if z.shape != shape:
             raise ValueError(f"latents have shape {tuple(z.shape)}; expected {shape}")
@@ -193,7 +203,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
 
         denoiser = self.denoiser(guidance_scale)
         if sigmas is None:
-            steps = self.scheduler.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+            steps = self.scheduler.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
             grid = self.scheduler.sigmas(steps, sigma_min, sigma_max, rho)
         else:
             grid = self.scheduler.given(sigmas)
@@ -203,16 +213,20 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             else:
                 x0 = _renoise(denoiser, z, grid.to(device), condition, generator, bar)
 
-        images = x0 if output_type == "latent" else (x0 / 2 + 0.5).clamp(0, 1)
-        if output_type in ("pil", "np"):
-            images = images.cpu().float().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        images: Tensor | np.ndarray | list[Image.Image] = x0
+        if output_type != "latent":
+            images = pixels = (x0 / 2 + 0.5).clamp(0, 1)
+            if output_type in ("pil", "np"):
+                images = rows = pixels.cpu().float().permute(0, 2, 3, 1).numpy()
+                if output_type == "pil":
+                    images = self.numpy_to_pil(rows)
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)  # type: ignore[arg-type]  # tensors too, as of diffusers' own pipelines
 
     def _labels(self, class_labels: Tensor | list[int], b: int, device: torch.device) -> Tensor:
         """ValueError for labels that are not one for each image and known to the network."""
-        labels, n = torch.as_tensor(class_labels, device=device), self.unet.config.num_classes or 0
+        labels, n = torch.as_tensor(class_labels, device=device), self.unet.config["num_classes"] or 0
         if not n:
             raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
         if labels.is_floating_point():
@@ -228,6 +242,14 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
         if not bool(((labels >= 0) & (labels <= n)).all()):
             raise ValueError(f"class_labels must be in [0, {n}], where {n} is the null label; got {labels.tolist()}")
         return labels.long()
+
+
+def tensors(output: ImagePipelineOutput | tuple[Any, ...]) -> Tensor:
+    """The images (b, c, h, w) of a call with output_type "pt" or "latent"."""
+    images: object = output[0] if isinstance(output, tuple) else output.images
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images are a {type(images).__name__}, no tensor; ask for output_type='pt'")
+    return images
 
 
 def _at(denoiser: Denoiser, x: Tensor, sigma: Tensor, condition, dtype: torch.dtype) -> Tensor:

@@ -6,9 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from ..common.errors import UserError
@@ -40,8 +38,8 @@ class PointDecoder(Decoder):
         super().__init__()
         self.layers = nn.ModuleList([Layer(width, width) for _ in range(layers)])
         self.conv_out = PointwiseConv(width, out_channels, 1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,7 +52,7 @@ class PointDecoder(Decoder):
         return h[:, :, None, None]
 
 
-class PointNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class PointNet(EncoderDecoder):
     """F(x, c_noise): d + 1 -> width x layers -> out_channels, SiLU between (Wang et al. 2025 use 400 x 4).
 
     x (b, in_channels, 1, 1); timestep (b,), one more number to the first layer. The first half of the layers is the encoder.
@@ -95,7 +93,7 @@ class PointNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError("class_labels were given to an unconditional network (num_classes=0)")
         embedding = timestep.to(sample.dtype)[:, None]
         x = sample.flatten(1)
-        waves = [wave(math.pi / 2 * 2**i * x) for i in range(self.config.frequencies) for wave in (torch.cos, torch.sin)]
+        waves = [wave(math.pi / 2 * 2**i * x) for i in range(self.config["frequencies"]) for wave in (torch.cos, torch.sin)]
         h = torch.cat([x, *waves, embedding], 1)
         for layer in self.enc:
             h = self.run(layer, h, embedding)

@@ -12,11 +12,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
 from ..common.errors import UserError
-from ..preconditioning import IDDPM, PRECONDITIONERS, VP, Preconditioner
+from ..preconditioning import EDM, IDDPM, PRECONDITIONERS, VE, VP, Preconditioner
 from .layout import PRECONDITIONING, check_preconditioning
 
 
-class EDMScheduler(SchedulerMixin, ConfigMixin):
+class EDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # of their two config_name one is None
     """sigma_data: the data's standard deviation, part of EDM's preconditioning. sigma_min/sigma_max/rho: the grid (Eq. 5).
 
     sampler "heun": EDM's second-order sampler (Algorithms 1 and 2), for teachers.
@@ -61,10 +61,12 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
 
     def preconditioner(self) -> Preconditioner:
         c = self.config
-        made = PRECONDITIONERS[c.preconditioning](**{key: c[key] for key in PRECONDITIONING[c.preconditioning]})
-        low, high = c.network_sigma_min, c.network_sigma_max
+        made = PRECONDITIONERS[c["preconditioning"]](**{key: c[key] for key in PRECONDITIONING[c["preconditioning"]]})
+        low, high = c["network_sigma_min"], c["network_sigma_max"]
         if low is None and high is None:
             return made
+        if not isinstance(made, EDM | VE):
+            raise UserError(f"scheduler.network_sigma_min and _max have no effect for {c['preconditioning']}; remove them")
         usual = made.sigma_range
         return replace(made, sigma_range=(usual[0] if low is None else low, usual[1] if high is None else high))
 
@@ -88,10 +90,10 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
             raise UserError(f"rho must be positive and finite, got {rho:g}")
         if not (low <= high < math.inf and self._knows(low) and self._knows(high)):
             raise UserError(
-                f"sigma_min={low:g}, sigma_max={high:g} must be in order and within what {c.preconditioning} knows, "
+                f"sigma_min={low:g}, sigma_max={high:g} must be in order and within what {c['preconditioning']} knows, "
                 f"{known.sigma_range[0]:g} to {known.sigma_range[1]:g}, and finite"
             )
-        points = num_inference_steps + (c.sampler == "renoise")
+        points = num_inference_steps + (c["sampler"] == "renoise")
         ramp = torch.linspace(0, 1, points, dtype=torch.float64)[:num_inference_steps]
         first, last = high ** (1 / rho), low ** (1 / rho)
         grid = known.nearest((first + ramp * (last - first)) ** rho)
@@ -116,7 +118,9 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         if not bool((grid.diff() < 0).all()):
             raise UserError(f"sigmas must descend, from the most noise to the least; got {shown}")
         if not (self._knows(shown[0]) and self._knows(shown[-1])):
-            raise UserError(f"sigmas must be within what {self.config.preconditioning} knows, {low:g} to {high:g}; got {shown}")
+            raise UserError(
+                f"sigmas must be within what {self.config['preconditioning']} knows, {low:g} to {high:g}; got {shown}"
+            )
         return self.preconditioner().nearest(grid)
 
     def _knows(self, sigma: float) -> bool:

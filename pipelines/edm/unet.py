@@ -12,9 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .features import Decoder, EncoderDecoder, Features, channels_last, refuse_augment_labels
@@ -27,6 +25,8 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 class Resample(nn.Module):
     """Doubles or halves the resolution with a separable filter (layout.check_sizes); padding: of zeros, None for what fits."""
+
+    kernel: Tensor  # (k, k)
 
     def __init__(self, taps: tuple[float, ...], up: bool, padding: int | None = None) -> None:
         super().__init__()
@@ -107,17 +107,19 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, endpoint: bool, sine_first: bool) -> None:
         super().__init__()
-        self.half, self.endpoint, self.sine_first = channels // 2, endpoint, sine_first
+        self.pairs, self.endpoint, self.sine_first = channels // 2, endpoint, sine_first
 
     def forward(self, time: Tensor) -> Tensor:
         # Always from float32: times reach 999, where frequencies that are exact to 1e-16 would be other numbers than those that
         # the networks were trained with.
-        exponents = torch.arange(self.half, dtype=torch.float32, device=time.device) / (self.half - self.endpoint)
+        exponents = torch.arange(self.pairs, dtype=torch.float32, device=time.device) / (self.pairs - self.endpoint)
         return waves(time, (1 / 10000) ** exponents, self.sine_first)
 
 
 class FourierEmbedding(nn.Module):
     """cos and sin of time (b,) at random frequencies, drawn once -> (b, channels)."""
+
+    freqs: Tensor  # (channels / 2,)
 
     def __init__(self, channels: int, sine_first: bool, scale: float = 16.0) -> None:
         super().__init__()
@@ -153,7 +155,7 @@ class EDMUNetDecoder(Decoder):
         return F.silu(self.norm_out(h))
 
 
-class EDMUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class EDMUNet(EncoderDecoder):
     """F(x, c_noise, class_labels, augment_labels): the raw network inside a preconditioner (preconditioning.py).
 
     x (b, in_channels, s, s), s = sample_size or another that can be halved as often; timestep (b,) is c_noise; class_labels
@@ -208,7 +210,7 @@ class EDMUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.enc = nn.ModuleDict()
         for layer in encoder_layers(self.config):
             self.enc[layer.name] = block(layer) if layer.kind == "block" else side_layer(layer, resample_filter)
-        self.fused = Resample(resample_filter, up=False, padding=0) if encoder_type == "residual" else None
+        self.fused = Resample(resample_filter, up=False, padding=0) if encoder_type == "residual" else nn.Identity()
         self.bottom = nn.Identity()  # where FeatureMaps listens: a hook on a compiled block would not be heard
         self.dec = EDMUNetDecoder({d.name: block(d) for d in decoder_layers(self.config)}, out_channels, style.eps)
         self._initialise()
@@ -216,7 +218,7 @@ class EDMUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
     @torch.no_grad()
     def _initialise(self) -> None:
         """Song: Glorot-uniform weights, zero biases; ADM: PyTorch's own, class embeddings N(0, 1). Branches end near zero."""
-        song = self.config.architecture == "song"
+        song = self.config["architecture"] == "song"
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d):
                 continue
@@ -256,21 +258,21 @@ class EDMUNet(EncoderDecoder, ModelMixin, ConfigMixin, PeftAdapterMixin):
         time = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
         emb = self.map_noise(time).to(dtype)
         label = self.class_vector(class_labels, len(sample), sample)
-        song = self.config.architecture == "song"
-        if label is not None and song:
-            emb = emb + self.map_label(label * math.sqrt(self.config.num_classes))
+        song = self.config["architecture"] == "song"
+        if label is not None and self.map_label is not None and song:
+            emb = emb + self.map_label(label * math.sqrt(self.config["num_classes"]))
         if self.map_augment is None:
             refuse_augment_labels(augment_labels)
         elif augment_labels is not None:
             emb = emb + self.map_augment(augment_labels.to(dtype))
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if label is not None and not song:
+        if label is not None and self.map_label is not None and not song:
             emb = emb + self.map_label(label)
         return F.silu(emb)
 
     def class_vector(self, class_labels: Tensor | None, b: int, like: Tensor) -> Tensor | None:
         """(b, num_classes): one-hot, all zero for the null label; None for an unconditional network."""
-        n = self.config.num_classes
+        n = self.config["num_classes"]
         if not n:
             if class_labels is not None:
                 raise ValueError("class_labels were given to an unconditional network (num_classes=0)")

@@ -139,12 +139,15 @@ def compare(snapshot: Snapshot, unet: dict[str, Any]) -> float:
         if held != expected and not close:
             raise SnapshotError(f"{name}{key} is {shown(held)}, where such a network has {expected!r}")
 
-    if MODELS[snapshot.model.class_name] != unet["architecture"]:
-        raise SnapshotError(f"a {snapshot.model.class_name} with the tensors of architecture {unet['architecture']!r}")
-    given = snapshot.network.state.get("_init_kwargs") or {}
+    network, model = snapshot.network, snapshot.model
+    if network is None or model is None:
+        raise SnapshotError("the file has tensors without the objects that they belong to")
+    if MODELS[model.class_name] != unet["architecture"]:
+        raise SnapshotError(f"a {model.class_name} with the tensors of architecture {unet['architecture']!r}")
+    given = network.state.get("_init_kwargs") or {}
     if type(given) is not dict:
         raise SnapshotError(f"init_kwargs is {shown(given)}; expected a dictionary")
-    if snapshot.network.state.get("_init_args"):
+    if network.state.get("_init_args"):
         raise SnapshotError("the network was made with positional arguments, which NVlabs' training never does")
     for theirs, ours in (
         ("img_resolution", "sample_size"),

@@ -45,25 +45,25 @@ def read_torch_zip(file: Path, data: memoryview) -> Any:
         raise SnapshotError(f"the zip file is damaged or truncated ({reason(error)})") from error
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        held = f"; it holds {shown(next(iter(entries)))}" if entries else ""
-        raise SnapshotError(f"a zip file with {len(pickles)} data.pkl{held}; expected a file of torch.save (.pth)")
+        first = f"; it holds {shown(next(iter(entries)))}" if entries else ""
+        raise SnapshotError(f"a zip file with {len(pickles)} data.pkl{first}; expected a file of torch.save (.pth)")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in entries and bytes(content(entries[f"{root}byteorder"], data)) != b"little":
         raise SnapshotError("the file was written on a big-endian machine")
-    held: dict[str, Storage] = {}
+    storages: dict[str, Storage] = {}
 
     def storage(key: Any) -> Storage:
         kind, name, size = storage_key(key)
-        if name not in held:
+        if name not in storages:
             entry = entries.get(f"{root}data/{name}")
             if entry is None:
                 raise SnapshotError(f"storage {name} is missing; the file is damaged or truncated")
             if entry.info.file_size < size * kind.itemsize:
                 raise SnapshotError(f"storage {name} of {size} numbers has {entry.info.file_size} bytes; it is truncated")
-            held[name] = Storage(kind, content(entry, data)[: size * kind.itemsize])
-        if held[name].dtype != kind or len(held[name].data) != size * kind.itemsize:
+            storages[name] = Storage(kind, content(entry, data)[: size * kind.itemsize])
+        if storages[name].dtype != kind or len(storages[name].data) != size * kind.itemsize:
             raise SnapshotError(f"storage {name} is used with two types or sizes")
-        return held[name]
+        return storages[name]
 
     value, _ = read_torch_pickle(content(entries[pickles[0]], data), storage)
     return value
