@@ -61,7 +61,9 @@ class Encoded:
             print(f"{len(self.overlong)} of {len(rows)} prompts have more than {most} tokens and were cut; the first: {first}")
         shards.build(folder, rows.identity | encoder.identity, len(rows), encoder, accelerator)
         if isinstance(rows, CaptionRows):
-            notes = sum(map(Counter, gather_object([dict(rows.notes)])), Counter())  # of all processes
+            notes = Counter[str]()
+            for own in gather_object([dict(rows.notes)]):  # of all processes
+                notes.update(own)
             say(said_of(notes, "data"))
         self.prompts = rows.prompts
         self.examples = shards.Cached(folder)

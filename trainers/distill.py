@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
 from pipelines.common.provenance import git_commit, versions
 
 from . import command
+from .config.data import TEXT_DATA
 from .config.run import DistillConfig
 from .data.sources import load_rows
 from .engine.draws import DrawSource
@@ -106,7 +108,11 @@ def build_evaluation(
     from eval.in_training import InTraining
 
     captions, e = None, config.evaluation
+    if e is None:
+        raise ValueError("evaluation: this run has none")
     if "clip_score" in e.metrics:
+        if not isinstance(config.data, TEXT_DATA):
+            raise UserError("evaluation.metrics: clip_score needs prompts, which this data has not")
         prompts = load_rows(config.data).prompts
         captions = [prompts[i % len(prompts)] for i in range(e.num_images)]
     return InTraining(planned, e.model_dump(), models.images, accelerator, captions, Path(config.output_dir))

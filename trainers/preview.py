@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines.edm import EDMPipeline, PointNet
+from pipelines.edm.pipeline import tensors
 
 from .engine.draws import derive_seed
 from .engine.pictures import enlarged
@@ -16,15 +17,15 @@ PREVIEW_POINTS = 10_000
 def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
     """Images (count, c, h, w) in [0, 1] from fixed noise, so that pictures of one run can be compared; small ones enlarged.
 
-    Of a model of points one picture of where many of them lie.
+    Of a model of points (PointNet) it is one picture: a map of where PREVIEW_POINTS of its samples lie.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "preview"))
     if isinstance(pipeline.unet, PointNet):
-        points = pipeline(PREVIEW_POINTS, generator=generator, output_type="latent").images.flatten(1)
-        return scatter(points, pipeline.scheduler.config.sigma_data)
-    num_classes = pipeline.unet.config.num_classes
+        points = tensors(pipeline(PREVIEW_POINTS, generator=generator, output_type="latent")).flatten(1)
+        return scatter(points, pipeline.scheduler.config["sigma_data"])
+    num_classes = pipeline.unet.config["num_classes"]
     labels = torch.arange(count) % num_classes if num_classes else None
-    return enlarged(pipeline(count, class_labels=labels, generator=generator, output_type="pt").images)
+    return enlarged(tensors(pipeline(count, class_labels=labels, generator=generator, output_type="pt")))
 
 
 def scatter(points: Tensor, spread: float, side: int = 256) -> Tensor:

@@ -45,7 +45,8 @@ def outside(levels: Levels, t_range: tuple[float, float]) -> tuple[float, float]
     if not isinstance(levels, LogNormalLevels):
         return 0.0, 0.0
     low, high = ((math.log(t) - levels.mean) / levels.std if t > 0 else -math.inf for t in t_range)
-    return tuple(float(torch.special.ndtr(torch.tensor(v, dtype=torch.float64))) for v in (low, -high))
+    below, above = (float(torch.special.ndtr(torch.tensor(v, dtype=torch.float64))) for v in (low, -high))
+    return below, above
 
 
 def check_levels(config: Levelled, schedule: Schedule, sampled: tuple[float, float] | None = None) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
@@ -93,4 +93,4 @@ class Use(NamedTuple):
 
     key: str
     levels: Levels
-    weightings: dict[str, str]
+    weightings: Mapping[str, noise.Weight]

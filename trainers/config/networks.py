@@ -7,12 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pipelines import noise
 from pipelines.common.config import KINDS
 from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, Strict
 from pipelines.edm.layout import ARCHITECTURES
-
-Weight = Literal[tuple(noise.WEIGHTINGS)]
 
 
 class Network(Strict):

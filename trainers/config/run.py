@@ -8,11 +8,12 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, StockGuidance, Strict, UserPath
+from pipelines.noise import Weight
 
 from ..objectives import CONFIGS, AnyObjective
 from .data import TEXT_DATA, Data, Prompts
 from .levels import Levels, Use
-from .networks import EDMNetwork, Lora, NewNetwork, Optimizer, Weight
+from .networks import EDMNetwork, Lora, NewNetwork, Optimizer
 
 ON_DATA = ", ".join(name for name, objective in CONFIGS.items() if objective.built.needs_data)
 UNSCORED = ", ".join(name for name, objective in CONFIGS.items() if not objective.follows_score)
@@ -133,6 +134,13 @@ class Teacher(Strict):
         if (self.path is None) == (self.exact is None):
             raise ValueError("path, exact: give one of them")
         return self
+
+    @property
+    def source(self) -> str:
+        """`path`, of a teacher that is not exact."""
+        if self.path is None:
+            raise ValueError(f"teacher.exact: {self.exact} has no path")
+        return self.path
 
 
 class Student(Strict):

@@ -29,14 +29,17 @@ def captioned_folder(path: str, image_column: str, caption_column: str) -> tuple
     pictures = Pictures(path, "data.paths")
     files = _metadata(pictures)
     known = {_plain(name): name for name in pictures.names} | {name: name for name in pictures.names}
-    names, cells, gone = [], [], []
+    names, gone = list[str](), list[str]()
+    cells: list[Any] = []
     for file in files:
         for named, cell in _cells(pictures, file, image_column, caption_column):
             name = posixpath.normpath(posixpath.join(posixpath.dirname(file), str(named or "")))
             found = known.get(name) or known.get(_plain(name))
+            if found is None:
+                gone.append(name)
+                continue
             names.append(found)
             cells.append(cell)
-            gone += [] if found else [name]
     if gone:
         raise UserError(
             f"data.paths: {len(gone):,} rows of the metadata of {path} name files that are not among its pictures "

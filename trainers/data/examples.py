@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from pipelines.data import images
 from pipelines.data.images import ImageSet, to_unit
 from pipelines.denoiser import Condition, null_rows
 
-from ..config.data import Data
+from ..config.data import Data, DigitsData, FolderData, HubData, MixtureData, ParquetData
 
 
 class Examples(Protocol):
@@ -33,7 +33,8 @@ class Images:
     has_x0 = True
 
     def __init__(self, images: ImageSet) -> None:
-        self.images, self.shape, self.class_names = images, tuple(images.pixels.shape[1:]), images.class_names
+        c, h, w = images.pixels.shape[1:]
+        self.images, self.shape, self.class_names = images, (c, h, w), images.class_names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,7 +48,7 @@ class Points:
     """Points (n, d) of a Gaussian mixture, as images of d channels and one pixel; drawn when the first are asked for."""
 
     has_x0 = True
-    class_names = ()
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, mixture: GaussianMixture, num_samples: int, seed: int) -> None:
         self.mixture, self.shape, self.num_samples, self.seed = mixture, mixture.shape, num_samples, seed
@@ -89,12 +90,12 @@ class Tensors:
     def __len__(self) -> int:
         return len(next(iter(self.condition.values())))
 
-    def rows(self, index: Tensor) -> tuple[Tensor | None, Condition]:
+    def rows(self, index: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         latents = None if self.latents is None else self.latents[index].float()
         return latents, {k: v[index] for k, v in self.condition.items()}
 
 
-def without(condition: Condition, null: Condition, rows: Tensor) -> Condition:
+def without(condition: dict[str, Tensor], null: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """The condition with `rows` (b,) bool replaced by the null condition; keys that it does not have stay."""
     return {
         k: torch.where(rows.view(-1, *[1] * (v.ndim - 1)), null_rows(null[k], v), v) if k in null else v
@@ -104,19 +105,23 @@ def without(condition: Condition, null: Condition, rows: Tensor) -> Condition:
 
 def load_data(data: Data) -> Images | Points:
     """What a `data` section names, for teachers that are no text-to-image models."""
-    if data.name == "mixture":
+    if isinstance(data, MixtureData):
         return Points(make_mixture(data.means, data.std, data.weights), data.num_samples, data.seed)
     return Images(load_images(data))
 
 
 def load_images(data: Data) -> ImageSet:
     """The image set a `data` section names; labels only where the section asks for them."""
-    if data.name == "digits":
+    if isinstance(data, DigitsData):
         digits = images.load_digits(data.image_size)
         return digits if data.labels else ImageSet(digits.pixels)
-    if data.name == "folder":
+    if isinstance(data, FolderData):
         return images.load_folder(data.path, data.image_size, data.channels, data.labels, data.background)
-    columns = (data.image_column, data.label_column, data.image_size, data.channels, data.background)
-    if data.name == "parquet":
-        return images.load_parquet(data.files, *columns)
-    return images.load_hub(data.id, data.split, *columns)
+    if not isinstance(data, ParquetData | HubData):
+        raise ValueError(f"data: {data.name!r} is no set of images with labels")
+    load = (
+        partial(images.load_parquet, data.files)
+        if isinstance(data, ParquetData)
+        else partial(images.load_hub, data.id, data.split)
+    )
+    return load(data.image_column, data.label_column, data.image_size, data.channels, data.background)

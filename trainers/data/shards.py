@@ -27,7 +27,6 @@ from pipelines.common.errors import UserError
 from pipelines.common.identity import differences
 from pipelines.common.lock import FolderLock
 from pipelines.common.reading import read_json
-from pipelines.denoiser import Condition
 
 SHARD_ROWS = 256
 # in another dtype the same weights have another hash, and other prompts other tokens: only the cause is said
@@ -150,7 +149,7 @@ class Cached:
     def __len__(self) -> int:
         return self.num_rows
 
-    def rows(self, index: Tensor) -> tuple[Tensor | None, Condition]:
+    def rows(self, index: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         condition = {key: self._read(key, index) for key in self.keys}
         return (self._read("latents", index).float() if self.has_x0 else None), condition
 

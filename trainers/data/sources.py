@@ -71,7 +71,7 @@ class CaptionRows(PromptRows):
             self.index += [i] * len(each)
         super().__init__(captions, source)
         self.file, self.name = file, name
-        self.rules, self.notes = Rules(background=data.background), Counter()
+        self.rules, self.notes = Rules(background=data.background), Counter[str]()
         # images by their contents, and which of them a prompt belongs to
         self.identity["images"] = sha256_of([[_sha256(file(i)) for i in range(len(cells))], self.index])
         if data.background != "white":

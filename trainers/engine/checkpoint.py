@@ -74,8 +74,8 @@ def number_of(name: str) -> int | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders with a checkpoint's name, oldest first; neither copies under other names nor links, which are the user's."""
-    names = (f for f in folder.glob(f"{PREFIX}*") if number_of(f.name) is not None)
-    return sorted((f for f in names if f.is_dir() and not f.is_symlink()), key=lambda f: number_of(f.name))
+    numbered = ((number_of(f.name), f) for f in folder.glob(f"{PREFIX}*") if f.is_dir() and not f.is_symlink())
+    return [f for _, f in sorted((n, f) for n, f in numbered if n is not None)]
 
 
 def named(path: str, key: str) -> Path:

@@ -122,18 +122,23 @@ class MicroDraw:
         rows = slice(start, start + source.micro_batch_size)
         self.z, self.eps = self.normal("z", *source.shape), self.normal("eps", *source.shape)
         self.u, self.shared_u = numbers.u[rows], numbers.shared_u
-        self.x0, self.condition = None, None
+        self.x0: Tensor | None = None
+        self.condition: Condition = None
         if source.examples is not None:
             x0, condition = source.examples.rows(numbers.index[rows])
-            self.x0 = None if x0 is None else x0.to(source.device)
+            x0 = None if x0 is None else x0.to(source.device)
             if condition is not None:
                 condition = {k: v.to(source.device) for k, v in condition.items()}
-            if condition is not None and source.dropout:
-                condition = without(condition, source.null_condition, numbers.dropped[rows])
+                if source.dropout:
+                    if source.null_condition is None:
+                        raise ValueError("dropout of conditions needs the null_condition that takes their place")
+                    condition = without(condition, source.null_condition, numbers.dropped[rows])
             if source.augmentation:
-                self.x0, labels = augment(self.x0, self.normal("augment", NUMBERS), source.augmentation)
+                if x0 is None:
+                    raise ValueError("augmentation changes data, and these examples have none")
+                x0, labels = augment(x0, self.normal("augment", NUMBERS), source.augmentation)
                 condition = (condition or {}) | {"augment_labels": labels}
-            self.condition = condition
+            self.x0, self.condition = x0, condition
 
     @property
     def seed(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Decay = Callable[[int], float]
 
@@ -35,7 +35,7 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
-        if not self.average:
+        if self.decay is None or not self.average:
             return
         decay = self.decay(self.updates - 1)
         parameters = trained_parameters(self.module)
@@ -60,5 +60,5 @@ class Ema:
             average.copy_(kept)
 
 
-def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in module.named_parameters() if p.requires_grad}

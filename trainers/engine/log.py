@@ -96,7 +96,12 @@ class RunLog:
             "peak_memory_mib": round(peak_memory(self.accelerator.device) / 2**20),
         }
         rows = ({"step": step} | metrics, timing)
-        on_main(self.accelerator, lambda: [self._append(name, row) for name, row in zip(LOGS[:2], rows, strict=True)])
+
+        def append() -> None:
+            for name, row in zip(LOGS[:2], rows, strict=True):
+                self._append(name, row)
+
+        on_main(self.accelerator, append)
         self.accelerator.log(metrics | {"seconds": seconds}, step=step)
         brief = {n: v for n, v in metrics.items() if "norm" not in n and "@" not in n}
         shown = {n if "loss" in n else n.split("/")[-1]: f"{v:.3g}" for n, v in brief.items()}

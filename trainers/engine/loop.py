@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +41,20 @@ from .pictures import Pictures, Watch
 from .resume import Start
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # asked to stop; interrupted; the terminal was closed
+
+
+@runtime_checkable
+class Recomputable(Protocol):
+    """A network that can compute its blocks again in backward instead of keeping what is inside them."""
+
+    def enable_gradient_checkpointing(self) -> None: ...
+
+
+@runtime_checkable
+class Compilable(Protocol):
+    """A network that says which of its blocks are worth compiling."""
+
+    def compile_repeated_blocks(self, **options: Any) -> None: ...
 
 
 class NonFiniteError(UserError):
@@ -81,12 +95,12 @@ class Trainer:
         self.output = Path(run.output_dir)
         self.networks = objective.networks
         for network in (*self.networks.values(), *objective.frozen.values()):
-            network.to(accelerator.device, memory_format=torch.channels_last)
+            network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes both
         for network in objective.frozen.values():
             network.requires_grad_(False)
         if run.gradient_checkpointing:
             for module in (m for network in self.networks.values() for m in network.modules()):
-                if hasattr(module, "enable_gradient_checkpointing"):
+                if isinstance(module, Recomputable):
                     module.enable_gradient_checkpointing()
         if run.compile:
             compile_blocks((*self.networks.values(), *objective.frozen.values()), run.compile)
@@ -110,6 +124,11 @@ class Trainer:
         self.pictures = Pictures(accelerator, self.output, self.log, self.ema, preview, watch, page)
         self._stop_requested = self._stop_agreed = False
 
+    def _take(self, lock: FolderLock) -> None:
+        """The output folder is this run's: what an interrupted one left half written in it is put right."""
+        lock.acquire()
+        resume.recover(self.output, self.primary)
+
     # The run ---------------------------------------------------------------------------------------------------------
 
     def fit(self) -> bool:
@@ -118,7 +137,7 @@ class Trainer:
         previous = {s: signal.signal(s, self._on_signal) for s in heeded}
         lock = FolderLock(self.output)
         try:
-            on_main(self.accelerator, lambda: (lock.acquire(), resume.recover(self.output, self.primary)))
+            on_main(self.accelerator, lambda: self._take(lock))
             self._begin(self.restore())
             self._warm_up()
             while self.step < self.run.steps and not self._stop_agreed:
@@ -264,7 +283,7 @@ class Trainer:
                 return
             yield part
 
-    def _average_over_processes(self, parameters: list[Tensor], scalars: dict[str, Tensor]) -> dict[str, float]:
+    def _average_over_processes(self, parameters: list[nn.Parameter], scalars: dict[str, Tensor]) -> dict[str, float]:
         """Mean of gradients (in place) and scalars over processes; also lets all agree on a request to stop."""
         device = self.accelerator.device
         stop = torch.tensor(float(self._stop_requested), device=device)
@@ -382,13 +401,15 @@ def compile_blocks(networks: Iterable[nn.Module], backend: str) -> None:
     # one piece of code serves every width, adapter and mode of differentiation: each is a compilation of its own
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in dict.fromkeys(m for network in networks for m in network.modules()):
-        if hasattr(module, "compile_repeated_blocks"):
+        if isinstance(module, Compilable):
             module.compile_repeated_blocks(backend=backend)
 
 
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Each parameter's gradient; zeros where a phase did not reach it, so that all processes agree on the shapes."""
+    gradients: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return [p.grad for p in parameters]
+        gradients.append(parameter.grad)
+    return gradients

@@ -24,9 +24,8 @@ def learning_rate(config: OptimizerConfig, done: int, total: int) -> float:
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, fused; with bits=8 bitsandbytes' (Dettmers et al. 2021), whose moments take 2 bytes a weight instead of 8."""
-    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     if config.bits == 32:
-        return torch.optim.AdamW(parameters, **settings, fused=True)
+        return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay, fused=True)
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(parameters, **settings)
+    return AdamW8bit(parameters, config.lr, config.betas, config.eps, config.weight_decay)

@@ -174,7 +174,7 @@ def _refuse(changed: dict[str, list[Any]], path: Path) -> None:
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in section.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
@@ -207,7 +207,7 @@ def recover(output: Path, primary: str) -> None:
 
 def leaves_a_branch(output: Path, start: Start) -> bool:
     """Whether what the folder holds of later steps is not what this run will make of them."""
-    newer = any(checkpoint.number_of(c.name) > start.step for c in checkpoint.list_checkpoints(output / "checkpoints"))
+    newer = any(_is_later(c.name, start.step) for c in checkpoint.list_checkpoints(output / "checkpoints"))
     return newer or bool(start.changed)
 
 
@@ -233,9 +233,15 @@ def set_aside(output: Path, step: int) -> list[Path]:
     """
     made = [*checkpoint.list_checkpoints(output / "checkpoints"), *checkpoint.list_checkpoints(output / "snapshots")]
     pictures = sorted((output / "samples").glob(f"{checkpoint.PREFIX}*.png"))
-    made += [p for p in pictures if checkpoint.number_of(p.stem) is not None and p.is_file() and not p.is_symlink()]
-    later = [path for path in made if checkpoint.number_of(path.stem) > step]
+    made += [p for p in pictures if p.is_file() and not p.is_symlink()]
+    later = [path for path in made if _is_later(path.stem, step)]
     return [path.rename(_free(path.with_name(f"abandoned_{path.name}"))) for path in later]
+
+
+def _is_later(name: str, step: int) -> bool:
+    """Whether a name is that of a later step's checkpoint, snapshot or sample."""
+    number = checkpoint.number_of(name)
+    return number is not None and number > step
 
 
 def _free(path: Path) -> Path:

@@ -37,7 +37,7 @@ def family_for(config: DistillConfig | TeacherConfig) -> type[Family]:
     """That of the teacher that is distilled, or trained."""
     if isinstance(config, TeacherConfig):
         return load_family("edm" if config.pipeline is None else "stable_diffusion")
-    return load_family("exact" if config.teacher.exact else family_of(config.teacher.path))
+    return load_family("exact" if config.teacher.exact else family_of(config.teacher.source))
 
 
 def teacher_folder(path: str) -> str:

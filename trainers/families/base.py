@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from pipelines.adapters import Role, SharedNetwork
 from pipelines.common.errors import UserError
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps
+from pipelines.edm import EDMPipeline
+from pipelines.stock import StockPipeline
 
 from ..config.networks import Lora
 from ..config.run import DistillConfig, TeacherConfig
@@ -49,7 +50,8 @@ class Family(Parts):
     facts: dict[str, Any]
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
-        self.config, self.device = config, accelerator and accelerator.device
+        self.config = config
+        self.device = accelerator.device if accelerator else torch.device("cpu")
         self.check(config)
 
     @classmethod
@@ -112,18 +114,25 @@ class Family(Parts):
     @classmethod
     def encoded(cls, config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
         """The cache of its data, made where it is not there yet (trainers.cache)."""
-        raise UserError(f"data: {config.data.name!r} is for text-to-image teachers, and this is {cls.called}; nothing is encoded")
+        given = config.data.name if config.data else None
+        raise UserError(f"data: {given!r} is for text-to-image teachers, and this is {cls.called}; nothing is encoded")
 
 
 class Learner(Protocol):
     """A teacher in training: its denoiser, with a graph, and the pipeline that is saved of it. null_condition: see DrawSource."""
 
     denoiser: Denoiser
-    pipeline: DiffusionPipeline
     latent_shape: tuple[int, int, int]
-    examples: Examples
-    null_condition: Condition
     facts: dict[str, Any]
+
+    @property
+    def pipeline(self) -> StockPipeline | EDMPipeline: ...
+
+    @property
+    def examples(self) -> Examples: ...
+
+    @property
+    def null_condition(self) -> Condition: ...
 
     def preview(self) -> Tensor:
         """Images (n, c, h, w) in [0, 1] of the rows that are shown, from fixed noise."""
@@ -141,7 +150,8 @@ def add_role(base: SharedNetwork, name: str, lora: Lora, layers: Sequence[str], 
     targets = list(layers if lora.targets is None else lora.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", name))
-        return base.add_adapter(name, LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True))
+        config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]  # alpha: any number
+        return base.add_adapter(name, config)
 
 
 def build_covariance(p: Posterior, seed: int, shape: tuple[int, int, int]) -> Covariance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipelines.adapters import AdapterHead, SharedNetwork, block_layers, last_layer, whole_copy
+from pipelines.adapters import AdapterHead, Role, SharedNetwork, block_layers, last_layer, whole_copy
 from pipelines.common.errors import UserError
 from pipelines.common.identity import weights_sha256
 from pipelines.common.reading import damaged_weights, loading, read_json, refuse_single_file
-from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet, PatchUNet, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
+from pipelines.edm.pipeline import tensors
 from pipelines.noise import EDMSchedule
 from pipelines.students import save_edm_student
 
@@ -26,13 +28,15 @@ from ..config.level_range import check_levels
 from ..config.networks import Lora
 from ..config.run import DistillConfig, TeacherConfig
 from ..data import augment, examples
-from ..data.examples import Images, Labels, Points
+from ..data.examples import Examples, Images, Labels, Points
 from ..networks import build_unet
 from ..posteriors import UNetPosterior
 from ..posteriors.section import Posterior
 from ..preview import preview
 from . import base
 from .base import Learner, add_role, build_covariance, refuse, unit_noise
+
+Network = EDMUNet | PatchUNet | PointNet
 
 
 class Family(base.Family):
@@ -44,20 +48,22 @@ class Family(base.Family):
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
         super().__init__(config, accelerator)
-        pipeline = load_edm_teacher(config.teacher.path)
-        self._behind = pipeline.denoiser(config.teacher.guidance_scale)
+        pipeline = load_edm_teacher(config.teacher.source)
+        self._of_teacher = pipeline.denoiser(config.teacher.guidance_scale)
         grid = pipeline.scheduler.config
-        check_levels(config, self._behind.schedule, (grid.sigma_min, grid.sigma_max))
+        low = grid["sigma_min"]
+        self.sampling_range = (low, grid["sigma_max"])
+        check_levels(config, self._of_teacher.schedule, self.sampling_range)
         shape, lora = pipeline.unet.config, config.student.lora
-        self.latent_shape = (shape.in_channels, shape.sample_size, shape.sample_size)
-        self.num_classes = shape.num_classes or 0
-        self.sampling_range = (grid.sigma_min, grid.sigma_max)
+        self.latent_shape = (shape["in_channels"], shape["sample_size"], shape["sample_size"])
+        self.num_classes = shape["num_classes"] or 0
         for need in config.objective.needs():
             if need.what == "condition_vector" and need.value and not self.num_classes:
                 raise UserError(f"{need.key} has no effect: the teacher is unconditional; remove it")
         if config.data:
-            self.examples = examples.load_data(config.data)
-            self._check_data(self.examples)
+            data = examples.load_data(config.data)
+            self._check_data(data)
+            self.examples = data
         else:
             self.examples = Labels(self.num_classes) if self.num_classes else None
         base_weights = weights_sha256({"unet": pipeline.unet})
@@ -65,10 +71,10 @@ class Family(base.Family):
         self.teacher = self._denoiser(self.base.teacher(), guided=True)
         sigma_init = self._readout_level(2.5 if config.student.sigma_init is None else config.student.sigma_init)
         scheduler = EDMScheduler.from_config(
-            grid, sigma_min=min(grid.sigma_min, sigma_init), sigma_max=sigma_init, sampler="renoise", num_inference_steps=1
+            grid, sigma_min=min(low, sigma_init), sigma_max=sigma_init, sampler="renoise", num_inference_steps=1
         )
         network = self._role("student", lora)
-        self.pipeline = EDMPipeline(self.base.network if lora else network, scheduler)
+        self.pipeline = EDMPipeline(pipeline.unet if isinstance(network, Role) else network, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         points = isinstance(self.base.network, PointNet)
         if points:
@@ -89,7 +95,7 @@ class Family(base.Family):
 
     def _readout_level(self, sigma_init: float) -> float:
         """The level nearest to it that the teacher knows."""
-        known = self._behind.preconditioner
+        known = self._of_teacher.preconditioner
         low, high = known.sigma_range
         if not low <= sigma_init <= high:
             raise UserError(f"student.sigma_init: {sigma_init:g} is outside the teacher's noise levels, {low:g} to {high:g}")
@@ -97,14 +103,23 @@ class Family(base.Family):
 
     def _denoiser(self, network: nn.Module, guided: bool = False) -> Denoiser:
         """A network behind the teacher's preconditioning."""
-        b = self._behind
+        b = self._of_teacher
         guidance = (b.guidance_scale, b.null_condition) if guided else ()
         return Denoiser(network, b.schedule, b.preconditioner, b.sigma_data, *guidance)
 
-    def _role(self, name: str, lora: Lora | None) -> nn.Module:
+    def _role(self, name: str, lora: Lora | None) -> Role | Network:
         """An adapter on the teacher's weights, or a copy of them."""
-        network = self.base.network
-        return whole_copy(network) if lora is None else add_role(self.base, name, lora, block_layers(network), self.config.seed)
+        return self._copy() if lora is None else self._adapter(name, lora)
+
+    def _copy(self) -> Network:
+        """Of the teacher's network, to be trained."""
+        made = whole_copy(self.base.network)
+        if not isinstance(made, EDMUNet | PatchUNet | PointNet):
+            raise ValueError(f"an EDM teacher has no {type(made).__name__}")
+        return made
+
+    def _adapter(self, name: str, lora: Lora) -> Role:
+        return add_role(self.base, name, lora, block_layers(self.base.network), self.config.seed)
 
     def _check_data(self, given: Images | Points) -> None:
         """The data must be what the teacher makes: same channels, resolution and classes."""
@@ -134,23 +149,23 @@ class Family(base.Family):
         return self._denoiser(self._role("aux", section.lora).train())
 
     def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
-        p, own, behind = section, self.base.network, self._behind
+        p, own, known = section, self.base.network, self._of_teacher
         covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         if isinstance(p.network, str):
-            network = {
-                "shared": lambda: second_decoder(whole_copy(own).dec, out_channels),
-                "copy": lambda: with_outputs(whole_copy(own), out_channels),
-                "adapter": lambda: AdapterHead(self._role("aux", p.lora), out_channels),
-            }[p.network]()
-            posterior = UNetPosterior(network, covariance, behind.sigma_data, with_mean, behind.preconditioner)
+            make: dict[str, Callable[[], nn.Module]] = {
+                "shared": lambda: second_decoder(self._copy().dec, out_channels),
+                "copy": lambda: with_outputs(self._copy(), out_channels),
+                "adapter": lambda: AdapterHead(self._adapter("aux", p.lora), out_channels),
+            }
+            posterior = UNetPosterior(make[p.network](), covariance, known.sigma_data, with_mean, known.preconditioner)
             if with_mean:
                 posterior.start_mean(last_layer(own))
             return posterior
         channels, size, _ = self.latent_shape
         shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": self.num_classes}
         network = build_unet(p.network, self.config.seed, "posterior", size, **shape)
-        return UNetPosterior(network, covariance, behind.sigma_data, with_mean)
+        return UNetPosterior(network, covariance, known.sigma_data, with_mean)
 
     def preview(self) -> Tensor:
         with self.base.running("student" if self.config.student.lora else None):
@@ -160,7 +175,7 @@ class Family(base.Family):
         z = unit_noise(self.config, index, self.latent_shape)
         labels = torch.tensor(index) % self.num_classes if self.num_classes else None
         with self.base.running("student" if self.config.student.lora else None):
-            return self.pipeline(class_labels=labels, latents=z, output_type="pt").images
+            return tensors(self.pipeline(class_labels=labels, latents=z, output_type="pt"))
 
     @classmethod
     def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:
@@ -187,19 +202,22 @@ class NewTeacher:
         )
         scheduler.sigmas(config.sampling_steps)  # a grid that cannot be sampled is an error now
         check_levels(config, EDMSchedule(0.0, math.inf), (config.sigma_min, config.sigma_max))
-        self.examples = examples.load_data(config.data)
-        self.latent_shape = self.examples.shape
+        data = examples.load_data(config.data)
+        self.examples: Examples = data
+        self.latent_shape = data.shape
         channels, size = self.latent_shape[:2]
-        num_classes = len(self.examples.class_names)
+        num_classes = len(data.class_names)
         shape = {"in_channels": channels, "out_channels": channels, "num_classes": num_classes}
         if config.augment:
             shape["augment_dim"] = augment.DIM
+        if config.network is None:
+            raise ValueError("network: a new teacher needs one")
         self.unet = build_unet(config.network, config.seed, "teacher", size, **shape)
         self.pipeline = EDMPipeline(self.unet, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.denoiser = self.pipeline.denoiser().train()
-        self.null_condition = {"class_labels": torch.tensor(num_classes)}
-        self.facts = {"image_size": size, "class_names": list(self.examples.class_names)}
+        self.null_condition: Condition = {"class_labels": torch.tensor(num_classes)}
+        self.facts: dict[str, Any] = {"image_size": size, "class_names": list(data.class_names)}
 
     def preview(self) -> Tensor:
         self.unet.eval()

@@ -10,18 +10,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipelines.analytic import EmpiricalPosterior
+from pipelines.analytic import EmpiricalPosterior, GaussianMixture
 from pipelines.common.errors import UserError
 from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
-from pipelines.edm import EDMPipeline, EDMScheduler
+from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet, PatchUNet, PointNet
+from pipelines.edm.pipeline import tensors
 from pipelines.noise import EDMSchedule
 from pipelines.preconditioning import EDM
 from pipelines.students import save_edm_student
 
-from ..config.data import TEXT_DATA
+from ..config.data import TEXT_DATA, Data
 from ..config.level_range import check_levels
 from ..config.run import DistillConfig
-from ..data.examples import load_data
+from ..data.examples import Points, load_data
 from ..networks import build_unet
 from ..objectives.base import Need
 from ..posteriors import UNetPosterior
@@ -44,11 +45,11 @@ class Family(base.Family):
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
         super().__init__(config, accelerator)
         check_levels(config, EDMSchedule(0.0, math.inf))
-        data = load_data(config.data)
-        self.latent_shape, points = data.shape, config.data.name == "mixture"
-        if config.teacher.exact == "density":
-            exact: nn.Module = data.mixture
-            self.sigma_data = data.mixture.std
+        data = load_data(self._section(config))
+        self.latent_shape = data.shape
+        exact: GaussianMixture | EmpiricalPosterior
+        if config.teacher.exact == "density" and isinstance(data, Points):
+            exact, self.sigma_data = data.mixture, data.mixture.std
         else:
             samples = data.rows(torch.arange(len(data)))[0]
             exact, self.sigma_data = EmpiricalPosterior(samples, EDMSchedule(0.0, math.inf)), float(samples.std())
@@ -69,26 +70,28 @@ class Family(base.Family):
         )
         self.pipeline = EDMPipeline(network.eval(), scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
-        image_range = not points if config.student.image_range is None else config.student.image_range
+        image_range = not isinstance(data, Points) if config.student.image_range is None else config.student.image_range
         student = Denoiser(network, self.schedule, known, self.sigma_data)
         self.student = OneStepGenerator(student, sigma_init, image_range)
         self.facts = {"family": "edm", "weights": "unet", "readout_sigma": sigma_init, "teacher": config.teacher.exact}
 
-    @classmethod
-    def check(cls, config: DistillConfig) -> None:
-        t, s = config.teacher, config.student
+    @staticmethod
+    def _section(config: DistillConfig) -> Data:
         if config.data is None or isinstance(config.data, TEXT_DATA):
             raise UserError("data: an exact teacher is that of a mixture or of an image set; add one, e.g. data={name: mixture}")
-        if t.exact == "density" and config.data.name != "mixture":
-            raise UserError(
-                f"teacher.exact: the density of {config.data.name!r} is unknown; use exact=samples or data.name=mixture"
-            )
-        if getattr(config.data, "labels", False) or getattr(config.data, "label_column", None):
+        return config.data
+
+    @classmethod
+    def check(cls, config: DistillConfig) -> None:
+        t, s, data = config.teacher, config.student, cls._section(config)
+        if t.exact == "density" and data.name != "mixture":
+            raise UserError(f"teacher.exact: the density of {data.name!r} is unknown; use exact=samples or data.name=mixture")
+        if getattr(data, "labels", False) or getattr(data, "label_column", None):
             raise UserError("data: an exact teacher is unconditional; remove the labels")
         if s.network is None:
             raise UserError("student.network: an exact teacher has no network to copy; give one, e.g. {width: 400, layers: 4}")
         super().check(config)
-        if config.data.name == "mixture":
+        if data.name == "mixture":
             refuse(cls.called, {"student.image_range": s.image_range, "evaluation": config.evaluation})
 
     @classmethod
@@ -100,7 +103,7 @@ class Family(base.Family):
             )
         return super().refusal(need)
 
-    def _network(self, section: Any, role: str, out_channels: int) -> nn.Module:
+    def _network(self, section: Any, role: str, out_channels: int) -> PatchUNet | EDMUNet | PointNet:
         channels, size, _ = self.latent_shape
         shape = {"in_channels": channels, "out_channels": out_channels, "num_classes": 0}
         return build_unet(section, self.config.seed, role, size, **shape)
@@ -126,7 +129,7 @@ class Family(base.Family):
         return preview(self.pipeline, self.config.num_samples, self.config.seed)
 
     def images(self, index: range) -> Tensor:
-        return self.pipeline(latents=unit_noise(self.config, index, self.latent_shape), output_type="pt").images
+        return tensors(self.pipeline(latents=unit_noise(self.config, index, self.latent_shape), output_type="pt"))
 
     def shard(self) -> None:
         raise UserError("FSDP has no effect for an exact teacher, which has no weights; use configs/accelerate/gpu_8.yaml")

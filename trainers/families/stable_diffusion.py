@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipelines import stable_diffusion as sd
-from pipelines.adapters import AdapterHead, SharedNetwork, Whole, in_float32, last_layer, whole_copy
+from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, in_float32, last_layer, whole_copy
 from pipelines.common.errors import UserError
 from pipelines.common.identity import network_identity, pipeline_identity, tokens_identity, weights_sha256
 from pipelines.common.reading import loading
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator, check_readout
+from pipelines.stock import StockPipeline
 from pipelines.students import save_stable_diffusion
 
 from ..cache import Encoded
@@ -25,6 +26,7 @@ from ..config.data import TEXT_DATA, Captions, Prompts, TeacherSamples
 from ..config.level_range import check_levels
 from ..config.networks import Lora, Network
 from ..config.run import DistillConfig, TeacherConfig
+from ..data.shards import Cached
 from ..data.sources import CaptionRows, PromptRows, image_batch, load_rows
 from ..engine.draws import derive_seed
 from ..objectives.base import Need
@@ -40,6 +42,7 @@ ALL_LAYERS = (
 )
 
 TEXT_AND_IMAGES = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+NO_TEXT = "data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples"
 TextData = Prompts | Captions | TeacherSamples
 FORMAT = 2  # of what is encoded and how: a change of the rules below that changes the rows needs another number
 
@@ -50,11 +53,12 @@ class Family(base.Family):
     called = "a Stable Diffusion teacher"
     teacher_keys, student_keys = ("path", "guidance_scale", "negative_prompt", "dtype", "variant"), ("readout_t", "lora")
     gives = ("lora", "posterior", "condition_vector")
+    examples: Cached
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
         t = config.teacher
-        path = teacher_folder(t.path)
+        path = teacher_folder(t.source)
         index = sd.read_index(path)
         sd.check_parts(path)  # before its text encoders work, which may take hours
         schedule = sd.load_schedule(path)
@@ -71,9 +75,11 @@ class Family(base.Family):
         base_weights = weights_sha256({"unet": self.pipe.unet})
         self.base = SharedNetwork(self.pipe.unet)
         self.teacher = sd.denoiser(self.pipe, self.base.teacher(), t.guidance_scale, null)
-        self.student = OneStepGenerator(sd.denoiser(self.pipe, self._role("student", config.student.lora)), self.readout_t)
+        role = self._role("student", config.student.lora)
+        self.trained = role.network if isinstance(role, Whole) else None
+        self.student = OneStepGenerator(sd.denoiser(self.pipe, role), self.readout_t)
         if getattr(self.pipe, "vae", None) is not None:
-            self.pipe.vae.to(self.device)
+            self.pipe.vae.to(self.device)  # type: ignore[arg-type]  # diffusers' wrapper of it hides its arguments
         self.facts = {
             "family": sd.FAMILIES[type(self.pipe).__name__],
             "weights": "lora" if config.student.lora else "unet",
@@ -93,7 +99,7 @@ class Family(base.Family):
             unguided = "a teacher without guidance (guidance_scale 1)"
             refuse(unguided, {"teacher.negative_prompt": config.teacher.negative_prompt})
         if not isinstance(config.data, TEXT_DATA):
-            raise UserError("data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples")
+            raise UserError(NO_TEXT)
 
     @classmethod
     def refusal(cls, need: Need) -> str | None:
@@ -110,7 +116,7 @@ class Family(base.Family):
                 return f"{need.key}.{key} has no effect for {cls.called}; remove it"
         return None
 
-    def _role(self, name: str, lora: Lora | None) -> nn.Module:
+    def _role(self, name: str, lora: Lora | None) -> Role | Whole:
         """An adapter on the teacher's weights, or a network of its own in float32."""
         if lora is None:
             return Whole(whole_copy(self.base.network))
@@ -128,12 +134,13 @@ class Family(base.Family):
         p, own = section, self.base.network
         covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
-        if p.network == "adapter":
-            network = AdapterHead(self._role("aux", p.lora), out_channels)
-        else:
+        network: AdapterHead | TextUNet
+        if isinstance(p.network, Network):
             network = small_unet(
                 p.network, own, self.latent_shape, out_channels, derive_seed(self.config.seed, "init", "posterior")
             )
+        else:
+            network = AdapterHead(add_role(self.base, "aux", p.lora, ALL_LAYERS, self.config.seed), out_channels)
         posterior = UNetPosterior(network, covariance, self.teacher.sigma_data, with_mean, self.teacher.parameterization)
         if with_mean and p.network == "adapter":
             posterior.start_mean(last_layer(own))
@@ -173,12 +180,15 @@ class Family(base.Family):
 
     @classmethod
     def encoded(cls, config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
-        folder = Path(config.data.cache or f"{config.output_dir}/cache")
+        data = config.data
+        if not isinstance(data, TEXT_DATA):
+            raise UserError(NO_TEXT)
+        folder = Path(data.cache or f"{config.output_dir}/cache")
         if isinstance(config, TeacherConfig):
-            return encode(config.pipeline, config.data, folder, accelerator, torch.float32, seed=config.seed)
+            return encode(pipeline_of(config), data, folder, accelerator, torch.float32, seed=config.seed)
         t = config.teacher
         options = {"negative_prompt": t.negative_prompt, "variant": t.variant, "seed": config.seed}
-        return encode(teacher_folder(t.path), config.data, folder, accelerator, sd.DTYPES[t.dtype], **options)
+        return encode(teacher_folder(t.source), data, folder, accelerator, sd.DTYPES[t.dtype], **options)
 
     def shard(self) -> None:
         self.base.shard()
@@ -188,7 +198,7 @@ class Family(base.Family):
         if self.config.student.lora:
             save_stable_diffusion(folder, type(self.pipe), scheduler, info, adapter=(self.base.network, "student"))
         else:
-            save_stable_diffusion(folder, type(self.pipe), scheduler, info, network=self.student.denoiser.network.network)
+            save_stable_diffusion(folder, type(self.pipe), scheduler, info, network=self.trained)
 
 
 def evenly(count: int, n: int) -> Tensor:
@@ -201,7 +211,7 @@ class TextUNet(nn.Module):
 
     def __init__(self, network: UNet2DConditionModel) -> None:
         super().__init__()
-        self.network, self.out_channels = network, network.config.out_channels
+        self.network, self.out_channels = network, network.config["out_channels"]
 
     @property
     def conv_out(self) -> nn.Conv2d:
@@ -215,7 +225,7 @@ class TextUNet(nn.Module):
             return self.network(x_t, t, encoder_hidden_states.to(x_t.dtype)).sample
 
 
-def small_unet(network: Network, base: nn.Module, shape: tuple[int, int, int], out_channels: int, seed: int) -> TextUNet:
+def small_unet(network: Network, base: ModelMixin, shape: tuple[int, int, int], out_channels: int, seed: int) -> TextUNet:
     """UNet2DConditionModel with the widths of a `network` section; its last layer starts at zero."""
     levels = range(len(network.channel_mult))
     down = tuple("CrossAttnDownBlock2D" if i in network.attention_levels else "DownBlock2D" for i in levels)
@@ -231,7 +241,7 @@ def small_unet(network: Network, base: nn.Module, shape: tuple[int, int, int], o
             up_block_types=up,
             block_out_channels=widths,
             layers_per_block=network.num_blocks,
-            cross_attention_dim=base.config.cross_attention_dim,
+            cross_attention_dim=base.config["cross_attention_dim"],
             norm_num_groups=next(g for g in (32, 16, 8, 4, 2, 1) if all(w % g == 0 for w in widths)),
         )
     nn.init.zeros_(unet.conv_out.weight)
@@ -244,11 +254,12 @@ class FurtherTeacher:
 
     def __init__(self, config: TeacherConfig, accelerator: Accelerator) -> None:
         self.config, self.device = config, accelerator.device
-        sd.check_parts(config.pipeline)  # before its text encoders work, which may take hours
-        check_levels(config, sd.load_schedule(config.pipeline))
+        source = pipeline_of(config)
+        sd.check_parts(source)  # before its text encoders work, which may take hours
+        check_levels(config, sd.load_schedule(source))
         encoded = Family.encoded(config, accelerator)
         self.examples, self.latent_shape, self.null_condition = encoded.examples, encoded.shape, encoded.null
-        self.pipeline = sd.load_pipeline(config.pipeline)
+        self.pipeline = sd.load_pipeline(source)
         unet = self.pipeline.unet.requires_grad_(True).train()
         self.denoiser = sd.denoiser(self.pipeline, Whole(unet))
         self.prompts = [encoded.prompts[i] for i in evenly(config.num_samples, len(encoded.prompts))]
@@ -264,6 +275,13 @@ class FurtherTeacher:
         drawn = self.pipeline(self.prompts, generator=generator, **options).images
         self.pipeline.unet.train()
         return drawn.float()
+
+
+def pipeline_of(config: TeacherConfig) -> str:
+    """What is trained further; ValueError where the configuration names a new network instead."""
+    if config.pipeline is None:
+        raise ValueError("pipeline: a teacher that is trained further needs one")
+    return config.pipeline
 
 
 # Text and images -------------------------------------------------------------------------------------------------------
@@ -311,7 +329,8 @@ class Encoder:
     def __call__(self, index: range) -> dict[str, Tensor]:
         prompts = [self.rows.prompts[i] for i in index]
         condition = sd.encode_prompts(self.pipe, prompts, self.size, self.device)
-        if isinstance(self.data, Prompts):
+        data = self.data
+        if isinstance(data, Prompts):
             return condition
         noise = torch.stack([self._noise(i) for i in index]).to(self.device)
         if isinstance(self.rows, CaptionRows):
@@ -319,12 +338,14 @@ class Encoder:
             if "time_ids" in condition:
                 condition["time_ids"] = sd.time_ids(places, self.size)
             return condition | {"latents": sd.encode_images(self.pipe.vae, images.to(self.device), noise)}
+        if not isinstance(data, TeacherSamples):
+            raise ValueError(f"data: {data.name!r} comes with images, and these rows have none")
         latents = self.pipe(
             prompts,
             height=self.size[0],
             width=self.size[1],
-            num_inference_steps=self.data.num_inference_steps,
-            guidance_scale=self.data.guidance_scale,
+            num_inference_steps=data.num_inference_steps,
+            guidance_scale=data.guidance_scale,
             latents=noise.to(self.pipe.unet.dtype),
             output_type="latent",
         ).images
@@ -336,14 +357,14 @@ class Encoder:
 
 
 def identity_of(
-    pipe: DiffusionPipeline, data: TextData, prompts: list[str], image_size: int, dtype: torch.dtype, seed: int
+    pipe: StockPipeline, data: TextData, prompts: list[str], image_size: int, dtype: torch.dtype, seed: int
 ) -> dict[str, Any]:
     """What encoded rows depend on besides the prompts and images themselves. Of the networks those that take part: of the VAE its
     encoder, and only where there are images. The negative prompt is no part: the null condition is not in the cache.
     """
     images, samples = isinstance(data, Captions), isinstance(data, TeacherSamples)
     encoders = ("text_encoder", "text_encoder_2")
-    found = {"format": FORMAT, "kind": data.name, "dtype": str(dtype).removeprefix("torch.")}
+    found: dict[str, Any] = {"format": FORMAT, "kind": data.name, "dtype": str(dtype).removeprefix("torch.")}
     found |= pipeline_identity(pipe, (*encoders, "unet") if samples else encoders, scheduler=samples, call=samples)
     found |= tokens_identity(pipe, prompts)
     if images:
@@ -352,7 +373,7 @@ def identity_of(
         found["image_size"] = image_size
     if images or samples:
         found["seed"] = seed
-    if samples:
+    if isinstance(data, TeacherSamples):
         found |= {"steps": data.num_inference_steps, "guidance_scale": data.guidance_scale}
     return found
 
@@ -366,10 +387,9 @@ def vae_factor(source: str) -> int:
         return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def with_defaults(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(kind: type[ModelMixin], config: dict[str, Any]) -> dict[str, Any]:
     """A network's settings, those that its file leaves out as diffusers would take them."""
-    parameters = inspect.signature(kind.__init__).parameters
-    return {name: config.get(name, p.default) for name, p in parameters.items() if name != "self"}
+    return {name: config.get(name, p.default) for name, p in inspect.signature(kind).parameters.items()}
 
 
 def latent_shape(config: dict[str, Any], factor: int, image_size: int | None) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ The registry is OBJECTIVES: each file has a class `Config`, an ObjectiveConfig (
 from functools import reduce
 from importlib import import_module
 from operator import or_
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -18,4 +18,7 @@ OBJECTIVES = (
     "vardiu",
 )
 CONFIGS: dict[str, type[ObjectiveConfig]] = {name: import_module(f".{name}", __name__).Config for name in OBJECTIVES}
-AnyObjective = Annotated[reduce(or_, CONFIGS.values()), Field(discriminator="name")]
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveConfig
+else:
+    AnyObjective = Annotated[reduce(or_, CONFIGS.values()), Field(discriminator="name")]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipelines.denoiser import Condition
-from pipelines.noise import Level, add_noise, weight
+from pipelines.noise import Level, Weight, add_noise, weight
 
 from .base import Draw, LossTerms, Phase, denoising_loss, dot, sample_level
 from .bound import Noised, VarDiU
@@ -47,7 +47,7 @@ class AmortizedScore(VarDiU):
         self,
         *args: Any,
         regression_weight: float = 80.0,
-        regression_weighting: str = "edm",
+        regression_weighting: Weight = "edm",
         noise_draws: int = 2,
         pool: str = "batch",
         **options: Any,
@@ -73,7 +73,7 @@ class AmortizedScore(VarDiU):
         with torch.no_grad():
             x0 = gather(torch.cat([self.student(d.z, d.condition) for d in draws]))
         keys = draws[0].condition or {}
-        condition = {k: gather(torch.cat([d.condition[k] for d in draws])) for k in keys} or None
+        condition = {k: gather(torch.cat([(d.condition or {})[k] for d in draws])) for k in keys} or None
         return [Pool(x0, condition)] * len(draws)
 
     def posterior_loss(self, draw: Draw, context: Pool | None = None) -> Iterator[LossTerms]:
@@ -173,7 +173,7 @@ def batch_mean(x_t: Tensor, level: Level, condition: Condition, pool: Pool) -> t
     distance = torch.cdist(flat(x_t / scale), flat(pool.x0), compute_mode="donot_use_mm_for_euclid_dist")  # (b, B)
     log_v = -0.5 * (distance * (level.alpha / level.sigma).flatten(1)).square()
     for key, value in (condition or {}).items():
-        log_v = log_v.masked_fill(~same_rows(flat(value), flat(pool.condition[key])), -torch.inf)
+        log_v = log_v.masked_fill(~same_rows(flat(value), flat((pool.condition or {})[key])), -torch.inf)
     with torch.autocast(x_t.device.type, enabled=False):
         mean = (log_v.softmax(1) @ flat(pool.x0)).view_as(x_t)
     return mean, effective_sample_size(log_v)

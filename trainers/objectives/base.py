@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.common.strict import Strict
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
-from pipelines.noise import Level, Schedule, score
+from pipelines.noise import Level, Schedule, Weight, score
 
-from ..config.levels import LevelSampler, Use
+from ..config.levels import Levels, LevelSampler, Use
 from ..config.networks import Optimizer
 
 
@@ -66,7 +66,13 @@ class Objective(Protocol):
     phases: tuple[Phase, ...]  # run in order at every step
     needs_data: bool
     health: tuple[HealthCheck, ...]  # metrics that say when a run has gone wrong
-    state: dict[str, Tensor]  # by name, what else a checkpoint must keep
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """By name, what else a checkpoint must keep."""
+
+
+Asked = Literal["lora", "network", "augment", "posterior", "condition_vector"]
 
 
 class Need(NamedTuple):
@@ -77,7 +83,7 @@ class Need(NamedTuple):
     """
 
     key: str
-    what: Literal["lora", "network", "augment", "posterior", "condition_vector"]
+    what: Asked
     value: Any
 
 
@@ -119,6 +125,10 @@ class ObjectiveConfig(Strict):
     built: ClassVar[type[Objective]]
     follows_score: ClassVar[bool] = True
     least_batch: ClassVar[LeastBatch] = LeastBatch(1, "")
+    if TYPE_CHECKING:  # keys of every subclass, each where it stands there
+        name: str
+        levels: Levels
+        weighting: Weight
 
     def uses(self) -> list[Use]:
         """All levels that are drawn, and the weightings that are computed at them."""
@@ -151,6 +161,13 @@ class HealthCheck:
 def sample_level(u: Tensor, sampler: LevelSampler, progress: float, schedule: Schedule) -> Level:
     """Levels for uniform numbers u (b,), each moved to the nearest that the network knows."""
     return schedule.level(schedule.nearest(sampler(u, progress)))
+
+
+def data_of(draw: Draw) -> Tensor:
+    """x0 (b, c, h, w) of a draw; ValueError where it comes without data."""
+    if draw.x0 is None:
+        raise ValueError("this objective needs data, and the draw has none: needs_data was not heeded")
+    return draw.x0
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

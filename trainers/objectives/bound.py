@@ -16,6 +16,7 @@ resampled.py and amortized.py follow the same posterior with other estimates of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipelines.denoiser import Condition, Denoiser, OneStepGenerator
-from pipelines.noise import Level, add_noise, score, weight
+from pipelines.noise import Level, Weight, add_noise, score, weight
 
 from .base import Draw, HealthCheck, LevelSampler, LossTerms, Phase, sample_level
 from .ess import LevelStatistics
@@ -51,7 +52,8 @@ class VarDiU:
         teacher: Denoiser,
         posterior: nn.Module,
         levels: LevelSampler,
-        weighting: str = "sigma2",
+        weighting: Weight = "sigma2",
+        *,
         num_samples: int = 0,
         antithetic: bool = True,
         control_variate: bool = True,
@@ -65,14 +67,14 @@ class VarDiU:
         self.levels, self.weighting, self.num_samples = levels, weighting, num_samples
         self.antithetic, self.control_variate = antithetic, control_variate
         self.statistics = LevelStatistics(levels, float(num_samples))
-        self.warmup = (self.posterior_phase(warmup_updates),)
+        self.warmup: tuple[Phase, ...] = (self.posterior_phase(warmup_updates),)
         extra = (self.posterior_phase(posterior_updates),) if posterior_updates else ()
-        self.phases = (*extra, self.joint_phase())
+        self.phases: tuple[Phase, ...] = (*extra, self.joint_phase())
         message = (
             "the posterior has learned nothing of z from x_t: the student has collapsed or the posterior is not warm yet; "
             "raise objective.posterior.warmup_updates or objective.posterior.updates, or lower student.optimizer.lr"
         )
-        self.health = (HealthCheck("information", min_information, message),)
+        self.health: tuple[HealthCheck, ...] = (HealthCheck("information", min_information, message),)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -106,7 +108,7 @@ class VarDiU:
         x0_hat, features = self.teacher(x_t, level, condition, return_features=True)
         return x0_hat.detach(), features
 
-    def posterior_loss(self, draw: Draw, context: None = None) -> LossTerms:
+    def posterior_loss(self, draw: Draw, context: Any = None) -> LossTerms | Iterator[LossTerms]:
         """-log q(z | x_t): the bound in phi alone, theta and the teacher frozen."""
         with torch.no_grad():
             n = self.noised(draw)
@@ -114,7 +116,7 @@ class VarDiU:
         log_q = self.posterior(n.x_t, n.level, n.condition, features, z=n.z[:, None]).log_q[:, 0]
         return LossTerms(self._pairs(-log_q), {"information": self.information(log_q, n.z)})
 
-    def joint_loss(self, draw: Draw, context: None = None) -> LossTerms:
+    def joint_loss(self, draw: Draw, context: Any = None) -> LossTerms | Iterator[LossTerms]:
         """The bound of one (Eq. 12) or of K + 1 samples, differentiated in theta and phi."""
         n = self.noised(draw)
         x0_hat, features = self.read_teacher(n.x_t, n.level, n.condition)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pipelines.noise import add_noise, weight
+from pipelines.denoiser import Denoiser
+from pipelines.noise import Weight, add_noise, weight
 
-from .base import Draw, LevelSampler, LossTerms, Phase, denoising_loss, sample_level
+from .base import Draw, HealthCheck, LevelSampler, LossTerms, Phase, data_of, denoising_loss, sample_level
 
 
 class Denoising:
@@ -14,17 +15,18 @@ class Denoising:
 
     needs_data = True
     warmup: tuple[Phase, ...] = ()
-    health = ()
+    health: tuple[HealthCheck, ...] = ()
 
-    def __init__(self, teacher: nn.Module, levels: LevelSampler, weighting: str = "edm") -> None:
-        self.networks = {"teacher": teacher}
+    def __init__(self, teacher: Denoiser, levels: LevelSampler, weighting: Weight = "edm") -> None:
+        self.networks: dict[str, nn.Module] = {"teacher": teacher}
         self.state: dict[str, Tensor] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.teacher, self.levels, self.weighting = teacher, levels, weighting
-        self.phases = (Phase("teacher", ("teacher",), self.loss),)
+        self.phases: tuple[Phase, ...] = (Phase("teacher", ("teacher",), self.loss),)
 
     def loss(self, draw: Draw, context: None = None) -> LossTerms:
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
-        x0_hat = self.teacher(add_noise(draw.x0, draw.eps, level), level, draw.condition)
-        w = weight(self.weighting, level, draw.x0, x0_hat, self.teacher.sigma_data)
-        return LossTerms(denoising_loss(x0_hat, draw.x0, w), {})
+        x0 = data_of(draw)
+        x0_hat = self.teacher(add_noise(x0, draw.eps, level), level, draw.condition)
+        w = weight(self.weighting, level, x0, x0_hat, self.teacher.sigma_data)
+        return LossTerms(denoising_loss(x0_hat, x0, w), {})

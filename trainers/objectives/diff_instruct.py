@@ -10,7 +10,7 @@ call of the student and one of the fake score less.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from pipelines.common.strict import PositiveInt, Strict
 from pipelines.denoiser import Denoiser, OneStepGenerator
-from pipelines.noise import Level, add_noise, score, weight
+from pipelines.noise import Level, Weight, add_noise, score, weight
 
 from ..config.level_range import sampler
 from ..config.levels import Levels, LevelSampler, Use
-from ..config.networks import Lora, NewNetwork, Optimizer, Weight
+from ..config.networks import Lora, NewNetwork, Optimizer
 from ..data.augment import NUMBERS, augment
 from .base import (
+    Asked,
     Draw,
+    HealthCheck,
     LossTerms,
     Need,
     ObjectiveConfig,
@@ -42,7 +44,7 @@ class DiffInstruct:
     """fake_score starts as a copy of the teacher, so that shared errors cancel in the difference of scores."""
 
     needs_data = False
-    health = ()
+    health: tuple[HealthCheck, ...] = ()
 
     def __init__(
         self,
@@ -51,8 +53,8 @@ class DiffInstruct:
         fake_score: Denoiser,
         levels: LevelSampler,
         fake_levels: LevelSampler,
-        weighting: str = "sigma2",
-        fake_weighting: str = "edm",
+        weighting: Weight = "sigma2",
+        fake_weighting: Weight = "edm",
         fake_updates: int = 1,
         warmup_updates: int = 0,
         joint: bool = False,
@@ -66,9 +68,9 @@ class DiffInstruct:
         self.weighting, self.fake_weighting, self.fake_augment = weighting, fake_weighting, fake_augment
         fake = Phase("fake_score", ("fake_score",), self.fake_score_loss, fake_updates - joint)
         both = Phase("joint", ("student", "fake_score"), self.joint_loss)
-        student = both if joint else Phase("student", ("student",), self.student_loss)
-        self.phases = (fake, student) if fake.repeats else (student,)
-        self.warmup = (Phase("fake_score", ("fake_score",), self.fake_score_loss, warmup_updates),)
+        last = both if joint else Phase("student", ("student",), self.student_loss)
+        self.phases: tuple[Phase, ...] = (fake, last) if fake.repeats else (last,)
+        self.warmup: tuple[Phase, ...] = (Phase("fake_score", ("fake_score",), self.fake_score_loss, warmup_updates),)
 
     def fake_score_loss(self, draw: Draw, context: None = None) -> LossTerms:
         with torch.no_grad():
@@ -149,7 +151,7 @@ class Config(ObjectiveConfig):
 
     def needs(self) -> list[Need]:
         f, key = self.fake_score, "objective.fake_score"
-        asked = {"lora": f.lora, "network": f.network, "augment": f.augment}
+        asked: dict[Asked, Any] = {"lora": f.lora, "network": f.network, "augment": f.augment}
         return [Need(f"{key}.{what}", what, value) for what, value in asked.items()]
 
     def optimizers(self) -> dict[str, Optimizer]:

@@ -7,8 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipelines.denoiser import Condition
-
 
 def pairwise_power(x: Tensor, y: Tensor, beta: float) -> Tensor:
     """|x_i - y_j|^beta, (n, ...) x (m, ...) -> (n, m), in float64 from inner products: no (n, m, d) tensor.
@@ -75,7 +73,7 @@ def distance_power(x: Tensor, y: Tensor, beta: float) -> Tensor:
     return torch.where(square == 0, 0.0, torch.where(square == 0, 1.0, square).pow(beta / 2))
 
 
-def condition_vector(condition: Condition, num_classes: int) -> Tensor:
+def condition_vector(condition: dict[str, Tensor], num_classes: int) -> Tensor:
     """What a condition says, (b, n) of length 1 a row: SDXL's pooled text, else the mean over tokens; a class as one-hot."""
     if "class_labels" in condition:
         labels = condition["class_labels"]
@@ -84,9 +82,9 @@ def condition_vector(condition: Condition, num_classes: int) -> Tensor:
     return torch.nn.functional.normalize(text.float(), dim=1)
 
 
-def spread(said: Tensor) -> Tensor:
-    """(K, n) -> the same, moved and scaled to mean 0 and mean square length 1 over the rows; zeros where all rows are equal."""
-    centred = said - said.mean(0)
+def spread(rows: Tensor) -> Tensor:
+    """rows (K, n) -> the same, moved and scaled to mean 0 and mean square length 1 over the rows; zeros where all are equal."""
+    centred = rows - rows.mean(0)
     length = centred.square().sum(1).mean().sqrt()
     return centred / length if length > 1e-6 else torch.zeros_like(centred)
 

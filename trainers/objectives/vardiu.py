@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipelines.common.strict import PositiveFloat, PositiveInt
+from pipelines.noise import Weight
 
 from ..config.level_range import sampler
 from ..config.levels import Levels, Use
-from ..config.networks import Optimizer, Weight
+from ..config.networks import Optimizer
 from ..posteriors.section import Posterior
 from .amortized import AmortizedScore
 from .base import Need, ObjectiveConfig, Parts
@@ -73,10 +74,10 @@ class Config(ObjectiveConfig):
         return default if self.num_samples is None else self.num_samples
 
     def uses(self) -> list[Use]:
-        ((key, levels, weightings),) = super().uses()
+        weightings = {"objective.weighting": self.weighting}
         if self.estimator == "amortized_score":
             weightings["objective.regression_weighting"] = self.regression_weighting
-        return [Use(key, levels, weightings)]
+        return [Use("objective.levels", self.levels, weightings)]
 
     def needs(self) -> list[Need]:
         return [Need("objective.posterior.network", "posterior", self.posterior.network)]

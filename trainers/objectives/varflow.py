@@ -35,12 +35,11 @@ from torch import Tensor
 from pipelines.common.errors import UserError
 from pipelines.common.strict import PositiveInt
 from pipelines.denoiser import Condition, FeatureMaps, OneStepGenerator
-from pipelines.noise import Level, Schedule, add_noise, weight
+from pipelines.noise import Level, Schedule, Weight, add_noise, weight
 
 from ..config.level_range import sampler
 from ..config.levels import Levels, LevelSampler
-from ..config.networks import Weight
-from .base import Draw, LeastBatch, Need, ObjectiveConfig, Parts, sample_level
+from .base import Draw, LeastBatch, Need, ObjectiveConfig, Parts, data_of, sample_level
 from .energy import condition_vector, energy_loss, energy_score, grid_blocks, spread, unit_channels
 from .whole_batch import WholeBatch
 
@@ -63,7 +62,7 @@ class VarFlow(WholeBatch):
         student: OneStepGenerator,
         schedule: Schedule,
         levels: LevelSampler,
-        weighting: str = "sigma2",
+        weighting: Weight = "sigma2",
         beta: float = 1.0,
         cross: Literal["full", "paired"] = "paired",
         sigma_data: float = 0.5,
@@ -79,8 +78,8 @@ class VarFlow(WholeBatch):
         self.num_classes, self.grids, self.features = num_classes, tuple(grids), features
         self.samples = samples_per_condition
 
-    def batch_loss(self, student: Batch, data: Batch, said: Tensor | None, same_condition: bool) -> Tensor:
-        """(K,) over a whole batch that is noised to one level, without w(t), of K m student and K data samples; said (K, n): the
+    def batch_loss(self, student: Batch, data: Batch, asked: Tensor | None, same_condition: bool) -> Tensor:
+        """(K,) over a whole batch that is noised to one level, without w(t), of K m student and K data samples; asked (K, n): the
         condition vectors, if any.
 
         The mean over all grids and feature maps, each of which pulls its elements as hard as the others do. At condition_scale 1
@@ -89,21 +88,23 @@ class VarFlow(WholeBatch):
         """
         views = [(grid_blocks(student.x_t, n), grid_blocks(data.x_t, n)) for n in self.grids]
         for mine, theirs in zip(student.features, data.features, strict=True):
-            views.append(tuple(unit_channels(maps, theirs).flatten(2).permute(2, 0, 1) for maps in (mine, theirs)))
-        said = None if said is None else self.condition_scale * spread(said).to(student.x_t)
+            blocks = [unit_channels(maps, theirs).flatten(2).permute(2, 0, 1) for maps in (mine, theirs)]
+            views.append((blocks[0], blocks[1]))
+        scaled = None if asked is None else self.condition_scale * spread(asked).to(student.x_t)
         total = torch.zeros((), dtype=torch.float64, device=student.x_t.device)
         for view in views:
-            for pair in zip(*view, strict=True):
+            for x, y in zip(*view, strict=True):
                 if self.samples > 1:
-                    loss = energy_score(*pair, self.beta)
+                    loss = energy_score(x, y, self.beta)
                 else:
-                    if said is not None:
-                        pair = [torch.cat([x, said * x.shape[1] ** 0.5], 1) for x in pair]
-                    loss = energy_loss(*pair, self.beta, self.cross, same_condition)
+                    if scaled is not None:
+                        x, y = (torch.cat([v, scaled * v.shape[1] ** 0.5], 1) for v in (x, y))
+                    loss = energy_loss(x, y, self.beta, self.cross, same_condition)
                 total = total + loss / len(view[0]) ** 0.5
         return total / len(views)
 
-    def said(self, draw: Draw) -> Tensor | None:
+    def asked(self, draw: Draw) -> Tensor | None:
+        """The condition of each row as a vector (b, n), where it is part of what is compared."""
         if not self.condition_scale or draw.condition is None:
             return None
         return condition_vector(draw.condition, self.num_classes)
@@ -136,16 +137,19 @@ class VarFlow(WholeBatch):
         return x0, self.noised(x0, eps, condition, draw)
 
     def of_data(self, draw: Draw) -> list[Tensor | None]:
-        noised = self.noised(draw.x0, draw.normal("data_eps", *draw.eps.shape[1:]), draw.condition, draw)
-        return [draw.x0, self.said(draw), *noised]
+        x0 = data_of(draw)
+        noised = self.noised(x0, draw.normal("data_eps", *draw.eps.shape[1:]), draw.condition, draw)
+        return [x0, self.asked(draw), *noised]
 
     def whole_loss(self, x0: Tensor, student: Sequence[Tensor], data: Sequence[Tensor | None], draw: Draw) -> Tensor:
-        x0_data, said, *data = data
-        student, data = (Batch(x_t, features) for x_t, *features in (student, data))
+        asked = data[1]
+        x0_data, *theirs = (t for i, t in enumerate(data) if i != 1 and t is not None)
         # (b,), the mean over a row's samples
         x0_data = x0_data.repeat_interleave(self.samples, 0)
         w = weight(self.weighting, self.level(draw, len(x0)), x0, x0_data, self.sigma_data).view(-1, self.samples).mean(1)
-        return w * self.batch_loss(student, data, said, draw.condition is not None)
+        mine, theirs = list(student), list(theirs)
+        sides = Batch(mine[0], mine[1:]), Batch(theirs[0], theirs[1:])
+        return w * self.batch_loss(*sides, asked, draw.condition is not None)
 
 
 class Config(ObjectiveConfig):

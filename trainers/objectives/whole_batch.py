@@ -12,6 +12,7 @@ An objective of this kind is a subclass that says what of its samples is compare
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class WholeBatch:
         self.networks: dict[str, nn.Module] = {"student": student}
         self.frozen: dict[str, nn.Module] = frozen or {}
         self.state: dict[str, Tensor] = {}
-        self.phases = (Phase("student", ("student",), self.loss, prepare=self.prepare),)
+        self.phases: tuple[Phase, ...] = (Phase("student", ("student",), self.loss, prepare=self.prepare),)
 
     def of_student(self, draw: Draw) -> tuple[Tensor, Sequence[Tensor]]:
         """The student's samples x0 (b m, c, h, w), m for each row of the draw, one row's after another, and what the loss sees of
@@ -61,12 +62,15 @@ class WholeBatch:
     def prepare(self, draws: Sequence[Draw], gather: Callable[[Tensor], Tensor]) -> list[Injected]:
         """For each micro-batch what is injected into it; `gather` concatenates over processes."""
 
-        def whole(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-            return [None if rows[0] is None else gather(torch.cat(rows)) for rows in zip(*parts, strict=True)]
+        def whole(rows: Sequence[Tensor | None]) -> Tensor | None:
+            given = [r for r in rows if r is not None]
+            return gather(torch.cat(given)) if given else None
 
         with torch.no_grad():
-            x0, *student = whole([(x0, *seen) for x0, seen in map(self.of_student, draws)])
-            data = whole([self.of_data(d) for d in draws])
+            made = [(x0, *seen) for x0, seen in map(self.of_student, draws)]
+            x0, *student = (gather(torch.cat(rows)) for rows in zip(*made, strict=True))
+            del made
+            data = [whole(rows) for rows in zip(*[self.of_data(d) for d in draws], strict=True)]
         leaves = [t.requires_grad_() for t in student]
         loss = self.whole_loss(x0, leaves, data, draws[0])
         gradients = torch.autograd.grad(loss.sum(), leaves)
@@ -83,5 +87,6 @@ class WholeBatch:
                 data = self.of_data(draw)
             return LossTerms(self.whole_loss(x0.detach(), student, data, draw), metrics)
         # its gradient is that of the batch's loss through this micro-batch; its value is replaced by the loss's
-        surrogate = sum(dot(g, x) for g, x in zip(context.gradients, student, strict=True)).view(len(context.loss), -1).sum(1)
+        parts = (dot(g, x) for g, x in zip(context.gradients, student, strict=True))
+        surrogate = reduce(torch.add, parts).view(len(context.loss), -1).sum(1)
         return LossTerms(surrogate - surrogate.detach() + context.loss, metrics)

@@ -1,5 +1,7 @@
 """Tractable posteriors q_phi(z | x_t, t, c): normalised densities of the student's latent."""
 
+from typing import Literal
+
 from .bases import Frequencies, Haar, Learned
 from .density import Covariance, Density
 from .flow import Flow
@@ -8,7 +10,8 @@ from .unet import PosteriorOutput, UNetPosterior
 from .vectors import NeuralSplines, Planar
 
 # objective.posterior.covariance -> how a posterior of that name is built: COVARIANCES[name]((c, h, w), **options).
-COVARIANCES: dict[str, type[Covariance]] = {
+CovarianceName = Literal["diag", "haar", "dct", "learned", "lowrank", "flow", "linear", "full", "nsf", "planar"]
+COVARIANCES: dict[CovarianceName, type[Covariance]] = {
     "diag": Diagonal,
     "haar": Haar,
     "dct": Frequencies,
@@ -21,4 +24,4 @@ COVARIANCES: dict[str, type[Covariance]] = {
     "planar": Planar,
 }
 
-__all__ = ["COVARIANCES", "Covariance", "Density", "PosteriorOutput", "UNetPosterior"]
+__all__ = ["COVARIANCES", "Covariance", "CovarianceName", "Density", "PosteriorOutput", "UNetPosterior"]

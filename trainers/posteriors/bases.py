@@ -155,7 +155,8 @@ class Learned(Covariance):
         self.num_maps = c + self.MAPS
         self.conv = InvertibleConv(c, block)
         self.head = nn.Conv2d(self.MAPS, c * block**2, block, stride=block)
-        nn.init.zeros_(self.head.bias)  # but not the weights: the maps start at zero already
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)  # but not the weights: the maps start at zero already
 
     def whitening(self, maps: Tensor) -> list[Whitening]:
         mean, features = maps.tensor_split([self.shape[0]], dim=1)

@@ -78,7 +78,8 @@ class Covariance(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.shape, self.dim = tuple(shape), math.prod(shape)
+        c, h, w = shape
+        self.shape, self.dim = (c, h, w), c * h * w
 
     @full_precision
     def forward(self, maps: Tensor) -> Density:

@@ -6,6 +6,8 @@ and, if wanted, rational-quadratic splines (Durkan et al. 2019, Neural Spline Fl
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,7 +57,8 @@ class Spline:
         return x, self.spline.log_abs_det_jacobian(x, y)
 
 
-TRANSFORMS = {"affine": Affine, "spline": Spline}
+Transform = Literal["affine", "spline"]
+TRANSFORMS: dict[Transform, type[Affine] | type[Spline]] = {"affine": Affine, "spline": Spline}
 
 
 class Coupling(nn.Module):
@@ -67,7 +70,7 @@ class Coupling(nn.Module):
 
     FEATURES = 8
 
-    def __init__(self, channels: int, first_passive: bool, transform: str, hidden: int) -> None:
+    def __init__(self, channels: int, first_passive: bool, transform: Transform, hidden: int) -> None:
         super().__init__()
         self.sections, self.first_passive = [channels // 2, channels - channels // 2], first_passive
         passive, active = self.sections if first_passive else self.sections[::-1]
@@ -77,8 +80,8 @@ class Coupling(nn.Module):
         self.read_features = nn.Conv2d(self.FEATURES, hidden, 3, padding=1, bias=False)
         self.mix = nn.Conv2d(hidden, hidden, 1)
         self.write = nn.Conv2d(hidden, active * self.transform.PARAMETERS, 3, padding=1)
-        nn.init.zeros_(self.write.weight)
-        nn.init.zeros_(self.write.bias)
+        for parameter in self.write.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """x -> y (b, k, c, h, w) and log |det dy/dx| (b, k)."""
@@ -110,7 +113,7 @@ class Coupling(nn.Module):
 class Step(nn.Module):
     """An invertible convolution, then a coupling; the convolution of a scale's first step is its space-to-depth."""
 
-    def __init__(self, channels: int, block: int, first_passive: bool, transform: str, hidden: int) -> None:
+    def __init__(self, channels: int, block: int, first_passive: bool, transform: Transform, hidden: int) -> None:
         super().__init__()
         self.conv = InvertibleConv(channels, block)
         self.coupling = Coupling(channels * block**2, first_passive, transform, hidden)
@@ -136,7 +139,7 @@ class Flow(Covariance):
 
     MAX_SCALES = 3  # the third already sees 8x8 pixels as one place, and its 3x3 convolutions 24x24
 
-    def __init__(self, shape: tuple[int, int, int], blocks: int = 4, transform: str = "affine", hidden: int = 32) -> None:
+    def __init__(self, shape: tuple[int, int, int], blocks: int = 4, transform: Transform = "affine", hidden: int = 32) -> None:
         super().__init__(shape)
         c, h, w = shape
         self.num_maps = 2 * c + Coupling.FEATURES
@@ -159,6 +162,12 @@ class Flow(Covariance):
             self.factors.append(factor)
             c = mixed // 2
 
+    @property
+    def steps(self) -> list[list[Step]]:
+        """Of each scale."""
+        scales = [scale for scale in self.scales if isinstance(scale, nn.ModuleList)]
+        return [[step for step in scale if isinstance(step, Step)] for scale in scales]
+
     def whitening(self, maps: Tensor) -> list[Whitening]:
         c = self.shape[0]
         mean, log_std, features = maps.tensor_split([c, 2 * c], dim=1)
@@ -172,8 +181,9 @@ class ConditionedFlow:
         self.flow, self.features = flow, features
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        going_on, done, log_det = z.unflatten(2, self.flow.shape), [], 0.0
-        for steps, features in zip(self.flow.scales, self.features, strict=True):
+        going_on, log_det = z.unflatten(2, self.flow.shape), z.new_zeros(z.shape[:2])
+        done: list[Tensor] = []
+        for steps, features in zip(self.flow.steps, self.features, strict=True):
             for step in steps:
                 going_on, more = step(going_on, features)
                 log_det = log_det + more
@@ -183,14 +193,14 @@ class ConditionedFlow:
         return torch.cat([*done, going_on.flatten(2)], dim=2), log_det
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        shapes, log_det = self.flow.out_shapes, 0.0
+        shapes, log_det = self.flow.out_shapes, y.new_zeros(y.shape[:2])
         sizes = [(c - c // 2) * h * w for c, h, w in shapes]
         *done, coming = y.split([*sizes, y.shape[2] - sum(sizes)], dim=2)
         c, h, w = shapes[-1]
         coming = coming.unflatten(2, (c // 2, h, w))
         for i in reversed(range(len(shapes))):
             coming = torch.cat([coming, done[i].unflatten(2, (-1, *shapes[i][1:]))], dim=2)
-            for step in reversed(self.flow.scales[i]):
+            for step in reversed(self.flow.steps[i]):
                 coming, more = step.inverse(coming, self.features[i])
                 log_det = log_det + more
         return coming.flatten(2), log_det

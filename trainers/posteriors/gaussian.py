@@ -98,6 +98,8 @@ class Full(Covariance):
         nn.init.zeros_(self.head.bias)  # but not the weights: the maps start at zero already
         self.register_buffer("rows_cols", torch.tril_indices(d, d, -1), persistent=False)
 
+    rows_cols: Tensor  # (2, d (d - 1) / 2), of the entries below the diagonal
+
     def whitening(self, maps: Tensor) -> list[Whitening]:
         mean, log_diag, entries = self.head(maps.flatten(1)).tensor_split([self.dim, 2 * self.dim], dim=1)
         below = entries.new_zeros(len(entries), self.dim, self.dim)

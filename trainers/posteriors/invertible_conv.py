@@ -35,6 +35,9 @@ class InvertibleConv(nn.Module):
     out is ordered by frequency, channels together: the first channels are the low frequencies.
     """
 
+    sign: Tensor  # (size,), of U's diagonal
+    order: Tensor  # (size,), the permutation P
+
     def __init__(self, channels: int, block: int) -> None:
         super().__init__()
         size = channels * block**2

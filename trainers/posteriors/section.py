@@ -10,13 +10,13 @@ from pipelines.common.config import KINDS
 from pipelines.common.strict import PositiveInt, Strict
 
 from ..config.networks import AnyNetwork, Lora, Optimizer, kind_of_network
-from . import COVARIANCES
-from .flow import TRANSFORMS
+from . import CovarianceName
+from .flow import Transform
 
 
 class FlowOptions(Strict):
     blocks: PositiveInt = 4  # couplings at each scale
-    transform: Literal[tuple(TRANSFORMS)] = "affine"
+    transform: Transform = "affine"
     hidden: PositiveInt = 32  # channels inside a coupling's network
 
 
@@ -30,7 +30,7 @@ class Posterior(Strict):
     # teacher's frozen weights (Stable Diffusion); copy: the teacher's network, copied; or a section: one from scratch
     network: PosteriorNetwork = "shared"
     lora: Lora = Lora()  # adapter only
-    covariance: Literal[tuple(COVARIANCES)] = "linear"
+    covariance: CovarianceName = "linear"
     rank: PositiveInt = 8  # lowrank only: correlated directions
     block: PositiveInt | None = None  # learned only: side of a block; None: the largest of 4, 2, 1 that divides both sides
     flow: FlowOptions = FlowOptions()
@@ -50,6 +50,6 @@ class Posterior(Strict):
 
     def covariance_options(self) -> dict[str, Any]:
         """Keyword arguments of COVARIANCES[self.covariance]."""
-        return {"lowrank": {"rank": self.rank}, "learned": {"block": self.block}, "flow": self.flow.model_dump()}.get(
-            self.covariance, {}
-        )
+        options: dict[str, dict[str, Any]]
+        options = {"lowrank": {"rank": self.rank}, "learned": {"block": self.block}, "flow": self.flow.model_dump()}
+        return options.get(self.covariance, {})

@@ -66,10 +66,13 @@ class UNetPosterior(nn.Module):
         return covariance.num_maps + (covariance.shape[0] if with_mean else 0)
 
     @torch.no_grad()
-    def start_mean(self, conv_out: nn.Conv2d) -> None:
+    def start_mean(self, conv_out: nn.Module) -> None:
         """Copy the teacher's last convolution into the rows that make x0_mean (further channels of its are no mean)."""
-        rows = len(self.network.conv_out.weight) * self.num_means // self.network.out_channels
-        for mine, theirs in zip(self.network.conv_out.parameters(), conv_out.parameters(), strict=True):
+        own = self.network.conv_out
+        if not isinstance(own, nn.Conv2d):
+            raise ValueError(f"the posterior's last layer is a {type(own).__name__}, where a convolution makes x0_mean")
+        rows = len(own.weight) * self.num_means // (self.covariance.num_maps + self.num_means)
+        for mine, theirs in zip(own.parameters(), conv_out.parameters(), strict=True):
             mine[-rows:] = theirs[:rows]
 
     def forward(
