@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from pipelines.common.atomic import write_atomically
 from pipelines.common.errors import UserError
 
 from .idle import refuse_unread
-from .images.files import VIEWS
+from .images.files import VIEWS, Images
 from .metrics.measure import Plan, build, compute, plan
 from .metrics.one_pass import one_pass
 from .metrics.reference import load_or_measure
@@ -111,7 +110,7 @@ class InTraining:
         write_atomically(self.output / "evaluation.svg", figures.svg(chart))
 
 
-class Drawn(Dataset):
+class Drawn(Images):
     """Images in memory, prepared as files are."""
 
     def __init__(self, pixels: Tensor, protocol: Protocol, views: Sequence[str]) -> None:

@@ -80,7 +80,7 @@ class Protocol:
 
     def departures(self, reference_images: int | None = None) -> list[str]:
         """How an evaluation differs from the protocol of its name; [] if it does not. reference_images: None where unknown."""
-        standard, said = PROTOCOLS[self.name], []
+        standard, said = PROTOCOLS[self.name], list[str]()
         if self.name == "custom":
             return said
         if self.num_images != standard.num_images:

@@ -105,6 +105,8 @@ def run(job: Job) -> dict[str, Any]:
             folder, names = make_images(sampler, job, draw, accelerator)
             part = ImageFiles(str(folder), protocol, job.plan.views, names=names)
             shown = shown or part
+        if part is None:
+            raise ValueError("neither a model nor images to measure")
         begin = time.perf_counter()
         texts = job.captions.texts if job.captions is not None else None
         gathered = one_pass(
@@ -116,7 +118,7 @@ def run(job: Job) -> dict[str, Any]:
             generated.append(part.identity())
     if not first:
         return {}
-    facts = {"reference": reference.facts if reference else None, "images": generated, "extractors": described}
+    facts: dict[str, Any] = {"reference": reference.facts if reference else None, "images": generated, "extractors": described}
     facts |= {"captions": job.captions.describe() if job.captions else None, "seed": args.seed}
     facts |= {"model": sampler.describe() if sampler else None, "device": str(accelerator.device)}
     facts |= {"latency": latencies(job, sampler) if sampler is not None else {}}

@@ -28,7 +28,14 @@ PATCH = 299
 OWN_FILE = "generation.json"  # eval/images/generation.py's, beside the images that it makes
 
 
-class ImageFiles(Dataset):
+class Images(Dataset[dict[str, Tensor]]):
+    """A known number of images, each as {view: uint8 (3, h, w)}."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class ImageFiles(Images):
     """Images of a folder, a zip, parquet files or a hub data set (owner/name:split), in the order in which a person counts
     their names (pipelines/data/walk.py), or of rows.
 

@@ -19,6 +19,7 @@ from pipelines.common.reading import loading
 from pipelines.edm import EDMPipeline, PointNet
 from pipelines.loras import LoraSource, find_lora, load_lora, load_scheduler
 from pipelines.stable_diffusion import UNUSED, check_weights, only_variant, read_index
+from pipelines.stock import StockPipeline
 from pipelines.students import load_student, read_info
 
 from .seeds import image_generator, image_label
@@ -33,14 +34,21 @@ class Sampler:
     takes: "prompt", "class_labels" or "nothing".
     """
 
-    pipe: DiffusionPipeline
+    pipe: StockPipeline | EDMPipeline
     takes: str
     call: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
-        return self.pipe.unet.config.num_classes or 0 if isinstance(self.pipe, EDMPipeline) else 0
+        return self.pipe.unet.config["num_classes"] or 0 if isinstance(self.pipe, EDMPipeline) else 0
+
+    @property
+    def stock(self) -> StockPipeline:
+        """The pipeline, where it is one of diffusers' own; ValueError for an EDMPipeline."""
+        if isinstance(self.pipe, EDMPipeline):
+            raise ValueError(f"an EDMPipeline is no text-to-image pipeline: {self.facts.get('model')}")
+        return self.pipe
 
     def __call__(
         self,
@@ -58,6 +66,8 @@ class Sampler:
         if encoded is not None:
             inputs |= encoded
         elif self.takes == "prompt":
+            if captions is None:
+                raise ValueError("this model draws from text; give a caption for each index")
             inputs["prompt"] = list(captions)
         else:
             inputs["batch_size"] = len(indices)
@@ -66,7 +76,8 @@ class Sampler:
             inputs["class_labels"] = drawn if labels is None else list(labels)
         if isinstance(getattr(self.pipe, "unet", None), PointNet):
             raise UserError(f"--model: {self.facts['model']!r} makes points, not images; use `python -m eval points`")
-        images = torch.from_numpy(self.pipe(**inputs, **self.call, output_type="np").images)
+        output = self.pipe(**inputs, **self.call, output_type="np")
+        images = torch.from_numpy(output[0] if isinstance(output, tuple) else output.images)
         if images.ndim != 4 or len(images) != len(indices):
             raise ValueError(f"the pipeline returned {tuple(images.shape)}, expected {len(indices)} images (h, w, c)")
         if not bool(torch.isfinite(images).all()):
@@ -124,27 +135,28 @@ def load_sampler(
         raise UserError(f"--base-model has no effect: --model {model!r} is no student on a base model")
     else:
         pipe, info = _load_pipeline(folder, model, kwargs), {}
-    if added is not None:
+    if added is not None and lora is not None:
         _add_lora(pipe, added, lora, student)
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return Sampler(pipe, _takes(pipe), _call(pipe, info, steps, guidance_scale, image_size), facts)
 
 
-def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> DiffusionPipeline:
+def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> StockPipeline | EDMPipeline:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"--model: {model!r} has no model_index.json, student.json, student/ or teacher/ in it")
     source = str(folder) if folder.is_dir() else model
     with loading(f"--model: {shown(model, 300)} cannot be loaded"):
         index = _index(source)
-        kind = EDMPipeline if index.get("_class_name") == "EDMPipeline" else DiffusionPipeline
-        if kind is DiffusionPipeline and "requires_safety_checker" in index:  # it would blacken images
+        if index.get("_class_name") == "EDMPipeline":
+            return EDMPipeline.from_pretrained(source, use_safetensors=True, **kwargs)
+        if "requires_safety_checker" in index:  # it would blacken images
             kwargs = kwargs | {"safety_checker": None, "requires_safety_checker": False}
-        if kind is DiffusionPipeline and folder.is_dir():
+        if folder.is_dir():
             parts = [k for k, v in index.items() if isinstance(v, list) and k not in UNUSED]
             check_weights(folder, parts)
             kwargs = kwargs | {"variant": only_variant(folder, parts)}
-        return kind.from_pretrained(source, use_safetensors=True, **kwargs)
+        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **kwargs)  # type: ignore[return-value]  # see there
 
 
 def _index(source: str) -> dict[str, Any]:
@@ -156,7 +168,7 @@ def _index(source: str) -> dict[str, Any]:
         raise UserError(f"--model: {error}") from error
 
 
-def _add_lora(pipe: DiffusionPipeline, added: LoraSource, lora: str, student: Path | None) -> None:
+def _add_lora(pipe: StockPipeline | EDMPipeline, added: LoraSource, lora: str, student: Path | None) -> None:
     """A LoRA that is no student's. A scheduler stored beside it comes with it, but a student keeps its own, and its adapter."""
     if not hasattr(pipe, "load_lora_weights") or (student is not None and isinstance(pipe, EDMPipeline)):
         raise UserError(f"--lora: a {type(pipe).__name__}{' of a student' if student else ''} takes no LoRA")
@@ -171,27 +183,27 @@ def _add_lora(pipe: DiffusionPipeline, added: LoraSource, lora: str, student: Pa
         pipe.set_adapters(["student", "added"])  # the second to be loaded would be the only one that acts
 
 
-def _takes(pipe: DiffusionPipeline) -> str:
+def _takes(pipe: StockPipeline | EDMPipeline) -> str:
     known = inspect.signature(pipe.__call__).parameters
     if "prompt" in known:
         return "prompt"
     if "batch_size" not in known:
         raise UserError(f"a {type(pipe).__name__} takes neither prompts nor a batch_size: what to ask it for is not known")
-    return "class_labels" if "class_labels" in known and getattr(pipe.unet.config, "num_classes", 0) else "nothing"
+    return "class_labels" if "class_labels" in known and pipe.unet.config.get("num_classes", 0) else "nothing"
 
 
-def _call(pipe: DiffusionPipeline, info: dict[str, Any], steps, guidance_scale, image_size) -> dict[str, Any]:
+def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidance_scale, image_size) -> dict[str, Any]:
     """Keyword arguments of every call: written out even where they are the pipeline's defaults, so that reports tell them."""
     known = inspect.signature(pipe.__call__).parameters
     call: dict[str, Any] = {}
     one_step_prompts = info and "prompt" in known
     if one_step_prompts and steps is None:
-        last = pipe.scheduler.config.num_train_timesteps - 1
+        last = pipe.scheduler.config["num_train_timesteps"] - 1
         call |= {"num_inference_steps": 1} if info["readout_t"] == last else {"timesteps": [info["readout_t"]]}
     elif steps is not None:
         call["num_inference_steps"] = steps
     elif isinstance(pipe, EDMPipeline):
-        call["num_inference_steps"] = pipe.scheduler.config.num_inference_steps
+        call["num_inference_steps"] = pipe.scheduler.config["num_inference_steps"]
     else:
         call["num_inference_steps"] = known["num_inference_steps"].default
     if "guidance_scale" in known:

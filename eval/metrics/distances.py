@@ -6,6 +6,7 @@ Definitions are the ones that published numbers use; draws of subsets are torch-
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import numpy as np
 import torch
@@ -56,10 +57,13 @@ def cmmd(x: Tensor, y: Tensor, bandwidth: float = 10.0) -> float:
             raise ValueError(f"CMMD takes unit rows; norms range over {norms.min():.3g}..{norms.max():.3g}")
 
     def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
-        total = sum(
-            (p @ q.T).mul_(2).sub_(p.square().sum(1)[:, None] + q.square().sum(1)).div_(2 * bandwidth**2).exp_().sum()
-            for p in _blocks(a)
-            for q in _blocks(b)
+        total = reduce(
+            torch.add,
+            (
+                (p @ q.T).mul_(2).sub_(p.square().sum(1)[:, None] + q.square().sum(1)).div_(2 * bandwidth**2).exp_().sum()
+                for p in _blocks(a)
+                for q in _blocks(b)
+            ),
         )
         return total / (len(a) * len(b))
 

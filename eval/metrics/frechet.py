@@ -133,9 +133,10 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
 def _trace_sqrt(cov_a: Tensor, cov_b: Tensor) -> Tensor:
     """tr((S_a S_b)^(1/2)) >= 0, a scalar."""
     factors = [_cholesky(cov) for cov in (cov_a, cov_b)]
-    if any(factor is None for factor in factors):
-        factors = [_truncated_root(cov) for cov in (cov_a, cov_b)]
-    return torch.linalg.svdvals(factors[0].T @ factors[1]).sum()
+    a, b = factors
+    if a is None or b is None:
+        a, b = (_truncated_root(cov) for cov in (cov_a, cov_b))
+    return torch.linalg.svdvals(a.T @ b).sum()
 
 
 def _cholesky(cov: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from pipelines.common.errors import UserError
 
@@ -14,7 +14,27 @@ from ..networks import weights
 from ..networks.weights import Found
 from ..protocols import AGAINST_REFERENCE, METRICS, RAW_FEATURES, Protocol
 
+if TYPE_CHECKING:  # a plan is made before torch is imported
+    import torch
+
+    from ..networks.extractors import Extractor
+    from .one_pass import Gathered
+    from .reference import Reference
+
 CLIP_336, CLIP_L14, DINOV2 = "openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14", "facebook/dinov2-large"
+
+
+class Number(TypedDict, total=False):
+    """A metric of one set of images. std_over_...: of its parts (None for one image); images_below_dimension: the features'
+    dimension, where there are not more images than that.
+    """
+
+    value: Required[float]
+    images_below_dimension: int
+    std_over_subsets: float
+    subset_size: int
+    std_over_splits: float
+    std_over_images: float | None
 
 
 @dataclass(frozen=True)
@@ -76,11 +96,12 @@ def plan(protocol: Protocol, given: dict[str, str | None], folder: Path) -> Plan
     return Plan(protocol, found, names, head)
 
 
-def build(plan: Plan, device: Any = "cpu") -> dict[str, Any]:
+def build(plan: Plan, device: torch.device | str = "cpu") -> dict[str, Extractor]:
     """The extractors themselves. Metrics that read one network the same way share it."""
     from ..networks.extractors import Clip, DinoV2, Inception
 
-    protocol, extractors = plan.protocol, {}
+    protocol = plan.protocol
+    extractors: dict[str, Extractor] = {}
     shared = plan.shares_clip
     for key, found in plan.found.items():
         if key == "clip_aesthetic" and shared:
@@ -102,7 +123,7 @@ def build(plan: Plan, device: Any = "cpu") -> dict[str, Any]:
     return extractors
 
 
-def without_logits(extractor: Any) -> Any:
+def without_logits(extractor: Extractor) -> Extractor:
     """The same network for the reference, of which no score is taken."""
     if "logits" not in extractor.outputs:
         return extractor
@@ -111,30 +132,36 @@ def without_logits(extractor: Any) -> Any:
     return view
 
 
-def compute(metrics: Sequence[str], gathered: Any, reference: Any) -> dict[str, dict[str, Any]]:
-    """{number: {"value": v, ...}} of one set: gathered (one_pass.Gathered) against reference (reference.Reference, or None where
-    no metric needs it). precision_recall gives "precision" and "recall".
+def compute(metrics: Sequence[str], gathered: Gathered, reference: Reference | None) -> dict[str, Number]:
+    """The numbers of one set of images, by name, from what one pass left; precision_recall gives "precision" and "recall".
+
+    reference: None where no metric compares with real images; ValueError where one does.
     """
     from .distances import cmmd, kernel_distance, precision_recall
     from .frechet import frechet_from_moments
 
-    numbers: dict[str, dict[str, float]] = {}
+    def real() -> Reference:
+        if reference is None:
+            raise ValueError(f"{', '.join(metrics)}: a metric compares with real images, and there is no reference")
+        return reference
+
+    numbers: dict[str, Number] = {}
     for metric in metrics:
         key = METRICS[metric]
         if metric in ("fid", "patch_fid", "fd_dinov2"):
             stats = gathered.stats[key]
-            numbers[metric] = {"value": frechet_from_moments(stats.mean, stats.cov, *reference.moments[key])}
+            numbers[metric] = {"value": frechet_from_moments(stats.mean, stats.cov, *real().moments[key])}
             if gathered.n <= stats.dim:
                 numbers[metric]["images_below_dimension"] = stats.dim
         elif metric == "kid":
-            size = min(1000, gathered.n, len(reference.rows[key]))
-            mean, std = kernel_distance(gathered.rows[key], reference.rows[key], size=size)
+            size = min(1000, gathered.n, len(real().rows[key]))
+            mean, std = kernel_distance(gathered.rows[key], real().rows[key], size=size)
             numbers[metric] = {"value": mean, "std_over_subsets": std, "subset_size": size}
         elif metric == "precision_recall":
-            precision, recall = precision_recall(gathered.rows[key], reference.rows[key])
+            precision, recall = precision_recall(gathered.rows[key], real().rows[key])
             numbers |= {"precision": {"value": precision}, "recall": {"value": recall}}
         elif metric == "cmmd":
-            numbers[metric] = {"value": cmmd(gathered.rows[key], reference.rows[key])}
+            numbers[metric] = {"value": cmmd(gathered.rows[key], real().rows[key])}
         elif metric == "inception_score":
             mean, std = gathered.inception[key].value()
             numbers[metric] = {"value": mean, "std_over_splits": std}
@@ -144,7 +171,7 @@ def compute(metrics: Sequence[str], gathered: Any, reference: Any) -> dict[str, 
     return numbers
 
 
-def over_draws(draws: Sequence[dict[str, dict[str, float]]], report: str) -> dict[str, dict[str, Any]]:
+def over_draws(draws: Sequence[dict[str, Number]], report: str) -> dict[str, dict[str, Any]]:
     """Numbers of each draw -> {number: {value, draws, mean, std, min}}; value: the least of the draws where report is "min" and
     lower is better, else their mean; std: None for a single draw.
     """
@@ -154,10 +181,10 @@ def over_draws(draws: Sequence[dict[str, dict[str, float]]], report: str) -> dic
 
     joined: dict[str, dict[str, Any]] = {}
     for name in draws[0]:
-        values = [draw[name]["value"] for draw in draws]
+        values, rows = [draw[name]["value"] for draw in draws], [dict(draw[name]) for draw in draws]
         least = report == "min" and LOWER_IS_BETTER[name]
         facts = {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "min": min(values)}
-        more = {key: [draw[name][key] for draw in draws] for key in draws[0][name] if key != "value"}
+        more = {key: [row[key] for row in rows] for key in rows[0] if key != "value"}
         joined[name] = {"value": min(values) if least else fmean(values), "draws": values, **facts, **more}
         joined[name]["value_is"] = (
             "the least of the draws" if least and len(values) > 1 else "the mean" if len(values) > 1 else "one draw"

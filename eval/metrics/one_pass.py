@@ -7,18 +7,22 @@ So the numbers depend neither on the number of processes nor on who was faster.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pipelines.common.errors import UserError
 
-from ..images.files import same_sizes
+from ..images.files import Images, same_sizes
 from ..networks.extractors import Extractor
 from .distances import InceptionScore
 from .frechet import GaussianStats
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Rows = dict[str, dict[str, Tensor]]  # extractor -> output -> (b, columns) on the CPU
 
@@ -62,13 +66,13 @@ class Gathered:
 
 
 def one_pass(
-    images: Dataset,
+    images: Images,
     extractors: Mapping[str, Extractor],
     keep: Sequence[str] = (),
     captions: Sequence[str] | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    accelerator=None,
+    accelerator: Accelerator | None = None,
     progress: str | None = None,
     start_method: str | None = None,
 ) -> Gathered:
@@ -83,12 +87,21 @@ def one_pass(
     return gathered
 
 
-def _rounds(images, extractors, captions, batch_size, workers, accelerator, progress, start_method) -> Iterator[Rows]:
+def _rounds(
+    images: Images,
+    extractors: Mapping[str, Extractor],
+    captions: Sequence[str] | None,
+    batch_size: int,
+    workers: int,
+    accelerator: Accelerator | None,
+    progress: str | None,
+    start_method: str | None,
+) -> Iterator[Rows]:
     """Rows in the order of the images; on the main process only."""
     n = len(images)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     blocks = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
-    mine = blocks[rank::world]
+    mine = [list(block) for block in blocks[rank::world]]
     context = start_method if workers else None
     loader = iter(
         DataLoader(images, batch_sampler=mine, num_workers=workers, collate_fn=same_sizes, multiprocessing_context=context)
@@ -98,8 +111,9 @@ def _rounds(images, extractors, captions, batch_size, workers, accelerator, prog
     for first in range(0, len(blocks), world):
         block = blocks[first + rank] if first + rank < len(blocks) else range(0)
         rows = _extract(next(loader), block, extractors, captions) if len(block) else None
-        if world == 1:
-            yield rows
+        if accelerator is None or world == 1:
+            if rows is not None:
+                yield rows
         else:  # every process sends a tensor of one shape; what is missing from the last round is cut off again
             sent = torch.zeros(batch_size, sum(size for *_, size in sizes), device=accelerator.device)
             if rows is not None:

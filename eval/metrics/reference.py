@@ -110,11 +110,12 @@ def save(reference: Reference, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reference.json").unlink(missing_ok=True)
     for key, (mean, cov) in reference.moments.items():
-        arrays = {"mu": mean.numpy(), "sigma": cov.numpy(), "n": np.int64(reference.facts["images"]["n"])}
-        if key in reference.rows:
-            arrays["features"] = reference.rows[key].numpy()
+        mu, sigma, n = mean.numpy(), cov.numpy(), np.int64(reference.facts["images"]["n"])
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        if key in reference.rows:
+            np.savez(buffer, mu=mu, sigma=sigma, n=n, features=reference.rows[key].numpy())
+        else:
+            np.savez(buffer, mu=mu, sigma=sigma, n=n)
         write_atomically(folder / f"{key}.npz", buffer.getvalue())
     write_atomically(folder / "reference.json", (json.dumps(reference.facts, indent=1) + "\n").encode())
 
@@ -183,7 +184,9 @@ def _published(path: Path, extractors: dict[str, dict[str, Any]], dims: dict[str
     arrays = _read(path, ("mu", "sigma"), dims["inception"])
     facts = {"file": path.name, "sha256": sha256(path), "images": {"n": None}, "extractors": {}}
     return Reference(
-        facts | {"note": "as published: nothing in it says of which images"}, {"inception": tuple(arrays.values())}, {}
+        facts | {"note": "as published: nothing in it says of which images"},
+        {"inception": (arrays["mu"], arrays["sigma"])},
+        {},
     )
 
 

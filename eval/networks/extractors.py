@@ -90,7 +90,7 @@ class Inception:
                     f"{weights.path} is no TorchScript Inception in the format of inception-2015-12-05.pt: "
                     f"{str(error).strip().splitlines()[-1]}; copy or download it again"
                 ) from error
-            self.output = self._output_weight() if logits else None
+            self.output = self._output_weight() if logits else torch.empty(0)  # (classes, d)
         with loading(f"{weights.path} is no Inception in the format of inception-2015-12-05.pt", COPY):
             dim = self._features(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device)).shape[1]
         self.outputs = {"features": dim} | ({"logits": len(self.output)} if logits else {})
@@ -169,7 +169,7 @@ class DinoV2:
         self.weights, self.device = weights, torch.device(device)
         with loading(f"{weights.path} is no whole DINOv2 model", COPY):
             net = Dinov2Model.from_pretrained(weights.path, use_safetensors=True)
-        self.net = net.to(device).eval().requires_grad_(False)
+        self.net = net.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # transformers' wrapper hides arguments
         self.outputs = {"features": self.net.config.hidden_size}
 
     @torch.inference_mode()
@@ -226,7 +226,9 @@ class Clip:
         self.name, self.weights, self.prefix, self.device, self.view = name, weights, prefix, torch.device(device), view
         self.net = (_OpenClip if name.startswith(OPEN_CLIP) else _Transformers)(name, weights, self.device)
         self.aesthetic_weights = aesthetic
-        self.head = Aesthetic.load(aesthetic).to(device) if "aesthetic" in wanted else None
+        if "aesthetic" in wanted and aesthetic is None:
+            raise ValueError("the aesthetic score needs the weights of its head")
+        self.head = Aesthetic.load(aesthetic).to(device) if aesthetic is not None and "aesthetic" in wanted else None
         if self.head is not None and self.net.dim != 768:
             raise UserError(f"the aesthetic predictor reads 768 columns, {weights.path} gives {self.net.dim}; it needs ViT-L/14")
         self.outputs = {"features": self.net.dim, "cosine": 1, "aesthetic": 1}
@@ -237,6 +239,8 @@ class Clip:
             unit = self.of_images(images)
             found = {"features": unit}
             if "cosine" in self.outputs:
+                if captions is None:
+                    raise ValueError("the cosine of images and captions needs captions")
                 found["cosine"] = (unit * self.of_texts(captions)).sum(1, keepdim=True)
             if self.head is not None:
                 found["aesthetic"] = self.head(unit)
@@ -272,7 +276,7 @@ class _Transformers:
             net = CLIPModel.from_pretrained(weights.path)
             self.tokenizer = AutoTokenizer.from_pretrained(weights.path)
             self.processor = AutoImageProcessor.from_pretrained(weights.path)
-        self.net = net.to(device).eval().requires_grad_(False)
+        self.net = net.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # as above
         self.input = type(self.processor).__name__
         self.device, self.dim = device, self.net.config.projection_dim
         self.longest = self.net.config.text_config.max_position_embeddings
@@ -303,6 +307,7 @@ class _Transformers:
 
 class _OpenClip:
     input = "open_clip's own transform (Pillow bicubic)"
+    as_published = True  # by the model's name
 
     def __init__(self, name: str, weights: Found, device: torch.device) -> None:
         try:

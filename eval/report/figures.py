@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -81,9 +82,9 @@ def captioned_rows(rows: Sequence[tuple[str, str, Tensor]], captions: Sequence[s
             draw.text((margin + left + i * (side + gap), first + j * (size + 4)), line, fill=REAL, font=plain)
     for r, (name, note, pixels) in enumerate(rows):
         y = top + r * (side + gap)
-        lines = [(line, bold, INK) for line in _wrapped(name, bold, left - gap)]
-        lines += [(line, plain, REAL) for line in _wrapped(note, plain, left - gap)]
-        for j, (line, font, colour) in enumerate(lines):
+        text = [(line, bold, INK) for line in _wrapped(name, bold, left - gap)]
+        text += [(line, plain, REAL) for line in _wrapped(note, plain, left - gap)]
+        for j, (line, font, colour) in enumerate(text):
             draw.text((margin, y + (side - (size + 4) * len(lines)) // 2 + j * (size + 4)), line, fill=colour, font=font)
         for i, picture in enumerate(pixels[: len(captions)]):
             tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
@@ -203,8 +204,15 @@ def ess_chart(runs: Sequence[tuple[str, dict[float, tuple[list[int], list[float]
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, title="noise level", title_fontsize=8, **beside)
+        axes.legend(
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+            title="noise level",
+            title_fontsize=8,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+        )
         style_axes(axes, label, "step")
     return figure
 
@@ -261,8 +269,10 @@ def distance_chart(series: Sequence[tuple[str, str, Tensor]], threshold: float) 
     axes = figure.add_subplot()
     top = max(float(values.quantile(0.999)) for _, _, values in series)
     for label, colour, values in series:
-        style = {"histtype": "stepfilled", "alpha": 0.25} if colour == REAL else {"histtype": "step", "linewidth": 1.6}
-        axes.hist(values.numpy(), bins=np.linspace(0, top, 60), density=True, color=colour, label=label, **style)
+        style: dict[str, Any] = (
+            {"histtype": "stepfilled", "alpha": 0.25} if colour == REAL else {"histtype": "step", "linewidth": 1.6}
+        )
+        axes.hist(values.numpy(), bins=np.linspace(0, top, 60).tolist(), density=True, color=colour, label=label, **style)
     axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="1st percentile of real to real")
     axes.set_yticks([])
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)

@@ -91,8 +91,8 @@ def comparable(contents: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
             for part in sorted(mine.keys() | theirs.keys()):
                 if mine.get(part) != theirs.get(part):
                     faults.append(f"{part} of {key} {'differ' if part == 'settings' else 'differs'} between {first} and {name}")
-        mine, theirs = (_reference_id(c) for c in (base, other))
-        if None not in (mine, theirs) and mine != theirs:
+        images, others = (_reference_id(c) for c in (base, other))
+        if None not in (images, others) and images != others:
             faults.append(f"the reference images differ between {first} and {name}")
         if (base["captions"] or {}).get("sha256") != (other["captions"] or {}).get("sha256"):
             faults.append(f"the captions differ between {first} and {name}")

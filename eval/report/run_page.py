@@ -30,7 +30,7 @@ from .training_log import curves, read_metrics
 REFRESH = 60  # seconds after which a browser looks again, while the training goes on
 CHARTS, POINTS, GRIDS = 8, 400, 12  # at most; of more grids the first, the last and some between
 # What a page can show, most telling first: the end of a key, its title.
-SHOWN = (
+SHOWN: tuple[tuple[str, str], ...] = (
     ("information", "information (nats)"),
     ("x0_gap", "score gap (x0_gap)"),
     ("regression_error", ""),
@@ -160,6 +160,8 @@ def best_snapshot(run: RunFiles) -> str:
     name, (steps, values) = next(iter(measured.items()))
     best = rules.best_step(steps, values, LOWER_IS_BETTER[name], run.snapshots)
     over_all = rules.best_step(steps, values, LOWER_IS_BETTER[name], steps)
+    if over_all is None:
+        raise ValueError(f"no step of {name} was measured")
     whole = f"best {escape(TITLES[name])}: {over_all[1]:.4g} at step {over_all[0]}"
     if best is None:
         return f"No snapshot is kept of a step that was measured ({whole}). Set <code>snapshot_every</code> as evaluation.every."

@@ -154,7 +154,11 @@ def spread(steps: Steps, ratios: Values) -> Verdict:
 def diversity(steps: Steps, ratios: Values) -> Verdict:
     """Mean distance between pictures of one prompt as a share of the teacher's."""
     advice = "Lower teacher.guidance_scale or student.optimizer.lr, or draw higher noise levels"
-    for low, kind, title in ((NO_DIVERSITY, "bad", "one picture for a prompt"), (LOW_DIVERSITY, "warn", "low diversity")):
+    bounds: tuple[tuple[float, Kind, str], ...] = (
+        (NO_DIVERSITY, "bad", "one picture for a prompt"),
+        (LOW_DIVERSITY, "warn", "low diversity"),
+    )
+    for low, kind, title in bounds:
         if said := _compared(steps, ratios, "diversity", low, kind, title, advice):
             return said
     return _ends(ratios, "diversity")

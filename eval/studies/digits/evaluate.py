@@ -164,8 +164,10 @@ def evaluate(
     """Generate and measure. load: model folder and role -> pipeline; say: gets a line for each finished part."""
     if load is None:
         load = load_pipeline
-        for run, role in ((teacher, "teacher"), *((student, "student") for student in students)):  # before minutes of work
-            check_fits(load(run.model, role), run, role, tuple(DATASETS[protocol.dataset]().pixels.shape[1:]))
+        c, h, w = DATASETS[protocol.dataset]().pixels.shape[1:]
+        models: list[tuple[Run, Role]] = [(teacher, "teacher"), *((student, "student") for student in students)]
+        for run, role in models:  # before minutes of work
+            check_fits(load(run.model, role), run, role, (c, h, w))
     extractor = EXTRACTORS[protocol.extractor]()
     reference = measure_reference(DATASETS[protocol.dataset](), extractor)
     say(f"real images against themselves (halves): FD {reference.floor['fd']:.3f} +- {reference.floor['fd_std']:.3f}")
@@ -207,7 +209,7 @@ def check_fits(pipe: Any, run: Run, role: Role, shape: tuple[int, int, int]) -> 
     if not isinstance(pipe, EDMPipeline):
         raise UserError(f"{role} {run.name!r}: {run.model} is a {type(pipe).__name__}, this study is of EDM pipelines")
     config = pipe.unet.config
-    made = (config.out_channels, config.sample_size, config.sample_size)
+    made = (config["out_channels"], config["sample_size"], config["sample_size"])
     if made != shape:
         raise UserError(
             f"{role} {run.name!r}: {run.model} makes images of {made}, the study is of {shape} (channels, height, width)"
@@ -230,4 +232,6 @@ def load_pipeline(folder: Path, role: Role) -> Any:
 
 
 def _balance(images: ImageSet) -> list[float]:
+    if images.labels is None:
+        raise ValueError("images without labels have no balance of classes")
     return class_balance(images.labels, len(images.class_names)).tolist()

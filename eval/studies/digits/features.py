@@ -120,6 +120,8 @@ def train_digits_extractor(seed: int = 0, epochs: int = 15) -> DigitsExtractor:
     """
     digits = load_digits()
     x, y = to_unit(digits.pixels).double(), digits.labels
+    if y is None:
+        raise ValueError("digits without labels train no classifier")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
     held_out, training = order[: len(x) // 5], order[len(x) // 5 :]
@@ -138,10 +140,10 @@ def _initialised(generator: torch.Generator) -> DigitsNet:
     with torch.device("meta"):  # the constructor would otherwise draw from, and so advance, the global generator
         net = DigitsNet()
     net = net.to(torch.float64).to_empty(device="cpu")
-    for layer in net.children():
+    for layer in (net.conv1, net.conv2, net.conv3, net.features, net.logits):
         bound = layer.weight[0].numel() ** -0.5
-        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        for parameter in layer.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
     return net
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,17 @@ class Generated:
         return self.seconds / len(self.pixels)
 
 
+class Draws(Protocol):
+    """What draws images: EDMPipeline, or anything that is called like it."""
+
+    @property
+    def unet(self) -> nn.Module: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
 def generate(
-    pipe: Callable[..., Any],
+    pipe: Draws,
     n: int,
     seed: int = 0,
     batch_size: int = 500,

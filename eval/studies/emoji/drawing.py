@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
+
+from pipelines.stock import StockPipeline
 
 from ...images.sampler import Sampler
 from ...metrics.frechet import GaussianStats, frechet_distance
@@ -46,11 +48,11 @@ class Workers:
         with one_thread(), ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             stop = threading.Event()
 
-            def unless_stopped(job: Callable[[], T]) -> T | None:
+            def unless_stopped(job: Callable[[], T]) -> list[T]:
                 if stop.is_set():
-                    return None  # which nobody will read: the error that stopped it is raised
+                    return []  # which nobody will read: the error that stopped it is raised
                 try:
-                    return job()
+                    return [job()]
                 except BaseException:
                     stop.set()
                     raise
@@ -65,7 +67,7 @@ class Workers:
             except BaseException:  # Ctrl-C comes to this thread
                 stop.set()
                 raise
-            return [future.result() for future in futures]
+            return [made for future in futures for made in future.result()]
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,14 @@ def blocks(first: int, last: int, size: int) -> list[range]:
     return [range(i, min(i + size, last)) for i in range(first, last, size)]
 
 
-def twin(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def twin(pipe: StockPipeline) -> StockPipeline:
     """The same networks with a scheduler and a tokenizer of its own: those have a state, so two threads cannot share them."""
     twins = copy.copy(pipe)
     twins.scheduler, twins.tokenizer = copy.deepcopy(pipe.scheduler), copy.deepcopy(pipe.tokenizer)
     return twins
 
 
-def encode(pipe: DiffusionPipeline, captions: Sequence[str], units: Tensor, batch_size: int, workers: Workers) -> Texts:
+def encode(pipe: StockPipeline, captions: Sequence[str], units: Tensor, batch_size: int, workers: Workers) -> Texts:
     """All prompts once, for all models that share the text encoder. units: CLIP's of them."""
     parts = blocks(0, len(captions), batch_size)
 
@@ -117,20 +119,20 @@ def encode(pipe: DiffusionPipeline, captions: Sequence[str], units: Tensor, batc
 
     with torch.no_grad(), one_thread():
         empty = twin(pipe).encode_prompt([""], "cpu", 1, False)[0]
-    found = workers.run([lambda part=part: embed(part) for part in parts])
+    found = workers.run([partial(embed, part) for part in parts])
     return Texts(torch.cat(found), empty, units)
 
 
 def of_images(clip: Clip, pixels: Tensor, batch_size: int, workers: Workers) -> Tensor:
     """CLIP's unit vectors of pictures, (n, d)."""
-    return torch.cat(workers.run([lambda part=part: clip.of_images(part) for part in pixels.split(batch_size)]))
+    return torch.cat(workers.run([partial(clip.of_images, part) for part in pixels.split(batch_size)]))
 
 
 def of_texts(clip: Clip, captions: Sequence[str], batch_size: int, workers: Workers) -> Tensor:
     """CLIP's unit vectors of captions, (n, d)."""
     clip.of_texts(captions[:1])  # which sets the tokenizer's padding and truncation: no thread has to, while another one reads
     parts = blocks(0, len(captions), batch_size)
-    return torch.cat(workers.run([lambda part=part: clip.of_texts(captions[part.start : part.stop]) for part in parts]))
+    return torch.cat(workers.run([partial(clip.of_texts, captions[part.start : part.stop]) for part in parts]))
 
 
 def is_guided(sampler: Sampler) -> bool:
@@ -145,13 +147,13 @@ def draw(
     guided = is_guided(sampler)
 
     def one(batch: range) -> tuple[Tensor, Tensor]:
-        own = replace(sampler, pipe=twin(sampler.pipe))
+        own = replace(sampler, pipe=twin(sampler.stock))
         encoded: dict[str, Any] = {"prompt_embeds": texts.embeds[batch.start : batch.stop]}
         if guided:
             encoded["negative_prompt_embeds"] = texts.empty.expand(len(batch), -1, -1)
         pixels = own(batch, seed, encoded=encoded)
         return pixels, clip.of_images(pixels)
 
-    found = workers.run([lambda batch=batch: one(batch) for batch in batches], label, [len(batch) for batch in batches])
+    found = workers.run([partial(one, batch) for batch in batches], label, [len(batch) for batch in batches])
     pixels, units = zip(*found, strict=True)
     return Drawn(torch.cat(pixels), torch.cat(units))

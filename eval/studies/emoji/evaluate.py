@@ -149,7 +149,7 @@ def evaluate(
         names, models, runs, found, timed.seconds, [timed.first, *drawn], strict=True
     ):
         say(f"{name}: {1000 * seconds:.1f} ms a picture")
-        facts = {"seconds_per_image": seconds, "n": protocol.num_images, "call": sampler.call}
+        facts: dict[str, Any] = {"seconds_per_image": seconds, "n": protocol.num_images, "call": sampler.call}
         facts |= {"scheduler": type(sampler.pipe.scheduler).__name__}
         if run is not None:
             facts |= {"train_seconds": run.info.get("train_seconds"), "train_steps": run.info.get("steps")}
@@ -194,7 +194,7 @@ def make_judge(
     workers, size = Workers(cores()), protocol.batch_size
     units = of_texts(clip, real.captions, size, workers)
     measured_real = measure_real(real, units, prompts.held_out(pictures), clip, size, workers)
-    texts = encode(teacher.pipe, captions, units[: len(captions)], size, workers)
+    texts = encode(teacher.stock, captions, units[: len(captions)], size, workers)
     say(f"real pictures against themselves (halves): FD {measured_real.facts['fd']:.4f}")
     return Judge(protocol, captions, measured_real, texts, clip, workers)
 
@@ -209,8 +209,8 @@ def load_student(run: Run, base_model: str) -> Sampler:
     sampler = load_sampler(str(run.model), base_model=base_model)
     check_fits(sampler, f"student {run.name!r}")
     if run.info.get("weights") == "lora":
-        sampler.pipe.fuse_lora()
-        sampler.pipe.unload_lora_weights()
+        sampler.stock.fuse_lora()
+        sampler.stock.unload_lora_weights()
     return sampler
 
 
@@ -259,6 +259,6 @@ def identity(many: Sampler, judge: Judge) -> dict[str, Any]:
     """All that the teacher's numbers depend on, part by part."""
     protocol = judge.protocol
     measuring = {f"clip.{key}": value for key, value in judge.clip.describe().items() if key not in ("file", "published")}
-    chosen = {"n": protocol.num_images, "seed": protocol.seed, "batch_size": protocol.batch_size}
+    chosen: dict[str, Any] = {"n": protocol.num_images, "seed": protocol.seed, "batch_size": protocol.batch_size}
     chosen |= {"format": teacher.FORMAT, "captions": sha256_of(judge.captions), "reference": judge.real.sha256}
     return many.identity(judge.captions) | measuring | chosen

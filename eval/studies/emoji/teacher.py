@@ -53,7 +53,7 @@ def check_fits(sampler: Sampler, name: str) -> None:
     pipe = sampler.pipe
     if not isinstance(pipe, StableDiffusionPipeline):
         raise UserError(f"{name} is a {type(pipe).__name__}; this study is of a StableDiffusionPipeline and its students")
-    side = sampler.call.get("height") or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = sampler.call.get("height") or pipe.unet.config["sample_size"] * pipe.vae_scale_factor
     if (side, pipe.vae.config.out_channels) != (emoji.SIZE, 3):
         raise UserError(
             f"{name} draws {pipe.vae.config.out_channels} channels of {side} pixels a side, this study is of 3 of {emoji.SIZE}"

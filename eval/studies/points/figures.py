@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ def scatter_chart(samples: Mapping[str, Tensor], mixture: GaussianMixture, colum
     for i, (title, x) in enumerate(samples.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.contour(axis, axis, log_p.clamp(min=-20), levels=8, linewidths=0.4, colors=REAL, alpha=0.6)
-        axes.scatter(*x[:5000].T.cpu(), s=0.6, color=student_colour(0), alpha=0.5, linewidths=0)
+        across, up = x[:5000].T.cpu()
+        axes.scatter(across, up, s=0.6, color=student_colour(0), alpha=0.5, linewidths=0)
         axes.set(xlim=(-SIDE, SIDE), ylim=(-SIDE, SIDE), xticks=[], yticks=[], aspect="equal")
         axes.set_title(title, fontsize=7.5, color=INK)
     return figure
@@ -67,7 +69,7 @@ def tightness_chart(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     for j, (label, levels) in enumerate(rows.items()):
         sigma = [r["sigma"] for r in levels]
-        line = {"color": student_colour(j), "linewidth": 1.4, "marker": "o", "markersize": 2.5}
+        line: dict[str, Any] = {"color": student_colour(j), "linewidth": 1.4, "marker": "o", "markersize": 2.5}
         left.plot(sigma, [r["bound"] for r in levels], label=label, **line)
         left.plot(sigma, [r["kl"] for r in levels], "--", color=student_colour(j), linewidth=1.2)
         gap, error = ([r[k] for r in levels] for k in ("gap", "gap_error"))

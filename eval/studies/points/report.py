@@ -14,7 +14,7 @@ from pipelines.common.atomic import write_atomically
 from pipelines.common.errors import UserError
 from pipelines.common.provenance import git_commit, versions
 from pipelines.common.reading import loading, read_yaml
-from pipelines.edm import PointNet
+from pipelines.edm import EDMPipeline, PointNet
 
 from ...images.sampler import load_sampler
 from .figures import scatter_chart
@@ -27,10 +27,10 @@ def measure_points(model: str, num_points: int, seed: int, law: str | None, outp
     """
     mixture = read_law(law, Path(model))
     sampler = load_sampler(model)
-    if not isinstance(sampler.pipe.unet, PointNet):
+    if not isinstance(sampler.pipe, EDMPipeline) or not isinstance(sampler.pipe.unet, PointNet):
         raise UserError(f"--model: {model!r} makes images; `python -m eval run` measures them")
-    if sampler.pipe.unet.config.in_channels != mixture.shape[0]:
-        dimensions = sampler.pipe.unet.config.in_channels
+    dimensions = sampler.pipe.unet.config["in_channels"]
+    if dimensions != mixture.shape[0]:
         raise UserError(f"--law: a mixture in {mixture.shape[0]} dimensions, but {model!r} makes points in {dimensions}")
     x = draw(sampler.pipe, num_points, seed)
     truth = mixture.sample(num_points, torch.Generator().manual_seed(seed + 1)).flatten(1)
