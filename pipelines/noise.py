@@ -22,7 +22,11 @@ PredictionType = Literal["sample", "epsilon", "v_prediction", "flow"]
 
 
 def widen(value: Tensor) -> Tensor:
-    """(b,) -> (b, 1, 1, 1); anything that is not one number per sample raises ValueError."""
+    """(b,) -> (b, 1, 1, 1); anything that is not one number per sample raises ValueError.
+
+    >>> widen(torch.tensor([0.5, 2.0])).shape
+    torch.Size([2, 1, 1, 1])
+    """
     if value.ndim != 1:
         raise ValueError(f"a per-sample quantity must have shape (b,), got {tuple(value.shape)}")
     return value.reshape(-1, 1, 1, 1)
@@ -59,7 +63,12 @@ class Level:
 
 
 def add_noise(x0: Tensor, eps: Tensor, level: Level) -> Tensor:
-    """x_t = alpha x0 + sigma eps, (b, c, h, w)."""
+    """x_t = alpha x0 + sigma eps, (b, c, h, w).
+
+    >>> level = EDMSchedule().level(torch.tensor([2.0]))
+    >>> add_noise(torch.full((1, 1, 1, 2), 0.5), torch.tensor([[[[1.0, -1.0]]]]), level).tolist()
+    [[[[2.5, -1.5]]]]
+    """
     return level.alpha * x0 + level.sigma * eps
 
 
@@ -76,7 +85,16 @@ def _output_coefficients(prediction_type: str, level: Level) -> tuple[Tensor | f
 
 
 def to_x0(out: Tensor, x_t: Tensor, level: Level, prediction_type: PredictionType) -> Tensor:
-    """Network output -> x0, (b, c, h, w). Singular only where it must be: epsilon at alpha = 0."""
+    """Network output -> x0, (b, c, h, w). Singular only where it must be: epsilon at alpha = 0.
+
+    ValueError for a prediction type that is not known.
+
+    >>> level = RectifiedFlowSchedule().level(torch.tensor([0.5]))  # x_t = x0 / 2 + eps / 2
+    >>> x0, eps = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), -1.0)
+    >>> x_t = add_noise(x0, eps, level)
+    >>> [to_x0(out, x_t, level, kind).item() for out, kind in ((x0, "sample"), (eps, "epsilon"), (eps - x0, "flow"))]
+    [3.0, 3.0, 3.0]
+    """
     if prediction_type == "sample":
         return out
     a, b = _output_coefficients(prediction_type, level)
@@ -84,7 +102,14 @@ def to_x0(out: Tensor, x_t: Tensor, level: Level, prediction_type: PredictionTyp
 
 
 def from_x0(x0: Tensor, x_t: Tensor, level: Level, prediction_type: PredictionType) -> Tensor:
-    """x0 -> what a network of that prediction type would have put out, (b, c, h, w). Singular at sigma = 0."""
+    """x0 -> what a network of that prediction type would have put out, (b, c, h, w). Singular at sigma = 0.
+
+    ValueError for a prediction type that is not known.
+
+    >>> level = RectifiedFlowSchedule().level(torch.tensor([0.5]))
+    >>> from_x0(torch.full((1, 1, 1, 1), 3.0), torch.ones(1, 1, 1, 1), level, "flow").item()  # eps - x0, of eps = -1
+    -4.0
+    """
     if prediction_type == "sample":
         return x0
     a, b = _output_coefficients(prediction_type, level)
@@ -92,12 +117,20 @@ def from_x0(x0: Tensor, x_t: Tensor, level: Level, prediction_type: PredictionTy
 
 
 def to_eps(x0: Tensor, x_t: Tensor, level: Level) -> Tensor:
-    """eps = (x_t - alpha x0) / sigma."""
+    """eps = (x_t - alpha x0) / sigma, (b, c, h, w); singular at sigma = 0.
+
+    >>> to_eps(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 5.0), EDMSchedule().level(torch.tensor([2.0]))).item()
+    2.0
+    """
     return (x_t - level.alpha * x0) / level.sigma
 
 
 def score(x0: Tensor, x_t: Tensor, level: Level) -> Tensor:
-    """grad_{x_t} log p_t(x_t) = (alpha E[x0|x_t] - x_t) / sigma^2 (Tweedie), (b, c, h, w)."""
+    """grad_{x_t} log p_t(x_t) = (alpha E[x0|x_t] - x_t) / sigma^2 (Tweedie), (b, c, h, w); singular at sigma = 0.
+
+    >>> score(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 5.0), EDMSchedule().level(torch.tensor([2.0]))).item()
+    -1.0
+    """
     return (level.alpha * x0 - x_t) / level.sigma.square()
 
 
@@ -105,6 +138,10 @@ def edm_coefficients(level: Level, sigma_data: float) -> tuple[Tensor, Tensor, T
     """(c_in, c_skip, c_out), each (b, 1, 1, 1): D = c_skip x_t + c_out F(c_in x_t) (Karras et al. 2022, Table 1).
 
     Written for any alpha: with F of unit variance and x0 of standard deviation sigma_data, so are F's input and target.
+
+    >>> level = EDMSchedule().level(torch.tensor([0.5]))
+    >>> [round(c.item(), 4) for c in edm_coefficients(level, sigma_data=0.5)]
+    [1.4142, 0.5, 0.3536]
     """
     alpha, sigma = level.alpha, level.sigma
     total = alpha.square() * sigma_data**2 + sigma.square()
@@ -133,6 +170,10 @@ class EDMSchedule:
     """alpha = 1, sigma = t (Karras et al. 2022); the network's input at noise level sigma is sigma z.
 
     nearest: where the network knows some sigmas only (preconditioning.IDDPM), what moves others to them; `level` takes any.
+
+    >>> level = EDMSchedule().level(torch.tensor([80.0, 0.5]))
+    >>> level.alpha.flatten().tolist(), level.sigma.flatten().tolist()
+    ([1.0, 1.0], [80.0, 0.5])
     """
 
     def __init__(
@@ -153,7 +194,12 @@ class EDMSchedule:
 
 
 class RectifiedFlowSchedule:
-    """alpha = 1 - t, sigma = t, t in [0, 1] (1 is noise), as in diffusers' FlowMatch schedulers."""
+    """alpha = 1 - t, sigma = t, t in [0, 1] (1 is noise), as in diffusers' FlowMatch schedulers.
+
+    >>> level = RectifiedFlowSchedule().level(torch.tensor([0.25]))
+    >>> level.alpha.item(), level.sigma.item()
+    (0.75, 0.25)
+    """
 
     t_range = (0.0, 1.0)
 
@@ -213,7 +259,11 @@ class VPSchedule:
 
 
 def uniform_t(u: Tensor, low: float, high: float) -> Tensor:
-    """t ~ U(low, high)."""
+    """t ~ U(low, high).
+
+    >>> uniform_t(torch.tensor([0.0, 0.5]), 2.0, 4.0).tolist()
+    [2.0, 3.0]
+    """
     return low + u * (high - low)
 
 
@@ -233,12 +283,20 @@ def karras_t(u: Tensor, low: float, high: float, rho: float = 7.0) -> Tensor:
 
 
 def power_t(u: Tensor, low: float, high: float, power: float) -> Tensor:
-    """t = low + u^p (high - low); p < 1 favours high noise. VarDiU anneals p from 0.1 to 2 over training."""
+    """t = low + u^p (high - low); p < 1 favours high noise. VarDiU anneals p from 0.1 to 2 over training.
+
+    >>> power_t(torch.tensor([0.25]), 0.0, 8.0, 0.5).tolist(), power_t(torch.tensor([0.25]), 0.0, 8.0, 2.0).tolist()
+    ([4.0], [0.5])
+    """
     return low + u**power * (high - low)
 
 
 def annealed_power(progress: float, start: float, end: float, until: float) -> float:
-    """The exponent at `progress` in [0, 1]: linear from `start`, reaching `end` at progress `until`."""
+    """The exponent at `progress` in [0, 1]: linear from `start`, reaching `end` at progress `until`.
+
+    >>> [annealed_power(progress, 0.0, 2.0, until=0.5) for progress in (0.0, 0.25, 0.5, 1.0)]
+    [0.0, 1.0, 2.0, 2.0]
+    """
     return start + (end - start) * min(progress / until, 1.0)
 
 
@@ -268,7 +326,15 @@ WEIGHTINGS: dict[Weight, Weighting] = {
 
 
 def weight(name: Weight, level: Level, x0: Tensor, x0_hat: Tensor, sigma_data: float) -> Tensor:
-    """w(t) by name, (b, 1, 1, 1), detached: a weight is a number, never a path for gradients."""
+    """w(t) by name, (b, 1, 1, 1), detached: a weight is a number, never a path for gradients.
+
+    x0, x0_hat (b, c, h, w): a sample and the teacher's estimate of it, which "dmd" compares; sigma_data: the data's standard
+    deviation, which "edm" needs. ValueError for a name that is not known.
+
+    >>> level, x = EDMSchedule().level(torch.tensor([2.0])), torch.zeros(1, 1, 1, 1)
+    >>> weight("sigma2", level, x, x, 0.5).item(), weight("edm", level, x, x, 0.5).item()
+    (4.0, 4.25)
+    """
     if name not in WEIGHTINGS:
         raise ValueError(f"weighting {name!r} is unknown; expected one of {', '.join(WEIGHTINGS)}")
     return WEIGHTINGS[name](level, x0, x0_hat, sigma_data).detach()

@@ -168,7 +168,13 @@ PRECONDITIONERS: dict[str, Callable[..., EDM | Prediction | VP | VE | IDDPM]] = 
 
 
 def make_preconditioner(parameterization: Parameterization, sigma_data: float) -> Preconditioner:
-    """Names stand for Prediction(name) and EDM(sigma_data)."""
+    """Names stand for Prediction(name) and EDM(sigma_data).
+
+    >>> make_preconditioner("edm", sigma_data=0.5)
+    EDM(sigma_data=0.5, sigma_range=(0.0, inf))
+    >>> make_preconditioner("v_prediction", sigma_data=1.0)
+    Prediction(prediction_type='v_prediction')
+    """
     if not isinstance(parameterization, str):
         return parameterization
     return EDM(sigma_data) if parameterization == "edm" else Prediction(parameterization)

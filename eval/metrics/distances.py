@@ -49,7 +49,11 @@ def _unbiased_mmd2(k_aa: Tensor, k_bb: Tensor, k_ab: Tensor) -> float:
 def cmmd(x: Tensor, y: Tensor, bandwidth: float = 10.0) -> float:
     """CMMD (Jayasumana et al. 2024): 1000 times the biased squared MMD of unit CLIP embeddings, Gaussian kernel of width 10.
 
-    x (n, d), y (m, d) with rows of norm 1. float64: near equal sets the terms agree in their first four digits.
+    x (n, d), y (m, d) with rows of norm 1, ValueError for others. float64: near equal sets the terms agree in their first four
+    digits.
+
+    >>> cmmd(torch.eye(3), torch.eye(3)), round(cmmd(torch.eye(3), -torch.eye(3)), 3)
+    (0.0, 13.201)
     """
     for rows in (x, y):
         norms = rows.double().norm(dim=1)

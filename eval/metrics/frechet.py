@@ -110,6 +110,10 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
 
     It is biased upwards by roughly 1/n_a + 1/n_b: compare values only at equal n (Chong & Forsyth 2020).
     ValueError: dimensions differ, or fewer than two images on a side.
+
+    >>> x = torch.tensor([[0.0], [2.0]])
+    >>> round(frechet_distance(GaussianStats.of(x), GaussianStats.of(x + 3)), 6)  # the squared distance of the means
+    9.0
     """
     if a.dim != b.dim:
         raise ValueError(f"features of dimension {a.dim} and {b.dim} cannot be compared: use one extractor for both")
@@ -117,7 +121,14 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """The same from means (d,) and symmetric positive semi-definite covariances (d, d), as reference files hold."""
+    """The same from means (d,) and symmetric positive semi-definite covariances (d, d), as reference files hold.
+
+    ValueError: shapes that do not fit, or values that are not finite.
+
+    >>> zero, one = torch.zeros(2), torch.eye(2)
+    >>> round(frechet_from_moments(zero, one, zero, 9 * one), 6)  # d (3 - 1)^2
+    8.0
+    """
     d = len(mean_a)
     for name, value, shape in (("mean_b", mean_b, (d,)), ("cov_a", cov_a, (d, d)), ("cov_b", cov_b, (d, d))):
         if value.shape != shape:

@@ -35,6 +35,10 @@ def pixel_std(pixels: Tensor) -> float:
     """How much images differ from one another: the standard deviation over n, averaged over pixels, in [-1, 1] units.
 
     pixels uint8 (n, c, h, w). A set that has collapsed to one image gives 0.
+    ValueError for fewer than two images.
+
+    >>> pixel_std(torch.full((4, 3, 2, 2), 7, dtype=torch.uint8))
+    0.0
     """
     if len(pixels) < 2:
         raise ValueError(f"a spread needs at least 2 images, got {len(pixels)}")
@@ -47,6 +51,10 @@ def energy_distance(x: Tensor, y: Tensor, block: int = BLOCK) -> float:
     x (n, d) and y (m, d), n, m >= 2, any float type. The unbiased U-statistic (pairs i != j), so unlike the Frechet
     distance it does not grow for small sets and may come out slightly below zero.
     ValueError: shapes that do not match, too few rows, values that are not finite.
+
+    >>> x = torch.tensor([[0.0], [2.0]])
+    >>> energy_distance(x, x + 10)  # 2 * 10 - 2 - 2
+    16.0
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have shapes (n, d) and (m, d), got {tuple(x.shape)} and {tuple(y.shape)}")

@@ -21,7 +21,13 @@ USER_ERRORS = (UserError, OSError, SafetensorError)
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
-    """`text` with control characters escaped (names of files may hold any), line breaks kept, cut to `longest` characters."""
+    """`text` with control characters escaped (names of files may hold any), line breaks kept, cut to `longest` characters.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    >>> printable("abcdef", longest=3)
+    'abc... (3 more characters)'
+    """
     safe = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text[: longest + 1])
     return safe if len(text) <= longest else f"{safe[:longest]}... ({len(text) - longest} more characters)"
 

@@ -22,7 +22,11 @@ NO_EFFECT |= {"attention_dropout", "dropout", "use_cache", "return_dict", "gradi
 
 
 def sha256_of(value: Any) -> str:
-    """Of any JSON value, so that ["a", "b c"] and ["a b", "c"] differ."""
+    """SHA-256 in hexadecimal digits of any JSON value, so that ["a", "b c"] and ["a b", "c"] differ.
+
+    >>> sha256_of({"b": 1, "a": 2}) == sha256_of({"a": 2, "b": 1})
+    True
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -138,7 +142,10 @@ def pipeline_identity(
 def differences(found: Mapping[str, Any], needed: Mapping[str, Any], causes: Mapping[str, str] | None = None) -> list[str]:
     """What differs, one phrase a key: `vae.scaling_factor is 0.18, needed 0.13`; of hashes only that they differ.
 
-    causes: {end of a key: key}; where the latter differs, the former differs by it and is not said.
+    causes: {end of a key: key}; where the latter differs, the former differs because of it and is left out.
+
+    >>> differences({"dtype": "float32", "steps": 1}, {"dtype": "bfloat16", "steps": 1})
+    ["dtype is 'float32', needed 'bfloat16'"]
     """
     different = [k for k in sorted(found.keys() | needed.keys()) if found.get(k) != _plain(needed.get(k))]
     active = tuple(end for end, cause in (causes or {}).items() if cause in different)

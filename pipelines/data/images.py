@@ -44,7 +44,11 @@ class ImageSet:
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
+    """uint8 [0, 255] -> float32 [-1, 1], of any shape.
+
+    >>> to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist()
+    [-1.0, 1.0]
+    """
     return pixels.float() / 127.5 - 1
 
 
@@ -52,6 +56,9 @@ def to_pixels(x: Tensor) -> Tensor:
     """float [-1, 1] -> uint8, rounded; values outside are clamped, as any image file would.
 
     NaN and infinities raise ValueError: they are no colour.
+
+    >>> to_pixels(torch.tensor([-1.0, 0.0, 1.0, 3.0])).tolist()
+    [0, 128, 255, 255]
     """
     if not bool(torch.isfinite(x).all()):
         raise UserError("images hold NaN or infinite values; the network that made them has diverged")

@@ -12,6 +12,9 @@ def pairwise_power(x: Tensor, y: Tensor, beta: float) -> Tensor:
     """|x_i - y_j|^beta, (n, ...) x (m, ...) -> (n, m), in float64 from inner products: no (n, m, d) tensor.
 
     Where two samples coincide (within float64 cancellation) distance and gradient are exactly 0, for every beta.
+
+    >>> pairwise_power(torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [3.0]]), beta=1.0).tolist()
+    [[0.0, 3.0], [3.0, 0.0]]
     """
     x, y = x.flatten(1).double(), y.flatten(1).double()
     centre = y.mean(0)  # distances do not move with the origin; rounding does
@@ -28,7 +31,12 @@ def energy_loss(
     """Each student sample's share of the bracket above; the mean over samples is Eq. 9 ("full") or Eq. 10 ("paired").
 
     x_student, x_data (K, ...) noised to one level, K >= 2 -> (K,) float64. same_condition: rows i of both depend on one another,
-    so that the cross term leaves the pairs i, i out.
+    so that the cross term leaves the pairs i, i out. ValueError for
+    fewer than two samples, or not as many of both.
+
+    >>> x = torch.tensor([[0.0], [2.0]])
+    >>> energy_loss(x, x + 10, beta=1.0, cross="full").tolist()  # mean distance to the data, less half of that to the other
+    [10.0, 8.0]
     """
     k = len(x_student)
     if k < 2 or len(x_data) != k:
@@ -53,7 +61,10 @@ def energy_score(x_student: Tensor, x_data: Tensor, beta: float) -> Tensor:
         1/m sum_k |xS_k - xT|^beta - 1/2 1/(m (m - 1)) sum_{k != l} |xS_k - xS_l|^beta,
 
     whose mean over data is least where the student's law *of each condition* is the data's. x_student (b m, ...), the m of a
-    condition in a row, x_data (b, ...) -> (b,) float64.
+    condition in a row, x_data (b, ...) -> (b,) float64. ValueError for fewer than two samples a condition.
+
+    >>> energy_score(torch.tensor([[0.0], [2.0]]), torch.tensor([[5.0]]), beta=1.0).tolist()  # (5 + 3) / 2 - 2 / 2
+    [3.0]
     """
     b = len(x_data)
     m = len(x_student) // b
@@ -90,7 +101,11 @@ def spread(rows: Tensor) -> Tensor:
 
 
 def grid_blocks(x: Tensor, n: int) -> Tensor:
-    """(K, c, h, w) -> (n^2, K, c (h/n) (w/n)): the blocks of an n x n grid."""
+    """(K, c, h, w) -> (n^2, K, c (h/n) (w/n)): the blocks of an n x n grid; n must divide both sides.
+
+    >>> grid_blocks(torch.arange(4.0).view(1, 1, 2, 2), 2).flatten().tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
     k, c, h, w = x.shape
     return x.reshape(k, c, n, h // n, n, w // n).permute(2, 4, 0, 1, 3, 5).reshape(n * n, k, -1)
 
