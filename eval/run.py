@@ -1,4 +1,4 @@
-"""The commands: what is wrong is said before anything heavy is imported, loaded or generated; numbers are written last."""
+"""The commands: what is wrong is reported before anything heavy is imported, loaded or generated; numbers are written last."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def load_model(args: Run | Generate, device: Any, teacher: bool = False) -> Any:
 
 def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> tuple[Path, list[str]]:
     """The images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed. (Their folder, their names in it);
-    what else lies there is no image of this evaluation, and is said.
+    what else lies there is no image of this evaluation, and is listed.
     """
     from .images.generation import generate, names_of, others_in
 

@@ -1,7 +1,7 @@
 """One frozen network, many roles: adapters off it is the teacher; "student" and "aux" are LoRA adapters on the same weights.
 
 A role is a network of its own to whoever calls it: its parameters are those of its adapter, and a call runs the shared network
-with that adapter alone (peft_layers.py). How a kind of network is called and where it ends is said by its Anatomy.
+with that adapter alone (peft_layers.py). Its Anatomy says how a kind of network is called and which layer is its last.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from .peft_layers import layers_with_adapters
 from .stock import StockPipeline
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# What PEFT's own save_pretrained writes: which network it is for is not said, and its alpha stands in another file.
+# What PEFT's own save_pretrained writes: it does not tell which network it is for, and its alpha stands in another file.
 PEFT = (
     "as PEFT saves it; make it one of diffusers: network = PeftModel.from_pretrained(pipe.unet, <folder>), then "
     "StableDiffusionPipeline.save_lora_weights(<folder>, unet_lora_layers=get_peft_model_state_dict(network.base_model.model, "

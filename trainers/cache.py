@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelines.common.config import read_raw
 from pipelines.common.errors import UserError, shown
 from pipelines.common.launch import user_errors
-from pipelines.data.images import said_of
+from pipelines.data.images import summary_of
 from pipelines.data.walk import say
 from pipelines.denoiser import Condition
 
@@ -51,7 +51,7 @@ class Encoder(Protocol):
 class Encoded:
     """Rows behind a cache, and the null condition: all that text encoders and VAE are needed for.
 
-    The cache in `folder` holds what they said, so that the encoder can be freed when this is made.
+    The cache in `folder` holds what they put out, so that the encoder can be freed when this is made.
     """
 
     def __init__(self, rows: PromptRows, encoder: Encoder, folder: Path, accelerator: Accelerator) -> None:
@@ -64,7 +64,7 @@ class Encoded:
             notes = Counter[str]()
             for own in gather_object([dict(rows.notes)]):  # of all processes
                 notes.update(own)
-            say(said_of(notes, "data"))
+            say(summary_of(notes, "data"))
         self.prompts = rows.prompts
         self.examples = shards.Cached(folder)
         self.null = encoder.null()

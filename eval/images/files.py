@@ -106,7 +106,7 @@ class ImageFiles(Images):
 
     def identity(self) -> dict[str, Any]:
         """n and a sha256 over contents in their order: a copy elsewhere, under other names or in a zip is the same set. turned:
-        how many are photos that EXIF says to turn, which is not done (rules_of); said, and left out for none.
+        how many are photos that EXIF says to turn, which is not done (rules_of); no key where none are.
         """
         digest, turned = hashlib.sha256(), 0
         for i in range(len(self)):

@@ -120,10 +120,10 @@ def _taken(path: Path, key: str) -> Found:
     """A file, or the weights in a folder; published where its sha256 is the one that is known for `key`."""
     known = {FILES[key].sha256} if key in FILES else {*MODELS.get(key, {}).values(), *OPEN_CLIP_FILES.get(key, ())[2:]}
     if path.is_dir():
-        held = sorted(f for f in path.iterdir() if f.name in ("model.safetensors", "pytorch_model.bin"))
-        if not held:
+        files = sorted(f for f in path.iterdir() if f.name in ("model.safetensors", "pytorch_model.bin"))
+        if not files:
             raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin; copy the whole model")
-        digest = sha256(held[0])
+        digest = sha256(files[0])
     else:
         digest = sha256(path)
     return Found(path, digest, digest in known)

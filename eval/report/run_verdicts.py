@@ -159,8 +159,8 @@ def diversity(steps: Steps, ratios: Values) -> Verdict:
         (LOW_DIVERSITY, "warn", "low diversity"),
     )
     for low, kind, title in bounds:
-        if said := _compared(steps, ratios, "diversity", low, kind, title, advice):
-            return said
+        if verdict := _compared(steps, ratios, "diversity", low, kind, title, advice):
+            return verdict
     return _ends(ratios, "diversity")
 
 

@@ -125,8 +125,8 @@ def fail(error: BaseException, prefix: str = "error") -> NoReturn:
 
 @contextmanager
 def user_errors(prefix: str = "error") -> Iterator[None]:
-    """Around the whole of a command: what a user can mend is said and leaves with status 2; anything else is our defect and
-    keeps its traceback.
+    """Around the whole of a command: what a user can mend is printed as a message and ends it with status 2; anything else is our
+    defect and keeps its traceback.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files that users give, read so that what is wrong is said with their names: text, JSON, YAML, and what libraries load."""
+"""Files that users give, read so that an error names them: text, JSON, YAML, and what libraries load."""
 
 from __future__ import annotations
 

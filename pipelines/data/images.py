@@ -131,7 +131,7 @@ def _decoded(n: int, pictures: Iterable[tuple[Any, str]], image_size: int, chann
     for i, (file, where) in enumerate(tqdm(pictures, desc="decoding images", unit="image", total=n)):
         pixels[i], done = _square(file, where, image_size, channels, rules)
         notes.update(done)
-    say(said_of(notes, option))
+    say(summary_of(notes, option))
     return pixels
 
 
@@ -145,7 +145,7 @@ def _check_size(n: int, channels: int, image_size: int, option: str) -> None:
         )
 
 
-def said_of(notes: Counter, option: str) -> str:
+def summary_of(notes: Counter, option: str) -> str:
     """One sentence of what decoding did to pictures of a set; "" for nothing."""
     return f"{option}: " + "; ".join(f"{count:,} pictures: {note}" for note, count in notes.most_common()) if notes else ""
 
@@ -189,7 +189,7 @@ def load_folder(
     """
     pictures = Pictures(path, "data.path")
     classes = None if labels is False else folder_labels(pictures, required=bool(labels))
-    found = "labels not asked for" if labels is False else classes.said if classes else "no classes"
+    found = "labels not asked for" if labels is False else classes.summary if classes else "no classes"
     left_out = pictures.left_out(used=(pictures.top + LABELS_FILE,))
     say(f"data.path: {len(pictures.names):,} pictures, {found}" + (f"; {left_out}" if left_out else ""))
     files = ((pictures.file(name), f"data.path: {name!r} of {path}") for name in pictures.names)

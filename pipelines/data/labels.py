@@ -20,11 +20,11 @@ CHUNK = 1000  # pictures a folder, of those that number them
 
 @dataclass(frozen=True)
 class Classes:
-    """labels: long (n,), 0 .. len(names) - 1, in the order of the pictures; said: what was taken, for one line."""
+    """labels: long (n,), 0 .. len(names) - 1, in the order of the pictures; summary: what was taken, for one line."""
 
     labels: Tensor
     names: tuple[str, ...]
-    said: str
+    summary: str
 
 
 def folder_labels(pictures: Pictures, required: bool) -> Classes | None:
@@ -91,10 +91,10 @@ def _of_file(pictures: Pictures, images: list[str], rows: Any) -> Classes:
     labels = torch.tensor([by_name[name] for name in images])
     names = tuple(map(str, range(max(by_name.values()) + 1)))
     gone = sorted(by_name.keys() - set(images))
-    said = f"{len(names):,} classes by {LABELS_FILE}"
+    summary = f"{len(names):,} classes by {LABELS_FILE}"
     if gone:
-        said += f", which also labels {len(gone):,} images that are not there ({examples(gone)})"
-    return Classes(labels, names, said)
+        summary += f", which also labels {len(gone):,} images that are not there ({examples(gone)})"
+    return Classes(labels, names, summary)
 
 
 def _number_pictures(names: list[str]) -> bool:

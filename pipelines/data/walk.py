@@ -157,8 +157,8 @@ class Pictures:
             "folders met before under another name": self.again,
             "empty folders": self.empty,
         }
-        said = [f"{len(names):,} {kind} ({examples(names)})" for kind, names in kinds.items() if names]
-        return f"left out: {'; '.join(said)}" if said else ""
+        parts = [f"{len(names):,} {kind} ({examples(names)})" for kind, names in kinds.items() if names]
+        return f"left out: {'; '.join(parts)}" if parts else ""
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_zip": None}  # workers must not share a file position

@@ -24,7 +24,7 @@ def captioned_folder(path: str, image_column: str, caption_column: str) -> tuple
     """The pictures, and for each row of the metadata the name of its picture and its cell of captions, in the order of the rows.
 
     image_column: "image" is named in the column file_name, "x" in x_file_name, relative to the metadata file; each folder may
-    have one. UserError for rows without a picture; pictures without a row are said.
+    have one. UserError for rows without a picture; pictures without a row are notes.
     """
     pictures = Pictures(path, "data.paths")
     files = _metadata(pictures)
@@ -47,9 +47,9 @@ def captioned_folder(path: str, image_column: str, caption_column: str) -> tuple
         )
     used, left_out = set(names), pictures.left_out(used=files)
     unused = [name for name in pictures.names if name not in used]
-    said = [f"{len(unused):,} pictures have no row in the metadata and are not used ({examples(unused)})"] if unused else []
-    said += [left_out] if left_out else []
-    say(f"data.paths: {len(names):,} rows; {'; '.join(said)}" if said else "")
+    notes = [f"{len(unused):,} pictures have no row in the metadata and are not used ({examples(unused)})"] if unused else []
+    notes += [left_out] if left_out else []
+    say(f"data.paths: {len(names):,} rows; {'; '.join(notes)}" if notes else "")
     return pictures, names, cells
 
 

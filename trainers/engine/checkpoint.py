@@ -87,10 +87,10 @@ def named(path: str, key: str) -> Path:
         raise UserError(f"{key}: no such checkpoint folder {path!r}; give 'latest', 'no' or a folder")
     if not (folder / "manifest.json").exists():
         for parent in (folder / "checkpoints", folder):
-            if held := [c for c in list_checkpoints(parent) if (c / "manifest.json").exists()]:
+            if found := [c for c in list_checkpoints(parent) if (c / "manifest.json").exists()]:
                 kind = "a run's folder" if parent != folder else "a folder of checkpoints"
                 raise UserError(
-                    f"{key}: {path!r} is {kind}, not a checkpoint; give {key}={held[-1]}, the newest there, or output_dir=<the "
+                    f"{key}: {path!r} is {kind}, not a checkpoint; give {key}={found[-1]}, the newest there, or output_dir=<the "
                     f"run> {key}=latest"
                 )
         if any((folder / f"{kind}.json").exists() for kind in ("student", "teacher")):

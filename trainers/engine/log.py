@@ -71,8 +71,8 @@ class RunLog:
     def rewind(self, checkpoint: Path | None, step: int) -> None:
         """The files as they were at this step: as the checkpoint holds them, or without the lines written later."""
         for file in self.files:
-            held = checkpoint and checkpoint / file.name
-            source = held if held and held.is_file() else file
+            copy = checkpoint and checkpoint / file.name
+            source = copy if copy and copy.is_file() else file
             if source.is_file():
                 atomic.write_text(file, "".join(f"{line}\n" for line in _until(source, step)))
 

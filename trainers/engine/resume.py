@@ -158,15 +158,15 @@ def _refuse(changed: dict[str, list[Any]], path: Path) -> None:
     bound = {key: pair for key, pair in changed.items() if not may_change(key)}
     if not bound:
         return
-    said = lines(bound)
-    more = [f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []
+    messages = lines(bound)
+    more = [f"and {len(messages) - SHOWN} more"] if len(messages) > SHOWN else []
     moved = [key for key in bound if key.rpartition(".")[2] in PATHS]
     link = f" If {moved[0]} is the same in a new place, put a link to it where it was." if moved else ""
     raise CheckpointError(
         "\n".join(
             [
                 f"{str(path)!r} was written by another configuration, and these values cannot change in a run:",
-                *(f"  {line}" for line in (*said[:SHOWN], *more)),
+                *(f"  {line}" for line in (*messages[:SHOWN], *more)),
                 f"Resume with the values of that run, or start a new output_dir.{link}",
             ]
         )
@@ -213,18 +213,18 @@ def leaves_a_branch(output: Path, start: Start) -> bool:
 
 def report(start: Start, run: Run, environment: list[str], moved: list[Path]) -> list[str]:
     """What a run says of its start; nothing of a new run in a new folder. environment: what is new in that."""
-    said = [f"changed: {line}" for line in (*lines(start.changed), *environment)] if run.resume != "no" else []
+    messages = [f"changed: {line}" for line in (*lines(start.changed), *environment)] if run.resume != "no" else []
     if not start.compared:
-        said.append(f"WARNING: {start.checkpoint} does not hold the configuration that wrote it: nothing could be compared.")
+        messages.append(f"WARNING: {start.checkpoint} does not hold the configuration that wrote it: nothing could be compared.")
     if moved:
         names = ", ".join(f"{p.parent.name}/{p.name}" for p in moved[:SHOWN]) + (", ..." if len(moved) > SHOWN else "")
-        said.append(f"Of the branch that is left here, later steps are set aside: {names}. Remove them when you like.")
+        messages.append(f"Of the branch that is left here, later steps are set aside: {names}. Remove them when you like.")
     if start.checkpoint is not None:
-        said.append(f"Resumed from {start.checkpoint} at step {start.step}.")
+        messages.append(f"Resumed from {start.checkpoint} at step {start.step}.")
     elif run.resume == "latest":
         what = "the run in it ended before its first" if start.again else "nothing to resume"
-        said.append(f"No checkpoint in {run.output_dir!r} ({what}): starting at step 0.")
-    return said
+        messages.append(f"No checkpoint in {run.output_dir!r} ({what}): starting at step 0.")
+    return messages
 
 
 def set_aside(output: Path, step: int) -> list[Path]:

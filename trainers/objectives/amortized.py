@@ -11,8 +11,9 @@ z_0 may stay in, as a regression on x_t cannot follow it. With a pool of z_0 alo
 score; that is what is left in thousands of dimensions, and it saves the calls that several micro-batches make for a common pool.
 
 Posterior (bound and regression) and student learn jointly on one batch. Each student sample is noised `noise_draws` times, at
-stratified levels; both learn from the first copy, from the others the student alone: a sample costs three calls of its network,
-its first copy one and a decoder's training, a further one little more than one.
+stratified levels: posterior and student both learn from the first noised copy, the student alone from the others. Cost in calls
+of a network: a student sample three (one forward, and backward for twice that); its first copy one, of the teacher, and a
+training step of the posterior's decoder; each further copy little more than one.
 """
 
 from __future__ import annotations

@@ -118,14 +118,14 @@ def write(folder: Path, name: str, unet: dict[str, Any], scheduler: dict[str, An
     (folder / "unet").mkdir()
     save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     index = {"unet": [NETWORKS[name], name], "scheduler": ["pipelines.edm.scheduler", "EDMScheduler"]}
-    for file, held in (
+    for file, content in (
         ("unet/config.json", {"_class_name": name} | unet),
         ("scheduler/scheduler_config.json", {"_class_name": "EDMScheduler"} | scheduler),
         ("model_index.json", {"_class_name": "EDMPipeline"} | index),
     ):
         path = folder / file
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(held, indent=2, allow_nan=False) + "\n")
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def separated(value: np.ndarray, heads: int) -> np.ndarray:

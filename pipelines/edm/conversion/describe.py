@@ -134,10 +134,10 @@ def compare(snapshot: Snapshot, unet: dict[str, Any]) -> float:
     style = STYLES[unet["architecture"]]
 
     def same(name: str, state: dict[str, Any], key: str, expected: Any) -> None:
-        held = state.get(key, expected)
-        close = is_number(held) and is_number(expected) and isclose(held, expected, rel_tol=1e-7)
-        if held != expected and not close:
-            raise SnapshotError(f"{name}{key} is {shown(held)}, where such a network has {expected!r}")
+        stored_value = state.get(key, expected)
+        close = is_number(stored_value) and is_number(expected) and isclose(stored_value, expected, rel_tol=1e-7)
+        if stored_value != expected and not close:
+            raise SnapshotError(f"{name}{key} is {shown(stored_value)}, where such a network has {expected!r}")
 
     network, model = snapshot.network, snapshot.model
     if network is None or model is None:
@@ -195,5 +195,5 @@ def same_filter(given: Any, taps: list[float]) -> None:
     """The filter that the network was made with, at any scale, must be the one that is stored."""
     fits = type(given) in (list, tuple) and len(given) == len(taps) and all(map(is_number, given)) and sum(given) != 0
     if not fits or any(abs(g / sum(given) - t / sum(taps)) > 1e-6 for g, t in zip(given, taps, strict=True)):
-        held = [*map(shown, given)] if type(given) in (list, tuple) and len(given) <= TAPS else shown(given)
-        raise SnapshotError(f"init_kwargs.resample_filter is {held}, where the stored filters have {taps}")
+        stored_value = [*map(shown, given)] if type(given) in (list, tuple) and len(given) <= TAPS else shown(given)
+        raise SnapshotError(f"init_kwargs.resample_filter is {stored_value}, where the stored filters have {taps}")

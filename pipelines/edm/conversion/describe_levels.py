@@ -22,13 +22,13 @@ def choose_preconditioning(snapshot: Snapshot, asked: str | None) -> tuple[str, 
     known = tuple(PRECONDITIONERS.values())
     if asked is not None and asked not in known:
         raise SnapshotError(f"preconditioning {shown(asked)}; expected one of {', '.join(known)}")
-    said = snapshot.preconditioning or ("iddpm" if "u" in snapshot.tensors else None)
-    if said and asked not in (None, said):
-        raise SnapshotError(f"preconditioning {asked!r} was asked for, but the file says {said!r}; leave --preconditioning out")
-    if "u" in snapshot.tensors and said != "iddpm":
-        raise SnapshotError(f"a network of {said} preconditioning with a table of noise levels, u, which only iddpm has")
-    if said or asked or any(key.startswith("logvar_linear.") for key in snapshot.tensors):  # FastGen has edm alone
-        return said or asked or "edm", None
+    named = snapshot.preconditioning or ("iddpm" if "u" in snapshot.tensors else None)
+    if named and asked not in (None, named):
+        raise SnapshotError(f"preconditioning {asked!r} was asked for, but the file says {named!r}; leave --preconditioning out")
+    if "u" in snapshot.tensors and named != "iddpm":
+        raise SnapshotError(f"a network of {named} preconditioning with a table of noise levels, u, which only iddpm has")
+    if named or asked or any(key.startswith("logvar_linear.") for key in snapshot.tensors):  # FastGen has edm alone
+        return named or asked or "edm", None
     return "edm", (
         "the file holds tensors alone and cannot say its preconditioning; edm with sigma_data 0.5 is assumed, which all networks "
         "of FastGen have. A network of NVlabs' baseline-*-vp or baseline-*-ve needs --preconditioning vp or ve: with a wrong one "
@@ -38,7 +38,7 @@ def choose_preconditioning(snapshot: Snapshot, asked: str | None) -> tuple[str, 
 
 def describe_scheduler(snapshot: Snapshot, unet: dict[str, Any], name: str) -> dict[str, Any]:
     """EDMScheduler's configuration: strict JSON, so that the infinite sigma_max of EDM becomes the paper's."""
-    settings = {key: held(snapshot, key, default) for key, default in PRECONDITIONING[name].items()}
+    settings = {key: setting_of(snapshot, key, default) for key, default in PRECONDITIONING[name].items()}
     if name == "iddpm" and not snapshot.network:
         settings["M"] = len(table(snapshot)) - 1
     for key, value in settings.items():
@@ -65,7 +65,7 @@ def describe_scheduler(snapshot: Snapshot, unet: dict[str, Any], name: str) -> d
     return settings | {"preconditioning": name} | own | sampling
 
 
-def held(snapshot: Snapshot, key: str, default: float) -> Any:
+def setting_of(snapshot: Snapshot, key: str, default: float) -> Any:
     """What the network says of itself; the default stands in for it where the file holds tensors alone."""
     if snapshot.network is None:
         return default
@@ -85,7 +85,7 @@ def known_levels(snapshot: Snapshot, name: str, settings: dict[str, Any]) -> tup
         usual = float(u[-2]), float(u[0])
     else:
         usual = OWN_LIMITS[name]
-    low, high = held(snapshot, "sigma_min", usual[0]), held(snapshot, "sigma_max", usual[1])
+    low, high = setting_of(snapshot, "sigma_min", usual[0]), setting_of(snapshot, "sigma_max", usual[1])
     for key, value in (("sigma_min", low), ("sigma_max", high)):
         infinite = is_number(value) and math.isinf(value) and (key, name) != ("sigma_max", "edm")
         if not is_number(value) or math.isnan(value) or value < 0 or infinite:

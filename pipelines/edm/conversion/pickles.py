@@ -174,9 +174,9 @@ class _Machine:
         self.stack.append(self.take(self.number("<Q")))
 
     def _text(self, size: str) -> None:
-        held = self.take(self.number(size))
-        self.budget.read(len(held))
-        self.stack.append(str(held, "utf-8"))
+        text = self.take(self.number(size))
+        self.budget.read(len(text))
+        self.stack.append(str(text, "utf-8"))
 
     def empty_tuple(self, at: int) -> None:
         self.stack.append(())

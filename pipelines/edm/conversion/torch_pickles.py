@@ -59,8 +59,8 @@ def read_torch_pickle(data: memoryview, storage: Callable[[Any], Storage] | None
     """(value, where it ends), see read_pickle. storage: what the persistent ids of torch.save's zip files stand for."""
     budget = Budget()
 
-    def nested(held: memoryview) -> Storage:
-        return _nested_storage(held, budget)
+    def nested(content: memoryview) -> Storage:
+        return _nested_storage(content, budget)
 
     return read_pickle(data, CALLS | {"torch.storage._load_from_bytes": nested}, STORAGES, storage, budget=budget)
 
@@ -68,8 +68,8 @@ def read_torch_pickle(data: memoryview, storage: Callable[[Any], Storage] | None
 def _persistent_object(meta: dict) -> Instance:
     """An object of NVlabs' persistence module; its source code, which lies beside it, is left alone."""
     if type(meta) is not dict or meta.keys() != {"type", "version", "module_src", "class_name", "state"}:
-        held = listed(meta) if type(meta) is dict else shown(meta)
-        raise SnapshotError(f"a persistent object with {held}; expected NVlabs' type, version, module_src, class_name, state")
+        content = listed(meta) if type(meta) is dict else shown(meta)
+        raise SnapshotError(f"a persistent object with {content}; expected NVlabs' type, version, module_src, class_name, state")
     if meta["type"] != "class" or meta["version"] != 6:
         raise SnapshotError(f"persistence type {shown(meta['type'])}, version {shown(meta['version'])}; only 'class', 6 is known")
     if type(meta["class_name"]) is not str or type(meta["state"]) is not dict:
@@ -94,12 +94,12 @@ def _array(storage: Storage, offset: int, shape: tuple, strides: tuple, requires
     numbers = ", ".join(map(shown, (offset, *shape, *strides)))
     if type(storage) is not Storage or not all(type(n) is int and 0 <= n < NUMBER for n in (offset, *shape, *strides)):
         raise SnapshotError(f"a tensor of offset, shape and strides {numbers} is none")
-    held = len(storage.data) // storage.dtype.itemsize
+    content = len(storage.data) // storage.dtype.itemsize
     size = math.prod(shape)
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if size and (last >= held or size > held):
+    if size and (last >= content or size > content):
         raise SnapshotError(
-            f"a tensor of shape {shape}, strides {strides}, offset {offset} reaches outside its storage of {held} numbers"
+            f"a tensor of shape {shape}, strides {strides}, offset {offset} reaches outside its storage of {content} numbers"
         )
     extent = 1
     for stride, n in sorted(zip(strides, shape, strict=True)):

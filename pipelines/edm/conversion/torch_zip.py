@@ -104,7 +104,7 @@ def content(entry: Entry, data: memoryview) -> memoryview:
     written = bytes(data[info.header_offset + HEADER.size :][: header[-2]])
     if header[0] != b"PK\x03\x04" or written != name or begin + info.file_size > entry.limit:
         raise SnapshotError(f"{info.filename} is not where the zip file says; it is damaged or truncated")
-    held = data[begin : begin + info.file_size]
-    if zlib.crc32(held) != info.CRC:
+    stored = data[begin : begin + info.file_size]
+    if zlib.crc32(stored) != info.CRC:
         raise SnapshotError(f"{info.filename} is damaged: its checksum differs")
-    return held
+    return stored
