@@ -6,17 +6,24 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.common.errors import UserError, printable
 from pipelines.common.reading import loading, read_json
 
+from .content import Content, Facts, Latency, ReferenceFacts
 from .images.captions import Captions, read_captions
 from .metrics.measure import Plan, plan
 from .networks.weights import weights_dir
 from .protocols import AGAINST_REFERENCE, Protocol, get_protocol
 from .report.baselines import read_baselines
 from .settings import Generate, Metrics, Reference, Run
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from .images.sampler import Sampler
 
 GIVEN = ("inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic")  # options that name weights
 CUSTOM = ("size", "crop_to", "inception_mode", "clip_model", "clip_prefix", "grayscale")  # options of protocol custom alone
@@ -67,8 +74,11 @@ def chosen_protocol(args: Run | Metrics | Generate | Reference) -> Protocol:
     return replace(protocol, **own).adjusted(*(told[key] for key in SIZE), args.force)
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Generate where there is a model, measure, write metrics.json and report.html. Returns metrics.json's content."""
+def run(job: Job) -> Content | None:
+    """Generate where there is a model, measure, write metrics.json and report.html.
+
+    Returns metrics.json's content, on other processes than the main one None.
+    """
     from .images.files import ImageFiles
     from .metrics import reference as references
     from .metrics.measure import build, compute, over_draws
@@ -98,15 +108,16 @@ def run(job: Job) -> dict[str, Any]:
     reference = None
     if job.plan.reference_extractors:
         reference = references.load_or_measure(args.reference, job.plan, extractors, accelerator, "--reference", **reading(args))
-    draws, generated, timings, shown = [], [], {}, images
+    draws, generated, timings = [], [], dict[str, float]()
+    measured: list[ImageFiles] = []
     for draw in range(protocol.draws):
         part = images
         if sampler is not None:
             folder, names = make_images(sampler, job, draw, accelerator)
             part = ImageFiles(str(folder), protocol, job.plan.views, names=names)
-            shown = shown or part
         if part is None:
             raise ValueError("neither a model nor images to measure")
+        measured.append(part)
         begin = time.perf_counter()
         texts = job.captions.texts if job.captions is not None else None
         gathered = one_pass(
@@ -117,20 +128,28 @@ def run(job: Job) -> dict[str, Any]:
             draws.append(compute(protocol.metrics, gathered, reference))
             generated.append(part.identity())
     if not first:
-        return {}
-    facts: dict[str, Any] = {"reference": reference.facts if reference else None, "images": generated, "extractors": described}
-    facts |= {"captions": job.captions.describe() if job.captions else None, "seed": args.seed}
-    facts |= {"model": sampler.describe() if sampler else None, "device": str(accelerator.device)}
-    facts |= {"latency": latencies(job, sampler) if sampler is not None else {}}
+        return None
+    speeds = latencies(job, sampler) if sampler is not None else Latency()
     timings["seconds"] = time.perf_counter() - started
-    content = results(protocol, over_draws(draws, protocol.report), facts | {"timings": timings})
+    facts = Facts(
+        reference=reference.facts if reference else None,
+        images=generated,
+        extractors=described,
+        captions=job.captions.describe() if job.captions else None,
+        seed=args.seed,
+        model=sampler.describe() if sampler else None,
+        device=str(accelerator.device),
+        latency=speeds,
+        timings=timings,
+    )
+    content = results(protocol, over_draws(draws, protocol.report), facts)
     if reference is not None and not references.is_statistics(args.reference):
         references.save(reference, output / "reference")
-    write_report(content, shown, output, args.baselines)
+    write_report(content, measured[0], output, args.baselines)
     return content
 
 
-def start() -> Any:
+def start() -> Accelerator:
     """The accelerator of a command. UserError for a launch that it does not follow."""
     from accelerate import Accelerator
 
@@ -149,7 +168,7 @@ def reading(args: Run | Metrics | Reference) -> dict[str, Any]:
     return {key: getattr(args, name) for key, name in (names | {"start_method": "start_method"}).items()}
 
 
-def load_model(args: Run | Generate, device: Any, teacher: bool = False) -> Any:
+def load_model(args: Run | Generate, device: torch.device, teacher: bool = False) -> Sampler:
     from .images.sampler import load_sampler
 
     if teacher:
@@ -158,7 +177,7 @@ def load_model(args: Run | Generate, device: Any, teacher: bool = False) -> Any:
     return load_sampler(args.model, *options)
 
 
-def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> tuple[Path, list[str]]:
+def make_images(sampler: Sampler, job: Job, draw: int, accelerator: Accelerator) -> tuple[Path, list[str]]:
     """The images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed. (Their folder, their names in it);
     what else lies there is no image of this evaluation, and is listed.
     """
@@ -177,7 +196,7 @@ def make_images(sampler: Any, job: Job, draw: int, accelerator: Any) -> tuple[Pa
     return folder, names_of(indices)
 
 
-def latencies(job: Job, sampler: Any) -> dict[str, Any]:
+def latencies(job: Job, sampler: Sampler) -> Latency:
     """Seconds an image of the model, and of --teacher at --teacher-steps."""
     from .images.sampler import latency
 
@@ -189,7 +208,7 @@ def latencies(job: Job, sampler: Any) -> dict[str, Any]:
     return {"model": model, "teacher": teacher, "speedup": teacher["seconds_per_image"] / model["seconds_per_image"]}
 
 
-def make_reference(args: Reference) -> dict[str, Any]:
+def make_reference(args: Reference) -> ReferenceFacts:
     """`python -m eval reference`: statistics of real images for a protocol, in args.output."""
     from .metrics import reference as references
 
@@ -237,7 +256,7 @@ def _sized(protocol: Protocol, n: int, args: Run | Metrics) -> Protocol:
     return replace(protocol, num_images=n)
 
 
-def load_results(path: str) -> dict[str, Any]:
+def load_results(path: str) -> Content:
     """metrics.json of a file or folder. ValueError or FileNotFoundError name it."""
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():

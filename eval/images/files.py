@@ -22,6 +22,7 @@ from pipelines.data.decode import Rules, decode, says_turned
 from pipelines.data.images import content_of, undecoded
 from pipelines.data.walk import Pictures, examples, is_hidden, is_picture, natural, say, walk
 
+from ..content import ImageSetFacts
 from ..protocols import Protocol
 
 PATCH = 299
@@ -104,7 +105,7 @@ class ImageFiles(Images):
             return self.pictures.file(self.names[i]) if self.pictures else Path(self.source, self.names[i])
         return content_of(self.rows[i][self.column], self._where(i))
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> ImageSetFacts:
         """n and a sha256 over contents in their order: a copy elsewhere, under other names or in a zip is the same set. turned:
         how many are photos that EXIF says to turn, which is not done (rules_of); no key where none are.
         """
@@ -116,8 +117,10 @@ class ImageFiles(Images):
             turned += says_turned(content)
         if turned:
             say(f"{self.source}: EXIF would turn {turned:,} of {len(self):,} images; measured as they lie, as by clean-fid")
-        found = {"source": Path(self.source).name, "n": len(self), "sha256": digest.hexdigest()}
-        return found | ({"turned": turned} if turned else {})
+        found: ImageSetFacts = {"source": Path(self.source).name, "n": len(self), "sha256": digest.hexdigest()}
+        if turned:
+            found["turned"] = turned
+        return found
 
 
 def rules_of(protocol: Protocol) -> Rules:

@@ -22,6 +22,7 @@ from pipelines.stable_diffusion import UNUSED, check_weights, only_variant, read
 from pipelines.stock import StockPipeline
 from pipelines.students import load_student, read_info
 
+from ..content import Speed
 from .seeds import image_generator, image_label
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -222,7 +223,7 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     return call
 
 
-def latency(sampler: Sampler, batch_size: int, repeats: int = 3, captions: Sequence[str] | None = None) -> dict[str, Any]:
+def latency(sampler: Sampler, batch_size: int, repeats: int = 3, captions: Sequence[str] | None = None) -> Speed:
     """Seconds an image and images a second, of the fastest of `repeats` batches after one to warm up."""
     texts = [captions[i % len(captions)] for i in range(batch_size)] if captions else None
     seconds = []
@@ -231,5 +232,11 @@ def latency(sampler: Sampler, batch_size: int, repeats: int = 3, captions: Seque
         sampler(range(batch_size), 0, texts)  # ends with a copy to the CPU, which waits for the device
         seconds.append(time.perf_counter() - start)
     best = min(seconds[1:])
-    facts = {"batch_size": batch_size, "repeats": repeats, "device": str(sampler.pipe.device), "call": sampler.call}
-    return {"seconds_per_image": best / batch_size, "images_per_s": batch_size / best} | facts
+    return {
+        "seconds_per_image": best / batch_size,
+        "images_per_s": batch_size / best,
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "device": str(sampler.pipe.device),
+        "call": sampler.call,
+    }

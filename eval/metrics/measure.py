@@ -6,10 +6,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Required, TypedDict
+from typing import TYPE_CHECKING, Required, TypedDict
 
 from pipelines.common.errors import UserError
 
+from ..content import OverDraws
 from ..networks import weights
 from ..networks.weights import Found
 from ..protocols import AGAINST_REFERENCE, METRICS, RAW_FEATURES, Protocol
@@ -171,7 +172,7 @@ def compute(metrics: Sequence[str], gathered: Gathered, reference: Reference | N
     return numbers
 
 
-def over_draws(draws: Sequence[dict[str, Number]], report: str) -> dict[str, dict[str, Any]]:
+def over_draws(draws: Sequence[dict[str, Number]], report: str) -> dict[str, OverDraws]:
     """Numbers of each draw -> {number: {value, draws, mean, std, min}}; value: the least of the draws where report is "min" and
     lower is better, else their mean; std: None for a single draw.
     """
@@ -179,7 +180,7 @@ def over_draws(draws: Sequence[dict[str, Number]], report: str) -> dict[str, dic
 
     from ..protocols import LOWER_IS_BETTER
 
-    joined: dict[str, dict[str, Any]] = {}
+    joined: dict[str, OverDraws] = {}
     for name in draws[0]:
         values, rows = [draw[name]["value"] for draw in draws], [dict(draw[name]) for draw in draws]
         least = report == "min" and LOWER_IS_BETTER[name]

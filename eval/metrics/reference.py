@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,12 +24,16 @@ from pipelines.common.errors import UserError
 from pipelines.common.identity import differences
 from pipelines.common.reading import BY_FILES, loading, read_json, reason_of
 
+from ..content import ExtractorFacts, ImageSetFacts, ReferenceFacts
 from ..images.files import ImageFiles
 from ..networks.extractors import Extractor
 from ..networks.weights import sha256
 from ..protocols import AGAINST_REFERENCE, Protocol
 from .measure import Plan, without_logits
 from .one_pass import Gathered, one_pass
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FORMAT = 1
 SYMMETRIC = 1e-5  # of its largest entry, what float32 statistics may be off by
@@ -40,7 +44,7 @@ IDENTITY = ("network", "input", "sha256", "settings")  # of an extractor, what f
 class Reference:
     """moments: extractor -> (mean (d,), covariance (d, d)), float64; rows: extractor -> features (n, d) where they are kept."""
 
-    facts: dict[str, Any]
+    facts: ReferenceFacts
     moments: dict[str, tuple[Tensor, Tensor]]
     rows: dict[str, Tensor]
 
@@ -49,7 +53,7 @@ def load_or_measure(
     source: str,
     made: Plan,
     extractors: Mapping[str, Extractor],
-    accelerator: Any,
+    accelerator: Accelerator,
     option: str,
     column: str | None = None,
     force: bool = False,
@@ -92,9 +96,9 @@ def require_size(protocol: Protocol, n: int | None, option: str, force: bool) ->
         )
 
 
-def of_images(gathered: Gathered, protocol: Protocol, images: dict[str, Any], extractors: dict[str, dict[str, Any]]) -> Reference:
+def of_images(gathered: Gathered, protocol: Protocol, images: ImageSetFacts, extractors: dict[str, ExtractorFacts]) -> Reference:
     """images: ImageFiles.identity(); extractors: their describe()."""
-    facts = {
+    facts: ReferenceFacts = {
         "format": FORMAT,
         "protocol": protocol.name,
         "processing": protocol.processing,
@@ -110,7 +114,10 @@ def save(reference: Reference, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reference.json").unlink(missing_ok=True)
     for key, (mean, cov) in reference.moments.items():
-        mu, sigma, n = mean.numpy(), cov.numpy(), np.int64(reference.facts["images"]["n"])
+        count = reference.facts["images"]["n"]
+        if count is None:
+            raise ValueError("published statistics are not saved again: of how many images they are is not known")
+        mu, sigma, n = mean.numpy(), cov.numpy(), np.int64(count)
         buffer = io.BytesIO()
         if key in reference.rows:
             np.savez(buffer, mu=mu, sigma=sigma, n=n, features=reference.rows[key].numpy())
@@ -126,7 +133,7 @@ def is_statistics(source: str) -> bool:
 
 
 def load(
-    source: str, protocol: Protocol, extractors: dict[str, dict[str, Any]], dims: dict[str, int], raw: list[str]
+    source: str, protocol: Protocol, extractors: dict[str, ExtractorFacts], dims: dict[str, int], raw: list[str]
 ) -> Reference:
     """extractors: describe() of each that is needed, dims: its columns, raw: those whose feature rows are needed.
 
@@ -154,13 +161,12 @@ def load(
         if theirs is None:
             raise UserError(f"{source} has no statistics of {key}, only of {', '.join(known[1])}; make it with these --metrics")
         for part in IDENTITY:
-            if theirs.get(part) != mine.get(part):
-                if isinstance(mine.get(part), dict):
-                    faults = "; ".join(differences(theirs.get(part) or {}, mine[part]))
+            there, here = theirs.get(part), mine.get(part)
+            if there != here:
+                if isinstance(here, dict):
+                    faults = "; ".join(differences(there or {}, here))
                     raise UserError(f"{source}: {part} of {key} are others there: {faults}; make it again")
-                raise UserError(
-                    f"{source}: {part} of {key} is {theirs.get(part)!r} there and {mine.get(part)!r} here; make it again"
-                )
+                raise UserError(f"{source}: {part} of {key} is {there!r} there and {here!r} here; make it again")
         arrays = _read(path / f"{key}.npz", ("mu", "sigma", *(("features",) if key in raw else ())), dims[key])
         moments[key] = arrays["mu"], arrays["sigma"]
         if key in raw:
@@ -172,7 +178,7 @@ def load(
     return Reference(facts, moments, rows)
 
 
-def _published(path: Path, extractors: dict[str, dict[str, Any]], dims: dict[str, int], raw: list[str]) -> Reference:
+def _published(path: Path, extractors: dict[str, ExtractorFacts], dims: dict[str, int], raw: list[str]) -> Reference:
     if not path.is_file():
         raise FileNotFoundError(f"--reference: no such file {str(path)!r}")
     others = [key for key in extractors if key != "inception"]
@@ -182,12 +188,14 @@ def _published(path: Path, extractors: dict[str, dict[str, Any]], dims: dict[str
             "reference of the images: python -m eval reference"
         )
     arrays = _read(path, ("mu", "sigma"), dims["inception"])
-    facts = {"file": path.name, "sha256": sha256(path), "images": {"n": None}, "extractors": {}}
-    return Reference(
-        facts | {"note": "as published: nothing in it says of which images"},
-        {"inception": (arrays["mu"], arrays["sigma"])},
-        {},
-    )
+    facts: ReferenceFacts = {
+        "file": path.name,
+        "sha256": sha256(path),
+        "images": {"n": None},
+        "extractors": {},
+        "note": "as published: nothing in it says of which images",
+    }
+    return Reference(facts, {"inception": (arrays["mu"], arrays["sigma"])}, {})
 
 
 def _read(file: Path, keys: tuple[str, ...], dim: int) -> dict[str, Tensor]:

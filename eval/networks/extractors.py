@@ -19,6 +19,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.identity import config_settings, processor_settings, tokenizer_sha256
 from pipelines.common.reading import BY_FILES, loading
 
+from ..content import ExtractorFacts
 from .weights import OPEN_CLIP, Found
 
 SIDE = 299  # what Inception sees
@@ -43,7 +44,7 @@ class Extractor(Protocol):
     def __call__(self, images: Tensor, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
         """uint8 (b, 3, h, w), b captions -> float32 (b, columns) for each output."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ExtractorFacts:
         """What identifies these features: file, sha256, input, and settings where the weights do not say all."""
 
 
@@ -100,7 +101,7 @@ class Inception:
             features = self._features(images.to(self.device))
             return {"features": features} | ({"logits": features @ self.output.T} if "logits" in self.outputs else {})
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ExtractorFacts:
         return {"network": "inception", "input": f"{INPUTS[self.mode]} of the {self.view}", **self.weights.describe()}
 
     @torch.inference_mode()
@@ -179,9 +180,13 @@ class DinoV2:
         with full_float32():
             return {"features": self.net((x - mean) / std).pooler_output}
 
-    def describe(self) -> dict[str, Any]:
-        facts = {"network": "dinov2", "input": "bicubic with antialiasing to 224, rounded", **self.weights.describe()}
-        return facts | {"settings": config_settings(self.net.config)}
+    def describe(self) -> ExtractorFacts:
+        return {
+            "network": "dinov2",
+            "input": "bicubic with antialiasing to 224, rounded",
+            **self.weights.describe(),
+            "settings": config_settings(self.net.config),
+        }
 
 
 class Aesthetic(nn.Module):
@@ -256,13 +261,19 @@ class Clip:
         """Unit vectors (b, d) of captions, the prefix before each."""
         return F.normalize(self.net.texts([self.prefix + c for c in captions]).float(), dim=1)
 
-    def describe(self) -> dict[str, Any]:
-        facts = {"network": self.name, "input": f"{self.net.input} of the {self.view}", **self.weights.describe()}
+    def describe(self) -> ExtractorFacts:
+        facts: ExtractorFacts = {
+            "network": self.name,
+            "input": f"{self.net.input} of the {self.view}",
+            **self.weights.describe(),
+        }
         if settings := self.net.settings():
-            facts |= {"settings": settings, "published": facts["published"] and self.net.as_published}
+            facts["settings"] = settings
+            facts["published"] = facts["published"] and self.net.as_published
         if "cosine" in self.outputs:
-            facts |= {"prefix": self.prefix, "scale": 1.0, "longest_text": self.net.longest}
-            facts |= {"tokenizer": found} if (found := self.net.tokenizer_sha256()) else {}
+            facts["prefix"], facts["scale"], facts["longest_text"] = self.prefix, 1.0, self.net.longest
+            if found := self.net.tokenizer_sha256():
+                facts["tokenizer"] = found
         if self.aesthetic_weights is not None:
             facts["aesthetic"] = self.aesthetic_weights.describe()
         return facts

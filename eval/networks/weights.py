@@ -15,6 +15,8 @@ from pathlib import Path
 from pipelines.common.errors import UserError
 from pipelines.common.paths import user_path
 
+from ..content import WeightsFacts
+
 WEIGHTS_DIR = "ONE_STEP_WEIGHTS"  # environment variable
 OPEN_CLIP = "open_clip:"
 
@@ -86,7 +88,7 @@ class Found:
     sha256: str
     published: bool
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> WeightsFacts:
         return {"file": self.path.name, "sha256": self.sha256, "published": self.published}
 
 

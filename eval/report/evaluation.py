@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
@@ -15,16 +15,20 @@ from torch import Tensor
 
 from pipelines.common.atomic import write_atomically
 
+from ..content import Content, Latency, OverDraws, Speed
 from ..protocols import LOWER_IS_BETTER
 from . import figures
 from .baselines import Row, read_baselines
 from .html import STYLE, data_uri
 from .results import TITLES, comparable
 
+if TYPE_CHECKING:
+    from ..images.files import Images
+
 SAMPLES, TILE = 64, 128
 
 
-def write_report(content: dict[str, Any], images: Any, folder: Path, baselines: str | None = None) -> None:
+def write_report(content: Content, images: Images, folder: Path, baselines: str | None = None) -> None:
     """content: results.results; images: an ImageFiles. metrics.json comes last: where it is, all is."""
     published = read_baselines(baselines, content["protocol"]["name"])
     published = published if content["beside_published"] else []
@@ -39,7 +43,7 @@ def write_report(content: dict[str, Any], images: Any, folder: Path, baselines: 
 
 
 def write_comparison(
-    contents: Sequence[tuple[str, dict[str, Any]]], folder: Path, samples: dict[str, bytes], baselines: str | None = None
+    contents: Sequence[tuple[str, Content]], folder: Path, samples: dict[str, bytes], baselines: str | None = None
 ) -> str:
     """comparison.json, metrics.png and report.html of several evaluations; returns the table as text. samples: PNG by name."""
     faults = comparable(contents)
@@ -68,20 +72,20 @@ def write_comparison(
     return text_table(rows, faults)
 
 
-def to_json(content: dict[str, Any]) -> bytes:
+def to_json(content: Mapping[str, object]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def own_row(name: str, content: dict[str, Any]) -> Row:
+def own_row(name: str, content: Content) -> Row:
     call = (content["model"] or {}).get("call", {})
     steps = call.get("num_inference_steps") or (len(call["timesteps"]) if "timesteps" in call else None)
     values = {key: numbers["value"] for key, numbers in content["metrics"].items()}
     spread = {key: numbers["std"] for key, numbers in content["metrics"].items() if numbers["std"] is not None}
-    latency = content["latency"].get("model", {}).get("seconds_per_image")
+    latency = content["latency"]["model"]["seconds_per_image"] if "model" in content["latency"] else None
     return {"name": name, "steps": steps, "metrics": values, "std": spread, "seconds_per_image": latency}
 
 
-def thumbnails(images: Any, n: int = SAMPLES) -> Tensor:
+def thumbnails(images: Images, n: int = SAMPLES) -> Tensor:
     """The first n images, uint8 (n, 3, h, w): as they are if they are small and of one size, else squares of 128."""
     from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -148,7 +152,7 @@ def text_table(rows: Sequence[Row], faults: Sequence[str]) -> str:
     return text + "".join(f"\nNOT COMPARABLE: {fault}" for fault in faults)
 
 
-def page(content: dict[str, Any], name: str, samples: bytes, plot: bytes, published: Sequence[Row]) -> str:
+def page(content: Content, name: str, samples: bytes, plot: bytes, published: Sequence[Row]) -> str:
     protocol = content["protocol"]
     figure = f'<h2>Metrics</h2><figure><img alt="Metrics" src="{data_uri(plot, "image/png")}"></figure>' if published else ""
     body = f"""<h1>{escape(name)}: {escape(protocol["name"])}</h1>
@@ -165,36 +169,37 @@ def page(content: dict[str, Any], name: str, samples: bytes, plot: bytes, publis
     return _document(name, body)
 
 
-def warnings(content: dict[str, Any]) -> list[str]:
+def warnings(content: Content) -> list[str]:
     """What a reader must know before comparing, as HTML."""
-    said = []
+    found = []
     if content["protocol"]["departures"]:
-        said.append(f"<b>Not the protocol:</b> {escape('; '.join(content['protocol']['departures']))}.")
+        found.append(f"<b>Not the protocol:</b> {escape('; '.join(content['protocol']['departures']))}.")
     if content["not_published_weights"]:
         others = ", ".join(content["not_published_weights"])
-        said.append(f"<b>Not the published weights</b> of {escape(others)}: compare with nothing but runs on the same file.")
+        found.append(f"<b>Not the published weights</b> of {escape(others)}: compare with nothing but runs on the same file.")
     for metric, numbers in content["metrics"].items():
         if "images_below_dimension" in numbers:
-            said.append(
+            found.append(
                 f"<b>{TITLES[metric]}</b> of {numbers['n']:,} images on {numbers['images_below_dimension'][0]:,} features: "
                 "the covariance has not full rank, and the value is far above that of many images."
             )
-    return said
+    return found
 
 
-def _latency(latency: dict[str, Any]) -> str:
+def _latency(latency: Latency) -> str:
     if not latency:
         return ""
+    speeds: dict[str, Speed] = {"model": latency["model"], "teacher": latency["teacher"]}
     rows = "".join(
-        f"<tr><td>{who}</td><td>{latency[who]['call'].get('num_inference_steps', '1')}</td>"
-        f"<td>{latency[who]['seconds_per_image']:.4g} s</td><td>{latency[who]['images_per_s']:.4g}</td></tr>"
-        for who in ("model", "teacher")
+        f"<tr><td>{who}</td><td>{speed['call'].get('num_inference_steps', '1')}</td>"
+        f"<td>{speed['seconds_per_image']:.4g} s</td><td>{speed['images_per_s']:.4g}</td></tr>"
+        for who, speed in speeds.items()
     )
     head = "<tr><th></th><th>Steps</th><th>An image</th><th>Images / s</th></tr>"
     return f"<h2>Latency</h2><p>{latency['speedup']:.1f} times as fast as the teacher.</p><table>{head}{rows}</table>"
 
 
-def _draws(metrics: dict[str, dict[str, Any]]) -> str:
+def _draws(metrics: dict[str, OverDraws]) -> str:
     rows = "".join(
         f"<tr><td>{TITLES[name]}</td><td>{numbers['value']:.6g}</td><td>{numbers['value_is']}</td>"
         f"<td>{', '.join(f'{v:.6g}' for v in numbers['draws'])}</td></tr>"

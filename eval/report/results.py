@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from pipelines.common.provenance import git_commit, versions
 
+from ..content import Content, Facts, OverDraws
 from ..protocols import Protocol
 
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "diffusers", "transformers", "peft", "clean-fid", "open_clip_torch")
@@ -24,10 +24,11 @@ TITLES = {
 }
 
 
-def results(protocol: Protocol, metrics: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+def results(protocol: Protocol, metrics: dict[str, OverDraws], facts: Facts) -> Content:
     """beside_published: whether published numbers may stand in one table with these; fewer draws do not forbid it.
 
-    metrics: measure.over_draws; facts: model, images (of each draw), reference, extractors, captions, seed, latency, ..."""
+    metrics: measure.over_draws.
+    """
     reference = facts["reference"]
     count = reference["images"]["n"] if reference else None
     n = protocol.num_images
@@ -54,7 +55,7 @@ def results(protocol: Protocol, metrics: dict[str, dict[str, Any]], facts: dict[
     }
 
 
-def sentence(protocol: Protocol, facts: dict[str, Any]) -> str:
+def sentence(protocol: Protocol, facts: Facts) -> str:
     """What was computed, for a reader who knows the field."""
     names = ", ".join("precision, recall" if m == "precision_recall" else TITLES[m] for m in protocol.metrics)
     reference, n = facts["reference"], protocol.num_images
@@ -79,32 +80,33 @@ def sentence(protocol: Protocol, facts: dict[str, Any]) -> str:
     return what + "."
 
 
-def comparable(contents: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+def comparable(contents: Sequence[tuple[str, Content]]) -> list[str]:
     """Why numbers of these evaluations must not stand in one table; [] if they may. (name, metrics.json's content)."""
     faults, (first, base) = [], contents[0]
     for name, other in contents[1:]:
         for key in ("name", "n", "processing"):
-            if other["protocol"][key] != base["protocol"][key]:
-                faults.append(f"{key}: {base['protocol'][key]} in {first}, {other['protocol'][key]} in {name}")
+            ours, others = (c["protocol"].get(key) for c in (base, other))
+            if others != ours:
+                faults.append(f"{key}: {ours} in {first}, {others} in {name}")
         for key in base["extractors"].keys() & other["extractors"].keys():
             mine, theirs = (_compared(c["extractors"][key]) for c in (base, other))
             for part in sorted(mine.keys() | theirs.keys()):
                 if mine.get(part) != theirs.get(part):
                     faults.append(f"{part} of {key} {'differ' if part == 'settings' else 'differs'} between {first} and {name}")
-        images, others = (_reference_id(c) for c in (base, other))
-        if None not in (images, others) and images != others:
+        images, theirs_too = (_reference_id(c) for c in (base, other))
+        if None not in (images, theirs_too) and images != theirs_too:
             faults.append(f"the reference images differ between {first} and {name}")
         if (base["captions"] or {}).get("sha256") != (other["captions"] or {}).get("sha256"):
             faults.append(f"the captions differ between {first} and {name}")
     return faults
 
 
-def _compared(extractor: dict[str, Any]) -> dict[str, Any]:
+def _compared(extractor: Mapping[str, object]) -> dict[str, object]:
     """All that its numbers depend on: not the names of its files."""
     kept = {key: value for key, value in extractor.items() if key not in ("file", "published")}
     return {key: _compared(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _reference_id(content: dict[str, Any]) -> str | None:
+def _reference_id(content: Content) -> str | None:
     reference = content["reference"]
     return None if reference is None else reference.get("sha256") or reference["images"].get("sha256")

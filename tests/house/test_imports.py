@@ -42,10 +42,10 @@ ROOMS = {
     "trainers/data": ("pipelines", "trainers.config"),
     "trainers/engine": ("pipelines", "trainers.config", "trainers.data", "trainers.objectives.base", "trainers.families.base"),
     "trainers/posteriors": ("pipelines", "trainers.config"),
-    "eval/networks": ("pipelines",),
-    "eval/images": ("pipelines", "eval.protocols"),
-    "eval/metrics": ("pipelines", "eval.protocols", "eval.images", "eval.networks"),
-    "eval/report": ("pipelines", "eval.protocols", "eval.images"),
+    "eval/networks": ("pipelines", "eval.content"),
+    "eval/images": ("pipelines", "eval.content", "eval.protocols"),
+    "eval/metrics": ("pipelines", "eval.content", "eval.protocols", "eval.images", "eval.networks"),
+    "eval/report": ("pipelines", "eval.content", "eval.protocols", "eval.images"),
 }
 
 OBJECTIVES = sorted(p.stem for p in (ROOT / "trainers" / "objectives").glob("*.py"))

@@ -202,7 +202,7 @@ def evaluate(
     return Evaluation(protocol, extractor, reference, first, tuple(one(student, "student") for student in students))
 
 
-def check_fits(pipe: Any, run: Run, role: Role, shape: tuple[int, int, int]) -> None:
+def check_fits(pipe: object, run: Run, role: Role, shape: tuple[int, int, int]) -> None:
     """UserError unless the pipeline makes images of this shape (c, h, w)."""
     from pipelines.edm import EDMPipeline
 

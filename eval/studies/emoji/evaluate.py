@@ -19,6 +19,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.identity import sha256_of
 from pipelines.common.provenance import git_commit, versions
 
+from ...content import ExtractorFacts
 from ...images.sampler import Sampler, load_sampler
 from ...metrics.frechet import GaussianStats, frechet_distance
 from ...metrics.samples import halves_floor
@@ -61,11 +62,11 @@ class Evaluation:
     protocol: Protocol
     captions: list[str]
     real: Real
-    extractor: dict[str, Any]
+    extractor: ExtractorFacts
     teacher: Measured
     one_step: Measured
     students: tuple[Measured, ...]
-    machine: dict[str, Any]
+    machine: dict[str, float]
     started: float
 
     @property

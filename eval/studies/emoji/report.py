@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.common.atomic import write_atomically
@@ -55,7 +56,7 @@ def figures_of(evaluation: Evaluation) -> dict[str, list[Picture]]:
         for key, series in curves(model.run.metrics, "loss").items()
     ]
 
-    def chart(figure: Any) -> list[Picture]:
+    def chart(figure: Figure) -> list[Picture]:
         return [("", figures.svg(figure), "image/svg+xml")]
 
     return {

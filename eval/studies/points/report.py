@@ -15,6 +15,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.provenance import git_commit, versions
 from pipelines.common.reading import loading, read_yaml
 from pipelines.edm import EDMPipeline, PointNet
+from pipelines.edm.pipeline import tensors
 
 from ...images.sampler import load_sampler
 from .figures import scatter_chart
@@ -43,10 +44,10 @@ def measure_points(model: str, num_points: int, seed: int, law: str | None, outp
     return found
 
 
-def draw(pipe: Any, n: int, seed: int) -> Tensor:
+def draw(pipe: EDMPipeline, n: int, seed: int) -> Tensor:
     """(n, d), in blocks, which change nothing."""
-    z = torch.randn(n, pipe.unet.config.in_channels, 1, 1, generator=torch.Generator().manual_seed(seed))
-    return torch.cat([pipe(latents=rows, output_type="latent").images.flatten(1) for rows in z.split(BLOCK)])
+    z = torch.randn(n, pipe.unet.config["in_channels"], 1, 1, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([tensors(pipe(latents=rows, output_type="latent")).flatten(1) for rows in z.split(BLOCK)])
 
 
 def read_law(law: str | None, model: Path) -> GaussianMixture:
