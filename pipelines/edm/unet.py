@@ -12,6 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  # diffusers looks for it in the module of the class that it loads
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
