@@ -244,7 +244,7 @@ def teacher_numbers(many: Sampler, judge: Judge, kept_in: Path, say: Callable[[s
     kept, why = teacher.look_up(found, (SHIPPED, kept_in))
     n, steps = protocol.num_images, many.call["num_inference_steps"]
     label, start = f"teacher, {steps} steps", time.perf_counter()
-    if kept is not None:
+    if kept is not None and kept.file is not None:
         say(f"{label}: FD and CLIP score are those kept in {shown(kept.file)}, measured in {kept.seconds:.0f} s")
         return kept
     say(f"{label}: no numbers to use again ({why}); drawing all {n:,} pictures now, this once")

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -40,8 +41,8 @@ class Timed:
 def time_in_turn(samplers: Sequence[Sampler], captions: Sequence[str], seed: int, batch_size: int) -> Timed:
     """The pictures of the first captions. batch_size: rows of a network call, of which a guided one has two for each picture."""
     batches = [blocks(0, len(captions), max(1, batch_size // (1 + is_guided(s)))) for s in samplers]
-    pipe = samplers[0].pipe
-    side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    pipe = samplers[0].stock
+    side, channels = pipe.unet.config["sample_size"], pipe.unet.config["in_channels"]
     taken: list[list[float]] = [[] for _ in samplers]
     text: list[float] = []
     decoder: list[float] = []
@@ -59,9 +60,9 @@ def time_in_turn(samplers: Sequence[Sampler], captions: Sequence[str], seed: int
                 for model in range(1, len(samplers)):
                     once(model, number)
                 some = captions[:batch_size]
-                text.append(timed(lambda some=some: pipe.encode_prompt(some, "cpu", 1, False))[1] / len(some))
+                text.append(timed(partial(pipe.encode_prompt, some, "cpu", 1, False))[1] / len(some))
                 latents = torch.zeros(batch_size, channels, side, side)
-                decoder.append(timed(lambda latents=latents: pipe.vae.decode(latents))[1] / batch_size)
+                decoder.append(timed(partial(pipe.vae.decode, latents))[1] / batch_size)
             if turn < TURNS:
                 drawn.append(once(0, turn))
     pixels = torch.cat(drawn[: len(batches[0])])  # with few captions a turn draws the same ones again
