@@ -34,7 +34,7 @@ SIZE = ("num_images", "draws", "metrics")  # of any protocol
 class Job:
     """What the options mean, checked. captions: one an image of a draw, or None."""
 
-    args: Run | Metrics | Generate
+    args: Run | Metrics
     protocol: Protocol
     plan: Plan
     captions: Captions | None
@@ -65,13 +65,15 @@ def check(args: Run | Metrics) -> Job:
 
 def chosen_protocol(args: Run | Metrics | Generate | Reference) -> Protocol:
     protocol = get_protocol(args.protocol)
-    told = {key: getattr(args, key, None) for key in (*CUSTOM, *SIZE)}  # a command without the option: what the protocol has
+    told: dict[str, Any] = {
+        key: getattr(args, key, None) for key in (*CUSTOM, *SIZE)
+    }  # a command without the option: what the protocol has
     own = {key: told[key] for key in CUSTOM if told[key] not in (None, False)}
     if own and protocol.name != "custom":
         raise UserError(f"--{next(iter(own)).replace('_', '-')} is fixed by protocol {protocol.name}; use --protocol custom")
     if "inception_mode" in own:
         own["inception"] = own.pop("inception_mode")
-    return replace(protocol, **own).adjusted(*(told[key] for key in SIZE), args.force)
+    return replace(protocol, **own).adjusted(told["num_images"], told["draws"], told["metrics"], args.force)
 
 
 def run(job: Job) -> Content | None:
@@ -98,7 +100,7 @@ def run(job: Job) -> Content | None:
         protocol.require_images(len(images), f"--images {args.images}")
         if job.captions is not None and len(job.captions) != len(images):
             raise UserError(f"{len(images):,} images and {len(job.captions):,} captions: one an image is needed, in their order")
-    sampler = load_model(args, accelerator.device) if args.model else None
+    sampler = load_model(args, accelerator.device) if isinstance(args, Run) and args.model else None
     if sampler is not None and sampler.takes == "prompt" and job.captions is None:
         raise UserError("--captions is needed: this model draws images from text")
     if sampler is not None and sampler.takes != "prompt" and job.captions is not None and "clip_score" not in protocol.metrics:
@@ -106,14 +108,14 @@ def run(job: Job) -> Content | None:
     extractors = build(job.plan, accelerator.device)
     described = {key: e.describe() for key, e in extractors.items()}
     reference = None
-    if job.plan.reference_extractors:
+    if job.plan.reference_extractors and args.reference is not None:
         reference = references.load_or_measure(args.reference, job.plan, extractors, accelerator, "--reference", **reading(args))
     draws, generated, timings = [], [], dict[str, float]()
     measured: list[ImageFiles] = []
     for draw in range(protocol.draws):
         part = images
-        if sampler is not None:
-            folder, names = make_images(sampler, job, draw, accelerator)
+        if sampler is not None and isinstance(args, Run):
+            folder, names = make_images(sampler, args, job.protocol.num_images, job.captions, draw, accelerator)
             part = ImageFiles(str(folder), protocol, job.plan.views, names=names)
         if part is None:
             raise ValueError("neither a model nor images to measure")
@@ -129,7 +131,7 @@ def run(job: Job) -> Content | None:
             generated.append(part.identity())
     if not first:
         return None
-    speeds = latencies(job, sampler) if sampler is not None else Latency()
+    speeds = latencies(args, job.captions, sampler) if sampler is not None and isinstance(args, Run) else Latency()
     timings["seconds"] = time.perf_counter() - started
     facts = Facts(
         reference=reference.facts if reference else None,
@@ -143,7 +145,7 @@ def run(job: Job) -> Content | None:
         timings=timings,
     )
     content = results(protocol, over_draws(draws, protocol.report), facts)
-    if reference is not None and not references.is_statistics(args.reference):
+    if reference is not None and args.reference is not None and not references.is_statistics(args.reference):
         references.save(reference, output / "reference")
     write_report(content, measured[0], output, args.baselines)
     return content
@@ -168,24 +170,25 @@ def reading(args: Run | Metrics | Reference) -> dict[str, Any]:
     return {key: getattr(args, name) for key, name in (names | {"start_method": "start_method"}).items()}
 
 
-def load_model(args: Run | Generate, device: torch.device, teacher: bool = False) -> Sampler:
+def load_model(args: Run | Generate, device: torch.device) -> Sampler:
     from .images.sampler import load_sampler
 
-    if teacher:
-        return load_sampler(args.teacher, None, args.teacher_steps, None, args.dtype, device, image_size=args.image_size)
+    if args.model is None:
+        raise ValueError("no --model to load")
     options = (args.lora, args.steps, args.guidance_scale, args.dtype, device, args.base_model, args.image_size)
     return load_sampler(args.model, *options)
 
 
-def make_images(sampler: Sampler, job: Job, draw: int, accelerator: Accelerator) -> tuple[Path, list[str]]:
-    """The images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed. (Their folder, their names in it);
-    what else lies there is no image of this evaluation, and is listed.
+def make_images(
+    sampler: Sampler, args: Run | Generate, n: int, captions: Captions | None, draw: int, accelerator: Accelerator
+) -> tuple[Path, list[str]]:
+    """n images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed. Returns (folder, names in
+    it). What else lies there is no image of this evaluation, and is listed.
     """
     from .images.generation import generate, names_of, others_in
 
-    n, args = job.protocol.num_images, job.args
     folder = Path(args.output) / "images" / f"draw{draw}"
-    texts = job.captions.texts if job.captions is not None else None
+    texts = captions.texts if captions is not None else None
     exact = accelerator.device.type == "cpu" if args.exact is None else args.exact
     indices = range(draw * n, (draw + 1) * n)
     generate(sampler, folder, indices, args.seed, args.batch_size, texts, accelerator, f"draw {draw}", exact)
@@ -196,15 +199,16 @@ def make_images(sampler: Sampler, job: Job, draw: int, accelerator: Accelerator)
     return folder, names_of(indices)
 
 
-def latencies(job: Job, sampler: Sampler) -> Latency:
+def latencies(args: Run, captions: Captions | None, sampler: Sampler) -> Latency:
     """Seconds an image of the model, and of --teacher at --teacher-steps."""
-    from .images.sampler import latency
+    from .images.sampler import latency, load_sampler
 
-    if not job.args.teacher:
+    if not args.teacher:
         return {}
-    texts, batch = job.captions.texts if job.captions is not None else None, job.args.latency_batch
-    model = latency(sampler, batch, captions=texts)
-    teacher = latency(load_model(job.args, sampler.pipe.device, teacher=True), batch, captions=texts)
+    texts, device = captions.texts if captions is not None else None, sampler.pipe.device
+    model = latency(sampler, args.latency_batch, captions=texts)
+    other = load_sampler(args.teacher, None, args.teacher_steps, None, args.dtype, device, image_size=args.image_size)
+    teacher = latency(other, args.latency_batch, captions=texts)
     return {"model": model, "teacher": teacher, "speedup": teacher["seconds_per_image"] / model["seconds_per_image"]}
 
 
@@ -239,12 +243,11 @@ def make_only(args: Generate) -> Path:
     if not protocol.num_images:
         raise UserError("--num-images is needed: protocol custom has no number of its own")
     accelerator = start()
-    job = Job(args, protocol, Plan(protocol, {}, {}), captions)
     sampler = load_model(args, accelerator.device)
     if sampler.takes != "prompt" and captions is not None:
         raise UserError("--captions has no effect: this model takes no text; remove it")
     for draw in range(protocol.draws):
-        folder, _ = make_images(sampler, job, draw, accelerator)
+        folder, _ = make_images(sampler, args, protocol.num_images, captions, draw, accelerator)
     return folder.parent
 
 

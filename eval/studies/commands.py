@@ -18,7 +18,7 @@ def digits(args: Run, named: Sequence[tuple[str, Path]]) -> int:
     from .runs import find_run
 
     protocol = PROTOCOLS[args.protocol].adjusted(args.num_images, args.seed, args.force)
-    teacher = find_run("teacher", Path(args.teacher), "teacher")
+    teacher = find_run("teacher", Path(_teacher(args)), "teacher")
     students = [find_run(name, path, "student") for name, path in named]
     output = Path(args.output)
     require_writable(output)
@@ -34,7 +34,8 @@ def emoji(args: Run, named: Sequence[tuple[str, Path]]) -> int:
 
     started = time.perf_counter()
     protocol = PROTOCOLS[args.protocol].adjusted(args.num_images, args.seed, args.force)
-    embedded = [EMOJI_SD] if Path(args.teacher).resolve() == EMOJI_SD.resolve() else []
+    teacher = _teacher(args)
+    embedded = [EMOJI_SD] if Path(teacher).resolve() == EMOJI_SD.resolve() else []
     check_assets(PICTURES, EMOJI_CLIP, *embedded)
     output = Path(args.output)
     require_writable(output)
@@ -44,7 +45,13 @@ def emoji(args: Run, named: Sequence[tuple[str, Path]]) -> int:
     from .runs import find_run
 
     students = [find_run(name, path, "student") for name, path in named]
-    evaluation = evaluate(protocol, args.teacher, students, kept_in=output / "teacher.json", started=started)
+    evaluation = evaluate(protocol, teacher, students, kept_in=output / "teacher.json", started=started)
     write_report(evaluation, output)
     print(f"wrote {', '.join(str(output / name) for name in FILES)}")
     return 0
+
+
+def _teacher(args: Run) -> str:
+    if args.teacher is None:
+        raise ValueError(f"protocol {args.protocol} is that of a study, which needs a teacher")
+    return args.teacher

@@ -62,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser, model: type[Strict], config: bo
         about = "a YAML file of these options; those on the command line prevail"
         parser.add_argument("--config", action="append", type=path_option, default=[], metavar="FILE", help=about)
     for key, field in model.model_fields.items():
-        how = {"default": argparse.SUPPRESS, "help": _help(field)}
+        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
         if leaves(field.annotation) <= {bool, NoneType}:
             parser.add_argument(flag(key), action="append_const", const=True, dest=key, **how)
             if field.default is None:
