@@ -85,7 +85,7 @@ def load_pipeline(
         for name, kind in NETWORKS.items():
             if name in index and name not in options:
                 options[name] = load_whole(kind, source, name, **how | {"variant": variant_of(source, name, variant)})
-        pipe: StockPipeline = DiffusionPipeline.from_pretrained(source, **how, **options)  # type: ignore[assignment]  # see there
+        pipe: StockPipeline = DiffusionPipeline.from_pretrained(source, **how, **options)  # type: ignore[assignment]  # see stock.py
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         if tokenizer is not None and encoder is not None and not 3 <= len(tokenizer) <= encoder.config.vocab_size:

@@ -157,7 +157,7 @@ def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> StockPip
             parts = [k for k, v in index.items() if isinstance(v, list) and k not in UNUSED]
             check_weights(folder, parts)
             kwargs = kwargs | {"variant": only_variant(folder, parts)}
-        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **kwargs)  # type: ignore[return-value]  # see there
+        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **kwargs)  # type: ignore[return-value]  # see stock.py
 
 
 def _index(source: str) -> dict[str, Any]:
