@@ -441,9 +441,10 @@ import os, sys
 from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
-from trainers import distill, draws
+from trainers import distill
 from trainers.config.run import DistillConfig
 from pipelines.common.config import load_config
+from trainers.engine import draws
 from trainers.engine.loop import NonFiniteError
 
 torch.distributed.destroy_process_group = lambda group=None: None  # one group serves all the runs below

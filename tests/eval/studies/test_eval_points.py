@@ -158,7 +158,7 @@ def test_pushforward_of_a_linear_student():
 def test_memory_of_many_points():
     """A million points; of the sums over pairs, whose blocks have one size however many there are, two blocks."""
     program = """
-from eval import points
+from eval.studies.points import numbers as points
 from pipelines.analytic import FORTY_MODES_STD, GaussianMixture, forty_modes
 
 mixture = GaussianMixture(forty_modes(), FORTY_MODES_STD, points.NO_NOISE, (2, 1, 1))
