@@ -65,9 +65,8 @@ def check(args: Run | Metrics) -> Job:
 
 def chosen_protocol(args: Run | Metrics | Generate | Reference) -> Protocol:
     protocol = get_protocol(args.protocol)
-    told: dict[str, Any] = {
-        key: getattr(args, key, None) for key in (*CUSTOM, *SIZE)
-    }  # a command without the option: what the protocol has
+    # a command without the option: what the protocol has
+    told: dict[str, Any] = {key: getattr(args, key, None) for key in (*CUSTOM, *SIZE)}
     own = {key: told[key] for key in CUSTOM if told[key] not in (None, False)}
     if own and protocol.name != "custom":
         raise UserError(f"--{next(iter(own)).replace('_', '-')} is fixed by protocol {protocol.name}; use --protocol custom")
@@ -206,9 +205,8 @@ def latencies(args: Run, captions: Captions | None, sampler: Sampler) -> Latency
     if not args.teacher:
         return {}
     texts, device = captions.texts if captions is not None else None, sampler.pipe.device
-    model = latency(sampler, args.latency_batch, captions=texts)
     other = load_sampler(args.teacher, None, args.teacher_steps, None, args.dtype, device, image_size=args.image_size)
-    teacher = latency(other, args.latency_batch, captions=texts)
+    model, teacher = latency([sampler, other], args.latency_batch, captions=texts)
     return {"model": model, "teacher": teacher, "speedup": teacher["seconds_per_image"] / model["seconds_per_image"]}
 
 

@@ -16,12 +16,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from pipelines.common.config import load_config
 from pipelines.common.errors import USER_ERRORS, UserError
 from pipelines.common.launch import fail
-from pipelines.stable_diffusion import DTYPES
-from trainers.config.run import DistillConfig
-from trainers.families import base_weights
 
 # `accelerate launch` with its defaults spelled out, so that it has nothing to warn about
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -61,6 +57,12 @@ class Job:
         info, made_with = self.folder / "student" / "student.json", self.folder / "config.yaml"
         if not (info.is_file() and made_with.is_file() and json.loads(info.read_text())["steps"] == self.steps):
             return False
+        # seconds to import: only where there is a run that may be done
+        from pipelines.common.config import load_config
+        from pipelines.stable_diffusion import DTYPES
+        from trainers.config.run import DistillConfig
+        from trainers.families import base_weights
+
         wanted = load_config(DistillConfig, str(self.config), self.command[self.command.index("--config") + 2 :])
         if _settings(yaml.safe_load(made_with.read_text())) != _settings(wanted.model_dump(mode="json")):
             return False

@@ -8,6 +8,7 @@ from torch import Tensor
 from pipelines.edm import EDMPipeline, PointNet
 from pipelines.edm.pipeline import tensors
 
+from .data.examples import shown_classes
 from .engine.draws import derive_seed
 from .engine.pictures import enlarged
 
@@ -24,7 +25,7 @@ def preview(pipeline: EDMPipeline, count: int, seed: int) -> Tensor:
         points = tensors(pipeline(PREVIEW_POINTS, generator=generator, output_type="latent")).flatten(1)
         return scatter(points, pipeline.scheduler.config["sigma_data"])
     num_classes = pipeline.unet.config["num_classes"]
-    labels = torch.arange(count) % num_classes if num_classes else None
+    labels = shown_classes(count, num_classes) if num_classes else None
     return enlarged(tensors(pipeline(count, class_labels=labels, generator=generator, output_type="pt")))
 
 

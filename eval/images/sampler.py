@@ -223,20 +223,25 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     return call
 
 
-def latency(sampler: Sampler, batch_size: int, repeats: int = 3, captions: Sequence[str] | None = None) -> Speed:
-    """Seconds an image and images a second, of the fastest of `repeats` batches after one to warm up."""
+def latency(samplers: Sequence[Sampler], batch_size: int, repeats: int = 3, captions: Sequence[str] | None = None) -> list[Speed]:
+    """Seconds an image and images a second of each, of the fastest of `repeats` batches after one to warm up. They are called in
+    turn: the speed of a machine changes from one second to the next.
+    """
     texts = [captions[i % len(captions)] for i in range(batch_size)] if captions else None
-    seconds = []
+    seconds: list[list[float]] = [[] for _ in samplers]
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        sampler(range(batch_size), 0, texts)  # ends with a copy to the CPU, which waits for the device
-        seconds.append(time.perf_counter() - start)
-    best = min(seconds[1:])
-    return {
-        "seconds_per_image": best / batch_size,
-        "images_per_s": batch_size / best,
-        "batch_size": batch_size,
-        "repeats": repeats,
-        "device": str(sampler.pipe.device),
-        "call": sampler.call,
-    }
+        for sampler, taken in zip(samplers, seconds, strict=True):
+            start = time.perf_counter()
+            sampler(range(batch_size), 0, texts)  # ends with a copy to the CPU, which waits for the device
+            taken.append(time.perf_counter() - start)
+    return [
+        {
+            "seconds_per_image": min(taken[1:]) / batch_size,
+            "images_per_s": batch_size / min(taken[1:]),
+            "batch_size": batch_size,
+            "repeats": repeats,
+            "device": str(sampler.pipe.device),
+            "call": sampler.call,
+        }
+        for sampler, taken in zip(samplers, seconds, strict=True)
+    ]

@@ -24,7 +24,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from pipelines import emoji
 from pipelines.common.launch import user_errors
-from pipelines.common.options import path
+from pipelines.common.options import path, typed, whole
+from pipelines.common.strict import PositiveFloat
 from trainers.config.networks import Optimizer
 
 from .fitting import draws, fit
@@ -160,9 +161,9 @@ def measure(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: emoji.Pictures
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=path, default=Path("outputs/assets/clip"))
-    parser.add_argument("--steps", type=int, default=6_000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=whole(1), default=6_000)
+    parser.add_argument("--batch-size", type=whole(1), default=128)
+    parser.add_argument("--lr", type=typed(PositiveFloat), default=1.5e-3)
     parser.add_argument("--start", help="a CLIP folder to start from; its vocabulary is kept")
     parser.add_argument(
         "--vision-only", action="store_true", help="leave the text tower, which a teacher may depend on, as it is"

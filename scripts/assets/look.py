@@ -24,7 +24,8 @@ from transformers import CLIPTokenizer
 from eval.metrics.frechet import GaussianStats, frechet_distance
 from pipelines import emoji
 from pipelines.common.launch import user_errors
-from pipelines.common.options import path
+from pipelines.common.options import path, typed, whole
+from pipelines.common.strict import StockGuidance
 from pipelines.stable_diffusion import load_pipeline
 
 from .assemble import load_clip
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pipeline", default="assets/emoji_sd")
     parser.add_argument("--clip", default="assets/emoji_clip")
     parser.add_argument("--output", type=path, default=Path("outputs/assets/look"))
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--images", type=whole(2), default=256)
+    parser.add_argument("--steps", type=whole(1), default=50)
+    parser.add_argument("--guidance", type=typed(StockGuidance), default=2.0)
     args = parser.parse_args(argv)
     with user_errors():
         pipe, model = load_pipeline(args.pipeline), load_clip(args.clip).eval()

@@ -21,7 +21,8 @@ from torchvision.utils import save_image
 from pipelines import emoji
 from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
-from pipelines.common.options import path
+from pipelines.common.options import path, typed, whole
+from pipelines.common.strict import PositiveFloat
 from trainers.config.networks import Optimizer
 
 from .fitting import draws, fit
@@ -81,10 +82,10 @@ def held_out(pictures: emoji.Pictures) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=path, default=Path("outputs/assets/vae"))
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--latents", type=int, help=f"channels of a new one (default: {LATENTS})")
+    parser.add_argument("--steps", type=whole(1), default=12_000)
+    parser.add_argument("--batch-size", type=whole(1), default=32)
+    parser.add_argument("--lr", type=typed(PositiveFloat), default=2e-3)
+    parser.add_argument("--latents", type=whole(1), help=f"channels of a new one (default: {LATENTS})")
     parser.add_argument("--start", help="an AutoencoderKL to start from instead of random weights")
     parser.add_argument("--latents-of", help="an AutoencoderKL whose latents are to be encoded to and decoded from")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 arithmetic: for processors without it")

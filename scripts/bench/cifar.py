@@ -23,7 +23,7 @@ from eval.metrics.frechet import GaussianStats, frechet_distance
 from eval.studies.digits.evaluate import load_pipeline
 from eval.studies.digits.generate import generate
 from pipelines.common.identity import pipeline_identity
-from pipelines.common.options import path
+from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.data.images import ImageSet, load_parquet
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--cifar", type=path, required=True)
     parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     parser.add_argument("--size", choices=("cpu", "full"), default="cpu")
-    parser.add_argument("--images", type=int, default=500, help="of each model, to measure")
+    parser.add_argument("--images", type=whole(2), default=500, help="of each model, to measure")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     args = parser.parse_args()
     folder, start = args.output / "cifar", time.perf_counter()

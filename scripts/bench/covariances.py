@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipelines.common.config import load_config
-from pipelines.common.options import path
+from pipelines.common.options import path, whole
 from pipelines.data.images import load_digits, to_unit
 from pipelines.noise import Level
 from trainers.config.run import DistillConfig
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=path, default=Path("outputs/bench/digits/teacher"))
     parser.add_argument("--output", type=path, default=Path("outputs/bench"))
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=whole(1), default=160)
     args = parser.parse_args()
     runs = args.output / "covariances"
     jobs = {}

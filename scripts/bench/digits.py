@@ -32,7 +32,7 @@ from eval.studies.digits.features import AreaDownsampled, FeatureExtractor, PcaP
 from eval.studies.digits.generate import generate
 from eval.studies.runs import find_run
 from pipelines.common.identity import pipeline_identity
-from pipelines.common.options import path
+from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.data.images import ImageSet, load_digits, load_parquet, to_unit
 
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=SETTINGS, default="digits")
     parser.add_argument("--output", type=path, default=Path("outputs/bench"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=whole(1), default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     setting, runs = SETTINGS[args.data], args.output / args.data

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipelines.common.launch import user_errors
-from pipelines.common.options import path
+from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.edm import EDMPipeline
 
@@ -72,9 +72,9 @@ def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nvlabs", type=path, required=True, help="a checkout of NVlabs/edm")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--batch", type=whole(1), default=16)
+    parser.add_argument("--repeats", type=whole(1), default=10)
+    parser.add_argument("--threads", type=whole(1))
     parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     args = parser.parse_args()
     if args.threads:

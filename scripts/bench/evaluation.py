@@ -33,7 +33,7 @@ from eval.networks.extractors import Clip, Inception
 from eval.networks.weights import Found
 from eval.protocols import PROTOCOLS
 from pipelines.common.launch import user_errors
-from pipelines.common.options import path
+from pipelines.common.options import path, whole
 
 from .parts import random_networks
 
@@ -318,7 +318,7 @@ def agreement(cifar: Path, work: Path, output: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=whole(2), default=256)
     parser.add_argument("--cifar", type=path)
     parser.add_argument("--agreement", action="store_true", help="10,000 against 50,000 CIFAR-10 images, everywhere; 20 minutes")
     parser.add_argument("--output", type=path, default=Path("outputs/bench/eval.json"))

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines.common.config import load_config
 from pipelines.common.launch import user_errors
-from pipelines.common.options import path
+from pipelines.common.options import path, whole
 from trainers import distill, train_teacher
 from trainers.config.run import DistillConfig, TeacherConfig
 
@@ -100,7 +100,7 @@ def distillation(name: str, folder: Path, batch_size: int, teacher: Path, overri
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=path, default=Path("outputs/bench/digits/teacher"))
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=whole(1), default=128)
     parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     args = parser.parse_args()
     numbers = {}

@@ -28,8 +28,9 @@ from eval.studies.points.figures import curves_chart, scatter_chart
 from pipelines.analytic import make_mixture
 from pipelines.common.atomic import new_file
 from pipelines.common.identity import pipeline_identity
-from pipelines.common.options import path
+from pipelines.common.options import path, typed, whole
 from pipelines.common.provenance import git_commit, versions
+from pipelines.common.strict import PositiveFloat
 from pipelines.edm import EDMPipeline
 
 from ..jobs import LAUNCH, Job, cores, exit_cleanly, kept, run, run_all
@@ -222,10 +223,10 @@ def table(curves: dict[str, dict[str, list[dict]]], truth: dict[str, float]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300.0, help="of training on one thread, each run")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seconds", type=typed(PositiveFloat), default=300.0, help="of training on one thread, each run")
+    parser.add_argument("--seeds", type=whole(1), default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--workers", type=int, default=cores(), help="runs side by side")
+    parser.add_argument("--workers", type=whole(1), default=cores(), help="runs side by side")
     parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     args = parser.parse_args()
     start, runs = time.perf_counter(), args.output / "mog40"

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from pipelines.adapters import AdapterHead, Role, SharedNetwork, last_layer
 from pipelines.common.config import validate
-from pipelines.common.options import path
+from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.denoiser import Denoiser, OneStepGenerator
 from pipelines.noise import VPSchedule
@@ -247,8 +247,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--objectives", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--repeats", type=whole(1), default=3)
+    parser.add_argument("--threads", type=whole(1), default=cores())
     parser.add_argument("--output", type=path, default=Path("outputs/bench"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

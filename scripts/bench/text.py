@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eval.networks.weights import sha256
-from pipelines.common.options import path
+from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.data.images import ImageSet, load_parquet, to_pixels, to_unit
 from pipelines.stable_diffusion import decode_latents, encode_images, load_pipeline, one_step_scheduler
@@ -219,9 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=path, required=True)
     parser.add_argument("--output", type=path, default=Path("outputs/bench"))
-    parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--teacher-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--vae-steps", type=whole(1), default=1500)
+    parser.add_argument("--teacher-steps", type=whole(1), default=1500)
+    parser.add_argument("--steps", type=whole(1), default=300)
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     args = parser.parse_args()
     folder, start = args.output / "text", time.perf_counter()

@@ -293,10 +293,21 @@ def test_image_files_are_in_order():
     assert names[-1] == "123000/123456.png"
 
 
-def test_latency_counts_images(edm):
-    found = latency(load_sampler(str(edm), steps=1), batch_size=3, repeats=2)
-    assert found["images_per_s"] * found["seconds_per_image"] == pytest.approx(1)
-    assert found["call"]["num_inference_steps"] == 1
+def test_latency_is_taken_in_turn_and_counts_images(edm, monkeypatch):
+    """Called one after the other, again and again, so that both see the same moments of the machine; the first time warms up."""
+    samplers, steps, call = [load_sampler(str(edm), steps=n) for n in (1, 2)], [], Sampler.__call__
+
+    def noted(sampler, indices, seed, texts):
+        assert list(indices) == [0, 1, 2]
+        steps.append(sampler.call["num_inference_steps"])
+        return call(sampler, indices, seed, texts)
+
+    monkeypatch.setattr(Sampler, "__call__", noted)
+    found = latency(samplers, batch_size=3, repeats=2)
+    assert steps == [1, 2] * 3
+    assert [speed["call"]["num_inference_steps"] for speed in found] == [1, 2]
+    for speed in found:
+        assert speed["images_per_s"] * speed["seconds_per_image"] == pytest.approx(1)
 
 
 def test_neighbouring_seeds_share_no_image():

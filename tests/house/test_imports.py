@@ -169,7 +169,21 @@ def no_unsafe_calls(path: Path, source: str) -> list[str]:
     return problems
 
 
+def options_have_ranges(path: Path, source: str) -> list[str]:
+    """A bare int takes -3 for a number of images, a bare float NaN for a rate, a bare Path leaves ~ as it is."""
+    return [
+        f"{path}:{node.lineno} type={keyword.value.id}: say what it may be, by pipelines.common.options (whole, typed, path)"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and dotted(node.func).endswith("add_argument")
+        for keyword in node.keywords
+        if keyword.arg == "type" and isinstance(keyword.value, ast.Name) and keyword.value.id in {"int", "float", "Path"}
+    ]
+
+
 REJECTED = [
+    (options_have_ranges, "scripts/bench/x.py", "parser.add_argument('--images', type=int)"),
+    (options_have_ranges, "scripts/x.py", "p.add_argument('--rate', help='x', type=float)"),
+    (options_have_ranges, "trainers/x.py", "p.add_argument('--output', type=Path)"),
     (import_direction, "pipelines/noise.py", "import trainers.config.run"),
     (import_direction, "pipelines/edm/net.py", "from ...trainers.engine import loop"),
     (import_direction, "pipelines/edm/__init__.py", "from ... import eval as e"),
@@ -229,6 +243,7 @@ REJECTED = [
 ]
 
 ACCEPTED = [
+    (options_have_ranges, "scripts/x.py", "p.add_argument('--images', type=whole(1))\np.add_argument('--vae')"),
     (
         import_direction,
         "pipelines/edm/net.py",
@@ -293,7 +308,8 @@ def test_rooms_are_there(room):
 
 
 @pytest.mark.parametrize(
-    "rule", [import_direction, room_arrows, seams, eval_stays_builtin, script_shadows_nothing, no_unsafe_calls]
+    "rule",
+    [import_direction, room_arrows, seams, eval_stays_builtin, script_shadows_nothing, no_unsafe_calls, options_have_ranges],
 )
 def test_repository_keeps(rule):
     assert Path("tests/house/test_imports.py") in SOURCES  # else the search looked in the wrong place and found nothing to check

@@ -20,8 +20,8 @@ from torch._dynamo.utils import counters
 
 from pipelines import adapters
 from pipelines.students import read_info
+from trainers.data.examples import evenly, shown_classes
 from trainers.engine import checkpoint
-from trainers.families.stable_diffusion import evenly
 
 ROOT = Path(__file__).resolve().parents[2]
 # Some layers of each sort: fewer adapters than recipes have, for speed.
@@ -56,6 +56,8 @@ def test_a_run_shows_pictures_of_prompts_from_the_whole_file():
     rows = evenly(64, 3_524).tolist()
     assert (rows[0], len(set(rows))) == (0, 64)
     assert {b - a for a, b in pairwise(rows)} == {55, 56}
+    assert shown_classes(4, 1000).tolist() == [0, 250, 500, 750]  # so do classes
+    assert shown_classes(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 # a gradient that is little but rounding must not become a full step of random sign: updates in proportion where it is small

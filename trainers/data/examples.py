@@ -125,3 +125,16 @@ def load_images(data: Data) -> ImageSet:
         else partial(images.load_hub, data.id, data.split)
     )
     return load(data.image_column, data.label_column, data.image_size, data.channels, data.background)
+
+
+# Shown while a run trains ---------------------------------------------------------------------------------------------
+
+
+def evenly(count: int, n: int) -> Tensor:
+    """`count` of n rows, all where there are fewer, at equal distances: neighbours in a file of captions are often alike. (m,)"""
+    return torch.arange(min(count, n)) * n // min(count, n)
+
+
+def shown_classes(count: int, num_classes: int) -> Tensor:
+    """(count,): each class in turn, or classes at equal distances: neighbours of ImageNet's are often alike."""
+    return evenly(count, num_classes) if count < num_classes else torch.arange(count) % num_classes

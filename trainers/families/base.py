@@ -22,7 +22,7 @@ from pipelines.stock import StockPipeline
 
 from ..config.networks import Lora
 from ..config.run import DistillConfig, TeacherConfig
-from ..data.examples import Examples
+from ..data.examples import Examples, shown_classes
 from ..engine.draws import derive_seed
 from ..objectives.base import Need, Parts
 from ..posteriors import COVARIANCES, Covariance
@@ -76,7 +76,7 @@ class Family(Parts):
 
     def shown(self, count: int) -> Tensor:
         """The rows whose pictures a run shows, `count` at most: (n,)."""
-        return torch.arange(count)
+        return shown_classes(count, self.num_classes) if self.num_classes else torch.arange(count)
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (b, c, h, w) -> images (b, c, h, w) in [0, 1], float32."""

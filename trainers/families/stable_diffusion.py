@@ -26,6 +26,7 @@ from ..config.data import TEXT_DATA, Captions, Prompts, TeacherSamples
 from ..config.level_range import check_levels
 from ..config.networks import Lora, Network
 from ..config.run import DistillConfig, TeacherConfig
+from ..data.examples import evenly
 from ..data.shards import Cached
 from ..data.sources import CaptionRows, PromptRows, image_batch, load_rows
 from ..engine.draws import derive_seed
@@ -199,11 +200,6 @@ class Family(base.Family):
             save_stable_diffusion(folder, type(self.pipe), scheduler, info, adapter=(self.base.network, "student"))
         else:
             save_stable_diffusion(folder, type(self.pipe), scheduler, info, network=self.trained)
-
-
-def evenly(count: int, n: int) -> Tensor:
-    """`count` of n rows, all where there are fewer, at equal distances: neighbours in a file of captions are often alike. (m,)"""
-    return torch.arange(min(count, n)) * n // min(count, n)
 
 
 class TextUNet(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ...networks.weights import find
 from ..protocols import Protocol
 from ..runs import Run
 from . import prompts, teacher
-from .drawing import Drawn, Texts, Workers, blocks, clip_score, cores, draw, encode, is_guided, of_images, of_texts
+from .drawing import Texts, Workers, blocks, clip_score, cores, draw, encode, is_guided, of_images, of_texts
 from .teacher import PACKAGES, SHIPPED, STEPS, Kept, check_fits, load_teacher
 from .timing import time_in_turn
 
@@ -131,36 +131,30 @@ def evaluate(
     samplers = [load_student(run, teacher_path) for run in students]
     judge = make_judge(protocol, many, pictures, say)
 
-    names, runs = [f"teacher, {steps} steps", "teacher, 1 step", *(run.name for run in students)], [None, None, *students]
-    models = [many, one, *samplers]
-
-    def told(name: str, numbers: dict[str, float]) -> dict[str, float]:
-        say(f"{name}: FD {numbers['fd']:.4f}, CLIP score {numbers['clip_score']:.3f}")
-        return numbers
-
     kept = teacher_numbers(many, judge, kept_in, say)
-    found, drawn = [told(names[0], kept.numbers)], []
-    for name, sampler in zip(names[1:], models[1:], strict=True):
-        pictures_of, numbers = judge.measure(sampler, name)
-        found.append(told(name, numbers))
-        drawn.append(pictures_of.pixels[:SHOWN])
-    timed = time_in_turn(models, judge.captions, protocol.seed, protocol.batch_size)
-    measured = []
-    for name, sampler, run, numbers, seconds, pixels in zip(
-        names, models, runs, found, timed.seconds, [timed.first, *drawn], strict=True
-    ):
-        say(f"{name}: {1000 * seconds:.1f} ms a picture")
-        facts: dict[str, Any] = {"seconds_per_image": seconds, "n": protocol.num_images, "call": sampler.call}
+    timed = time_in_turn([many, one, *samplers], judge.captions, protocol.seed, protocol.batch_size)
+    seconds = iter(timed.seconds)
+
+    def model(name: str, sampler: Sampler, pixels: Tensor, numbers: dict[str, Any], run: Run | None = None) -> Measured:
+        facts: dict[str, Any] = {"seconds_per_image": next(seconds), "n": protocol.num_images, "call": sampler.call}
         facts |= {"scheduler": type(sampler.pipe.scheduler).__name__}
         if run is not None:
             facts |= {"train_seconds": run.info.get("train_seconds"), "train_steps": run.info.get("steps")}
             facts |= {key: run.info.get(key) for key in ("objective", "estimator", "calls")}
-        measured.append(Measured(name, numbers | facts, pixels, run))
-    first, second, *others = measured
+        say(
+            f"{name}: FD {numbers['fd']:.4f}, CLIP score {numbers['clip_score']:.3f}, "
+            f"{1000 * facts['seconds_per_image']:.1f} ms a picture"
+        )
+        return Measured(name, numbers | facts, pixels[:SHOWN], run)
+
     source = {"measured": "now" if kept.file is None else shown(kept.file), "seconds_to_measure": round(kept.seconds, 1)}
-    first = replace(first, numbers=first.numbers | source)
+    first = model(f"teacher, {steps} steps", many, timed.first, kept.numbers | source)
+    second = model("teacher, 1 step", one, *judge.measure(one, "teacher, 1 step"))
+    others = tuple(
+        model(run.name, sampler, *judge.measure(sampler, run.name), run) for run, sampler in zip(students, samplers, strict=True)
+    )
     machine = {"cores": judge.workers.count, "text_seconds_per_image": timed.text, "decoder_seconds_per_image": timed.decoder}
-    return Evaluation(protocol, judge.captions, judge.real, judge.clip.describe(), first, second, tuple(others), machine, started)
+    return Evaluation(protocol, judge.captions, judge.real, judge.clip.describe(), first, second, others, machine, started)
 
 
 @dataclass(frozen=True)
@@ -174,11 +168,11 @@ class Judge:
     clip: Clip
     workers: Workers
 
-    def measure(self, sampler: Sampler, label: str) -> tuple[Drawn, dict[str, float]]:
-        """All the pictures of a model that shares the teacher's text encoder; fd and clip_score."""
+    def measure(self, sampler: Sampler, label: str) -> tuple[Tensor, dict[str, float]]:
+        """All the pictures of a model that shares the teacher's text encoder, uint8 (n, 3, h, w); fd and clip_score."""
         parts = blocks(0, len(self.captions), self.protocol.batch_size)
         drawn = draw(sampler, parts, self.protocol.seed, self.texts, self.clip, self.workers, label)
-        return drawn, drawn.numbers(self.real.stats, self.texts.units)
+        return drawn.pixels, drawn.numbers(self.real.stats, self.texts.units)
 
 
 def make_judge(
