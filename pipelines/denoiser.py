@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .common.errors import UserError
-from .noise import Level, Schedule
+from .noise import Level, Schedule, add_noise, widen
 from .preconditioning import Parameterization, make_preconditioner
 
 Condition = dict[str, Tensor] | None
@@ -151,28 +152,78 @@ def check_readout(schedule: Schedule, t: float) -> None:
         raise UserError(f"the readout level t={t} is none that the network knows; the nearest is {nearest:g}")
 
 
-class OneStepGenerator(nn.Module):
-    """g(z, condition) = D(noise(z); t): a denoiser read out once, at one fixed high noise level t.
-
-    image_range: x0 is an image in [-1, 1], and every pipeline ends by clamping it. With it the clamp is part of g, so that the
-    distribution that is trained is the one that is seen: pixels that are black in the data can be exactly black.
+class Start(NamedTuple):
+    """Where one step of a student begins, for each sample: step (b,), which of its levels, from 0; x0 (b, c, h, w), that of the
+    step before, or data in its place; at step 0, which begins with noise alone, it is not read.
     """
 
-    def __init__(self, denoiser: Denoiser, readout_t: float, image_range: bool = False) -> None:
+    x0: Tensor
+    step: Tensor
+
+
+class FewStepGenerator(nn.Module):
+    """A denoiser read out at fixed noise levels, one a step, from the most noise; of one step: g(z, condition) = D(noise(z); t).
+
+        x0_1 = D(noise(z_1); t_1),    x0_i = D(alpha_i x0_{i-1} + sigma_i z_i; t_i),    z_1, z_2, ... ~ N(0, I)
+
+    levels: t_1 > t_2 > ...; UserError for none that the network knows.
+    image_range: x0 is an image in [-1, 1], and every pipeline ends by clamping it. With it the clamp is part of g, so that the
+    distribution that is trained is the one that is seen: pixels that are black in the data can be exactly black.
+    inputs: what steps after the first learn from, the student's own earlier steps (simulated) or noised data.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        levels: Sequence[float],
+        image_range: bool = False,
+        inputs: Literal["simulated", "data"] = "simulated",
+    ) -> None:
         super().__init__()
-        check_readout(denoiser.schedule, readout_t)
+        for t in levels:
+            check_readout(denoiser.schedule, t)
+        if not levels or any(t <= following for t, following in pairwise(levels)):
+            raise UserError(f"the levels of a student must descend, from the most noise to the least; got {list(levels)}")
         self.denoiser = denoiser
-        self.readout_t = readout_t
-        self.image_range = image_range
+        self.levels, self.image_range, self.inputs = tuple(levels), image_range, inputs
 
     @property
     def calls_per_sample(self) -> int:
         return self.denoiser.calls_per_sample
 
-    def forward(self, z: Tensor, condition: Condition = None) -> Tensor:
-        """z ~ N(0, I) (b, c, h, w) -> x0 (b, c, h, w)."""
+    @property
+    def steps(self) -> int:
+        return len(self.levels)
+
+    @property
+    def collective(self) -> bool:
+        """Whether its network is sharded: then no process can call it alone."""
+        shared = getattr(self.denoiser.network, "shared", None)
+        return shared is not None and shared.sharded
+
+    def forward(self, z: Tensor, condition: Condition = None, start: Start | None = None, between: bool = False) -> Tensor:
+        """One step: z ~ N(0, I) (b, c, h, w), the noise that it adds -> x0 (b, c, h, w). start: None for the first step.
+        between: as the next step begins with it, not clamped: pipelines clamp images at the end alone.
+        """
         # bfloat16 would round a readout at t = 999 to 1000
-        t = torch.full((z.shape[0],), self.readout_t, device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        if start is None:
+            t = torch.full((z.shape[0],), self.levels[0], device=z.device, dtype=dtype)
+        else:
+            t = torch.tensor(self.levels, device=z.device, dtype=dtype)[start.step]
         level = self.denoiser.schedule.level(t)
-        x0 = self.denoiser(self.denoiser.schedule.initial_noise(z, level).to(z.dtype), level, condition)
-        return ClampToImageRange.apply(x0) if self.image_range else x0
+        x = self.denoiser.schedule.initial_noise(z, level).to(z.dtype)
+        if start is not None:
+            x = torch.where(widen(start.step > 0), add_noise(start.x0, z, level).to(z.dtype), x)
+        x0 = self.denoiser(x, level, condition)
+        return ClampToImageRange.apply(x0) if self.image_range and not between else x0
+
+    def sample(self, z: Tensor, condition: Condition = None) -> Tensor:
+        """All steps: z (n, b, c, h, w), the noise of each -> x0 (b, c, h, w), as pipelines make it."""
+        if len(z) != self.steps:
+            raise ValueError(f"a student of {self.steps} steps takes the noise of each; got {len(z)}")
+        start = None
+        for step, noise in enumerate(z[:-1].unbind(), 1):
+            x0 = self(noise, condition, start, between=True)
+            start = Start(x0, torch.full((len(noise),), step, device=noise.device))
+        return self(z[-1], condition, start)

@@ -21,7 +21,7 @@ from .common.errors import UserError, shown
 from .common.reading import BY_FILES, damaged_weights, loading, read_json, reason_of, refuse_single_file
 from .data.walk import examples
 from .denoiser import Condition, Denoiser
-from .noise import PredictionType, VPSchedule, from_x0, widen
+from .noise import PredictionType, VPSchedule, add_noise, from_x0, widen
 from .preconditioning import Prediction
 from .stock import StockPipeline
 
@@ -287,30 +287,60 @@ def one_step_scheduler(scheduler: Any) -> LCMScheduler:
     return LCMScheduler.from_config({k: v for k, v in config.items() if k in known})
 
 
-def one_step_error(scheduler: Any, denoiser: Denoiser, readout_t: int) -> float:
-    """How far one step of a scheduler is from x0 of the network's output at readout_t, relative to x0; 0 for a fitting one.
+def student_levels(num_train_timesteps: int, steps: int) -> list[int]:
+    """The timesteps at which a stock pipeline with that scheduler calls its network for num_inference_steps=steps. UserError for
+    more steps than timesteps.
 
-    Runs the scheduler as a stock pipeline does at num_inference_steps=1 (timesteps=[readout_t] where that is not the last one) on
-    random numbers: z, and what a network puts out whose x0 has variance 1, as latents have.
+    >>> student_levels(1000, 1), student_levels(1000, 4)
+    ([999], [999, 749, 499, 249])
     """
-    generator = torch.Generator().manual_seed(0)
-    z, expected = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
-    level = denoiser.schedule.level(torch.tensor([readout_t]))
-    level = type(level)(widen(level.alpha.double().flatten()), widen(level.sigma.double().flatten()), level.t)
+    if steps > num_train_timesteps:
+        raise UserError(f"{steps} steps are more than the {num_train_timesteps} timesteps of the teacher")
+    return [num_train_timesteps - 1 - i * num_train_timesteps // steps for i in range(steps)]
+
+
+def student_call(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """The arguments of a stock pipeline's call that make the steps of a student, by the facts in its student.json."""
+    levels = levels_of(info)
+    if levels == student_levels(scheduler.config["num_train_timesteps"], len(levels)):
+        return {"num_inference_steps": len(levels)}
+    return {"timesteps": levels}
+
+
+def levels_of(info: dict[str, Any]) -> list[int]:
+    """The timesteps of a student's steps, by the facts in its student.json."""
+    return info.get("levels") or [info["readout_t"]]
+
+
+def steps_error(scheduler: Any, denoiser: Denoiser, levels: Sequence[int]) -> float:
+    """How far the steps of a scheduler are from a student's (denoiser.FewStepGenerator), relative to x0; 0 for a fitting one.
+
+    Runs the scheduler as a stock pipeline does (student_call) on random numbers: z, and what a network puts out whose x0 has
+    variance 1, as latents have.
+    """
     if not isinstance(denoiser.preconditioner, Prediction):
         raise ValueError(f"a scheduler's step is that of a prediction type, not of {denoiser.preconditioner}")
-    out = from_x0(expected, z, level, denoiser.preconditioner.prediction_type)
-    probe = type(scheduler).from_config(scheduler.config)
+    generator = torch.Generator().manual_seed(0)
+    z, *x0 = torch.randn(1 + len(levels), 1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    ours, theirs = (torch.Generator().manual_seed(1) for _ in range(2))
+    probe, off = type(scheduler).from_config(scheduler.config), 0.0
+    drawn = {"generator": theirs} if "generator" in inspect.signature(probe.step).parameters else {}
     try:
-        if readout_t == denoiser.schedule.t_range[1]:
-            probe.set_timesteps(1)
-        else:
-            probe.set_timesteps(timesteps=[readout_t])
-        if [int(t) for t in probe.timesteps] != [readout_t]:
+        call = student_call({"levels": list(levels)}, scheduler)
+        probe.set_timesteps(call.get("num_inference_steps"), **{k: v for k, v in call.items() if k == "timesteps"})
+        if [int(t) for t in probe.timesteps] != list(levels):
             return float("inf")
-        t, sample = probe.timesteps[0], z * probe.init_noise_sigma
-        seen = probe.scale_model_input(sample, t)
-        got = probe.step(out, t, sample, return_dict=False)[0]
+        x_t, sample = z, z * probe.init_noise_sigma
+        for i, t in enumerate(probe.timesteps):
+            level = denoiser.schedule.level(torch.tensor([levels[i]]))
+            level = type(level)(widen(level.alpha.double().flatten()), widen(level.sigma.double().flatten()), level.t)
+            if i:
+                eps = torch.randn(z.shape, generator=ours, dtype=torch.float64)
+                x_t = add_noise(x0[i - 1], eps, level)
+            seen = probe.scale_model_input(sample, t)
+            off = max(off, float((seen - x_t).abs().max()))
+            out = from_x0(x0[i], x_t, level, denoiser.preconditioner.prediction_type)
+            sample = probe.step(out, t, sample, return_dict=False, **drawn)[0]
     except (ValueError, TypeError, IndexError):
         return float("inf")
-    return float(max((seen - z).abs().max(), (got - expected).abs().max() / expected.abs().max()))
+    return max(off, float((sample - x0[-1]).abs().max() / x0[-1].abs().max()))

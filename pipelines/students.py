@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .common.identity import weights_sha256
 from .common.reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 from .edm import EDMPipeline, PointNet
 from .loras import LORA_FILE, LoraSource, load_lora
+from .stable_diffusion import levels_of, student_call
 from .stock import StockPipeline
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
@@ -63,7 +65,7 @@ library_name: diffusers
 base_model: {base_model}
 tags: [one-step, distillation, {tag}]
 ---
-# One-step student of {base_model}
+# {title} of {base_model}
 
 {facts}
 
@@ -76,18 +78,22 @@ pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
 image = pipe("a prompt", {steps}, guidance_scale=1.0).images[0]
 ```
 
-The scheduler matters: most others do not return x0 in a single step. guidance_scale stays 1: guidance is distilled
+The scheduler matters: most others do not return x0 in {of_steps}. guidance_scale stays 1: guidance is distilled
 into the student.
 """
 
 
 def save_model(folder: Path, pipeline: StockPipeline | EDMPipeline, kind: str, info: dict[str, Any]) -> None:
     """Write the pipeline, <kind>.json and README.md to `folder`, replacing it whole. kind: "student" or "teacher"."""
-    title = "One-step student" if kind == "student" else f"Teacher, {type(pipeline).__name__}"
+    title = called(len(info.get("levels", [0]))) if kind == "student" else f"Teacher, {type(pipeline).__name__}"
     module = "pipelines.edm" if isinstance(pipeline, EDMPipeline) else "diffusers"
     use = CARD_USE[kind].format(folder=folder.name, pipeline=type(pipeline).__name__, module=module, call=call_of(pipeline))
     card = CARD.format(title=title, facts=facts_list(info), use=use)
     replace_folder(folder, pipeline.save_pretrained, kind, info, card)
+
+
+def called(steps: int) -> str:
+    return "One-step student" if steps == 1 else f"Student of {steps} steps"
 
 
 def call_of(pipeline: StockPipeline | EDMPipeline) -> str:
@@ -105,7 +111,7 @@ def save_edm_student(folder: Path, pipeline: EDMPipeline, info: dict[str, Any], 
         save_lora(partial, type(pipeline), pipeline.unet, adapter)
 
     card = CARD.format(
-        title=f"One-step student of {info['base_model']}",
+        title=f"{called(len(info.get('levels', [0])))} of {info['base_model']}",
         facts=facts_list(info),
         use=EDM_LORA_USE.format(folder=folder.name, base_model=info["base_model"], call=call_of(pipeline)),
     )
@@ -130,7 +136,7 @@ def save_stable_diffusion(
     network: ModelMixin | None = None,
 ) -> None:
     """A Stable Diffusion student: LoRA weights (adapter: the network and the name on it) or a whole network in unet/, beside the
-    scheduler that makes one step of a stock pipeline its x0.
+    scheduler that makes the steps of a stock pipeline its own.
     """
 
     if adapter is None and network is None:
@@ -143,7 +149,7 @@ def save_stable_diffusion(
         elif network is not None:
             network.save_pretrained(partial / "unet")
 
-    last = scheduler.config.num_train_timesteps - 1
+    call = student_call(info, scheduler)
     card = STABLE_DIFFUSION_CARD.format(
         base_model=info["base_model"],
         tag="lora" if adapter else "full",
@@ -155,7 +161,9 @@ def save_stable_diffusion(
         if adapter
         else f'pipe.unet = UNet2DConditionModel.from_pretrained("{folder.name}", subfolder="unet")',
         folder=folder.name,
-        steps="num_inference_steps=1" if info["readout_t"] == last else f"timesteps=[{info['readout_t']}]",
+        steps=", ".join(f"{key}={value}" for key, value in call.items()),
+        title=called(len(levels_of(info))),
+        of_steps="a single step" if len(levels_of(info)) == 1 else "these steps",
     )
     replace_folder(folder, write, "student", info, card)
 
@@ -178,11 +186,11 @@ def facts_list(info: dict[str, Any]) -> str:
 def load_student(
     source: str | Path, base_model: str | None = None, scheduler: Any = None, dtype: torch.dtype = torch.float32
 ) -> StockPipeline | EDMPipeline:
-    """The stock pipeline of a student, ready for one step: of its folder, of a run's output_dir (student/ in it) or of a hub id.
+    """The stock pipeline of a student, ready for its steps: of its folder, of a run's output_dir (student/ in it) or of a hub id.
 
     A Stable Diffusion student is loaded on its base model, as the adapter "student"; base_model: where that lies, if not where it
     did. Call it as its README.md says: num_inference_steps=1, guidance_scale=1. scheduler: another one than the student's own;
-    UserWarning if one step of it is not the student's x0. FileNotFoundError says which file is missing, ValueError which damaged.
+    UserWarning if its steps are not the student's. FileNotFoundError says which file is missing, ValueError which damaged.
     """
     folder = find_student(source)
     info = read_info(folder, "student")
@@ -190,8 +198,8 @@ def load_student(
     for key in needed:
         if key not in info:
             raise UserError(f"{str(folder / 'student.json')!r} does not say {key!r}; {RESAVE}")
-    if needed and not (isinstance(info["readout_t"], int) and info["readout_t"] >= 0):
-        raise UserError(f"{str(folder / 'student.json')!r}: readout_t is {shown(info['readout_t'])}, no timestep; {RESAVE}")
+    if needed:
+        check_levels_of(info, folder)
     if info.get("family") not in stable_diffusion.FAMILIES.values():
         if scheduler is not None:
             raise UserError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
@@ -230,14 +238,28 @@ def load_student(
             f"the student in {str(folder)!r} reads out at timestep {info['readout_t']}, its base model has none after {last}; "
             "give base_model=<the one that it was distilled from>"
         )
-    off = stable_diffusion.one_step_error(scheduler, prediction, info["readout_t"])
+    levels = stable_diffusion.levels_of(info)
+    off = stable_diffusion.steps_error(scheduler, prediction, levels)
     if off > ONE_STEP_TOLERANCE:
         warnings.warn(
-            f"one step of {type(scheduler).__name__} is not the x0 that the student was trained for (off by {off:.2g}); "
+            f"{'one step' if len(levels) == 1 else f'{len(levels)} steps'} of {type(scheduler).__name__} "
+            f"{'is' if len(levels) == 1 else 'are'} not the x0 that the student was trained for (off by {off:.2g}); "
             f"use the scheduler stored in {str(folder / 'scheduler')!r}",
             stacklevel=2,
         )
     return pipe
+
+
+def check_levels_of(info: dict[str, Any], folder: Path) -> None:
+    """UserError where what student.json says of the steps cannot be."""
+    where, first, levels = repr(str(folder / "student.json")), info["readout_t"], info.get("levels")
+    if not (type(first) is int and first >= 0):
+        raise UserError(f"{where}: readout_t is {shown(first)}, no timestep; {RESAVE}")
+    if levels is None:
+        return
+    whole = isinstance(levels, list) and all(type(t) is int and t >= 0 for t in levels)
+    if not (whole and levels[:1] == [first] and all(t > following for t, following in pairwise(levels))):
+        raise UserError(f"{where}: levels are {shown(levels)}, expected descending timesteps from readout_t={first}; {RESAVE}")
 
 
 def check_base(network: nn.Module, info: dict[str, Any], folder: Path) -> None:

@@ -21,7 +21,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
 from pipelines.common.options import path, path_option, typed, whole
 from pipelines.common.strict import StockGuidance
-from pipelines.stable_diffusion import DTYPES, load_pipeline
+from pipelines.stable_diffusion import DTYPES, levels_of, load_pipeline, student_call
 from pipelines.students import find_student, load_student, read_info
 
 
@@ -82,9 +82,11 @@ def draw(args: argparse.Namespace) -> None:
     shape = {"height": size, "width": size}
     many = {"num_inference_steps": args.teacher_steps, "guidance_scale": args.teacher_guidance}
     columns = {}
-    last = student.scheduler.config.num_train_timesteps - 1
-    one = {"num_inference_steps": 1} if info["readout_t"] == last else {"timesteps": [info["readout_t"]]}
-    cases = {f"teacher, {args.teacher_steps} steps": (teacher, many), "student, 1 step": (student, one | {"guidance_scale": 1.0})}
+    own, n = student_call(info, student.scheduler), len(levels_of(info))
+    cases = {
+        f"teacher, {args.teacher_steps} steps": (teacher, many),
+        f"student, {n} step{'s' * (n > 1)}": (student, own | {"guidance_scale": 1.0}),
+    }
     for title, (pipe, call) in cases.items():
         images, seconds = timed(pipe, args.prompt, z, **shape, **call)
         columns[f"{title}, {seconds:.2f} s"] = images

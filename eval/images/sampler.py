@@ -18,7 +18,7 @@ from pipelines.common.identity import pipeline_identity, tokens_identity
 from pipelines.common.reading import loading
 from pipelines.edm import EDMPipeline, PointNet
 from pipelines.loras import LoraSource, find_lora, load_lora, load_scheduler
-from pipelines.stable_diffusion import UNUSED, check_weights, only_variant, read_index
+from pipelines.stable_diffusion import UNUSED, check_weights, levels_of, only_variant, read_index, student_call
 from pipelines.stock import StockPipeline
 from pipelines.students import load_student, read_info
 
@@ -197,10 +197,13 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     """Keyword arguments of every call: written out even where they are the pipeline's defaults, so that reports tell them."""
     known = inspect.signature(pipe.__call__).parameters
     call: dict[str, Any] = {}
-    one_step_prompts = info and "prompt" in known
-    if one_step_prompts and steps is None:
-        last = pipe.scheduler.config["num_train_timesteps"] - 1
-        call |= {"num_inference_steps": 1} if info["readout_t"] == last else {"timesteps": [info["readout_t"]]}
+    student_of_prompts = info and "prompt" in known
+    if student_of_prompts:
+        levels = levels_of(info)
+        if steps not in (None, len(levels)):
+            own = f"{len(levels)} step{'s' * (len(levels) > 1)} (timesteps {', '.join(map(str, levels))})"
+            raise UserError(f"--steps: this student makes {own}, not {steps}; train one with student.steps={steps}")
+        call |= student_call(info, pipe.scheduler)
     elif steps is not None:
         call["num_inference_steps"] = steps
     elif isinstance(pipe, EDMPipeline):
@@ -208,7 +211,7 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     else:
         call["num_inference_steps"] = known["num_inference_steps"].default
     if "guidance_scale" in known:
-        call["guidance_scale"] = 1.0 if one_step_prompts and guidance_scale is None else guidance_scale
+        call["guidance_scale"] = 1.0 if student_of_prompts and guidance_scale is None else guidance_scale
         if call["guidance_scale"] is None:
             call["guidance_scale"] = known["guidance_scale"].default
         elif call["guidance_scale"] < 1 and hasattr(type(pipe), "do_classifier_free_guidance"):

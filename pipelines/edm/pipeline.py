@@ -202,7 +202,11 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             condition = {"class_labels": self._labels(class_labels, batch_size, device)}
 
         denoiser = self.denoiser(guidance_scale)
-        if sigmas is None:
+        if sigmas is None and (sigma_min, sigma_max, rho) == (None, None, None):
+            grid = self.scheduler.default_sigmas(num_inference_steps)
+        elif sigmas is None:
+            if self.scheduler.config["student_sigmas"] is not None:
+                raise UserError("a student of several steps has levels of its own: sigma_min, sigma_max and rho have no effect")
             steps = self.scheduler.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
             grid = self.scheduler.sigmas(steps, sigma_min, sigma_max, rho)
         else:

@@ -25,6 +25,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # of the
     preconditioning: edm, vp, ve or iddpm (Table 1); sample: the network takes x_t and sigma as they are and predicts x0.
     beta_d, beta_min, epsilon_t are vp's, C_1 and C_2 iddpm's, M of both.
     network_sigma_min/max: the levels that an edm or ve network was made for, where they are not those of its preconditioning.
+    student_sigmas: of a student of several steps, the levels that it was trained for: no grid takes their place.
     """
 
     @register_to_config
@@ -45,12 +46,15 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # of the
         M: int = VP.M,
         network_sigma_min: float | None = None,
         network_sigma_max: float | None = None,
+        student_sigmas: Sequence[float] | None = None,
     ) -> None:
         if sampler not in ("heun", "renoise"):
             raise UserError(f"scheduler.sampler is {sampler!r}; expected 'heun' or 'renoise'")
         if preconditioning not in PRECONDITIONERS:
             raise UserError(f"scheduler.preconditioning is {preconditioning!r}; expected one of {', '.join(PRECONDITIONERS)}")
         check_preconditioning(preconditioning, self.config)
+        if student_sigmas is not None and (sampler != "renoise" or len(self.given(student_sigmas)) != num_inference_steps):
+            raise UserError("scheduler.student_sigmas needs sampler='renoise' and num_inference_steps as many")
         if network_sigma_min is None and network_sigma_max is None:
             return
         if preconditioning not in ("edm", "ve"):
@@ -69,6 +73,31 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # of the
             raise UserError(f"scheduler.network_sigma_min and _max have no effect for {c['preconditioning']}; remove them")
         usual = made.sigma_range
         return replace(made, sigma_range=(usual[0] if low is None else low, usual[1] if high is None else high))
+
+    def for_student(self, steps: int | Sequence[float], sigma_init: float) -> EDMScheduler:
+        """The sampler of a student that makes so many steps, from sigma_init down this scheduler's grid, or at these levels."""
+        if isinstance(steps, int):
+            low = min(self.config["sigma_min"], sigma_init)
+            grid = {"sigma_min": low, "sigma_max": sigma_init, "sampler": "renoise", "num_inference_steps": steps}
+            made = EDMScheduler.from_config(self.config, **grid)
+            if steps == 1:
+                return made
+            levels = made.sigmas(steps).tolist()
+        else:
+            levels = self.given(steps).tolist()
+        shape = {"sigma_min": min(self.config["sigma_min"], levels[-1]), "sigma_max": levels[0], "sampler": "renoise"}
+        return EDMScheduler.from_config(
+            self.config, **shape, num_inference_steps=len(levels), student_sigmas=levels if len(levels) > 1 else None
+        )
+
+    def default_sigmas(self, steps: int | None = None) -> Tensor:
+        """(n,) float64: the levels of a call that names none. UserError for another number of steps than a student's own."""
+        own = self.config["student_sigmas"]
+        if own is None:
+            return self.sigmas(self.config["num_inference_steps"] if steps is None else steps)
+        if steps not in (None, len(own)):
+            raise UserError(f"this student makes {len(own)} steps, at sigma {', '.join(f'{s:g}' for s in own)}; got {steps}")
+        return self.given(own)
 
     def sigmas(
         self,

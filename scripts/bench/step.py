@@ -39,7 +39,7 @@ from pipelines.adapters import AdapterHead, Role, SharedNetwork, last_layer
 from pipelines.common.config import validate
 from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
-from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.noise import VPSchedule
 from trainers.config.networks import Lora
 from trainers.config.run import DistillConfig
@@ -84,7 +84,7 @@ class RandomModels:
         self.examples = Tensors({"encoder_hidden_states": tokens, "latents": latents})
         null = {"encoder_hidden_states": tokens[0]}
         self.teacher = Denoiser(self.base.teacher(), self.schedule, "epsilon", 1.0, GUIDANCE, null)
-        self.student = OneStepGenerator(self._denoiser(self._role("student")), 999)
+        self.student = FewStepGenerator(self._denoiser(self._role("student")), [999])
 
     def _role(self, name: str) -> Role:
         base = SharedNetwork(copy.deepcopy(self.base.network)) if self.copies else self.base

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipelines.common.errors import UserError
-from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Denoiser, FeatureMaps, FewStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, score
 from trainers.data.examples import without
@@ -177,7 +177,7 @@ def test_calls_per_sample(null):
     schedule = EDMSchedule()
     plain, guided = Denoiser(Recorder(), schedule), Denoiser(Recorder(), schedule, "edm", SIGMA_DATA, 1.5, null)
     assert (plain.calls_per_sample, guided.calls_per_sample) == (1, 2)
-    assert (OneStepGenerator(plain, 2.5).calls_per_sample, OneStepGenerator(guided, 2.5).calls_per_sample) == (1, 2)
+    assert (FewStepGenerator(plain, [2.5]).calls_per_sample, FewStepGenerator(guided, [2.5]).calls_per_sample) == (1, 2)
     with pytest.raises(ValueError, match="feature maps are those of one call"):
         FeatureMaps(guided, ())
 
@@ -191,7 +191,7 @@ def test_calls_per_sample(null):
 def test_one_step_reads_out_at_its_level(name, t, prediction_type, condition, randn, shape):
     """EDM feeds sigma z, VP and flow unit noise; at alpha = 0 that is x_t itself."""
     network, z = Recorder(), randn(*shape)
-    x0 = OneStepGenerator(Denoiser(network, SCHEDULES[name], prediction_type, SIGMA_DATA), t)(z, condition)
+    x0 = FewStepGenerator(Denoiser(network, SCHEDULES[name], prediction_type, SIGMA_DATA), [t])(z, condition)
     (x_in, time, given) = network.calls[0]
     assert len(network.calls) == 1
     assert given.keys() == condition.keys()
@@ -214,7 +214,7 @@ def test_one_step_of_vp_with_signal(randn, shape):
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(1)
     z, network = randn(*shape), Recorder()
-    x0 = OneStepGenerator(Denoiser(network, VPSchedule.from_scheduler(scheduler), "epsilon"), 999)(z)
+    x0 = FewStepGenerator(Denoiser(network, VPSchedule.from_scheduler(scheduler), "epsilon"), [999])(z)
     assert scheduler.timesteps.tolist() == [999]
     out = Recorder()(z, torch.full((3,), 999.0, dtype=torch.float64))
     stock = scheduler.step(out, 999, z).pred_original_sample
@@ -225,14 +225,14 @@ def test_a_readout_of_noise_in_bfloat16_is_at_its_own_timestep(randn, shape):
     """bfloat16 has 8 bits: between 512 and 1024 every fourth number, so that 999 would be 1000, which no such network knows."""
     network = Recorder()
     schedule = VPSchedule(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
-    OneStepGenerator(Denoiser(network, schedule, "epsilon"), 999)(randn(*shape).bfloat16())
+    FewStepGenerator(Denoiser(network, schedule, "epsilon"), [999])(randn(*shape).bfloat16())
     assert network.calls[0][1].tolist() == [999.0] * 3
 
 
 @pytest.mark.parametrize(("name", "t"), [("edm", 0.001), ("edm", 81), ("vp", -1), ("vp", 1000), ("flow", -0.1), ("flow", 1.01)])
 def test_readout_out_of_range(name, t):
     with pytest.raises(ValueError, match=rf"t={t} is outside the schedule's range"):
-        OneStepGenerator(Denoiser(Recorder(), SCHEDULES[name], "sample"), t)
+        FewStepGenerator(Denoiser(Recorder(), SCHEDULES[name], "sample"), [t])
 
 
 def test_image_range(randn):
@@ -241,7 +241,7 @@ def test_image_range(randn):
     x0 = x0.expand(3, 2, 5, 7).clone().requires_grad_()
     pull = torch.tensor([1.0, -1, 1, 1, -1, 1, -1], dtype=torch.float64).expand(3, 2, 5, 7) * randn(3, 2, 5, 1).abs()
     for image_range in (True, False):
-        student = OneStepGenerator(Denoiser(lambda x, time: x0, SCHEDULES["flow"], "sample"), 1.0, image_range)
+        student = FewStepGenerator(Denoiser(lambda x, time: x0, SCHEDULES["flow"], "sample"), [1.0], image_range)
         out = student(randn(3, 2, 5, 7))
         assert_close(out, x0.clamp(-1, 1) if image_range else x0, rtol=0, atol=0)
         (gradient,) = torch.autograd.grad(out, x0, pull)
@@ -336,10 +336,10 @@ def test_one_step_is_the_generator(sampler, randn, randomise):
     unet, z = randomise(PatchUNet(**SMALL)), randn(3, 2, 4, 4)
     scheduler = EDMScheduler(sigma_data=0.3, sigma_max=2.5, sampler=sampler, num_inference_steps=1)
     pipeline = quiet(EDMPipeline(unet, scheduler))
-    x0 = OneStepGenerator(Denoiser(unet, EDMSchedule(), "edm", 0.3), 2.5)(z)
+    x0 = FewStepGenerator(Denoiser(unet, EDMSchedule(), "edm", 0.3), [2.5])(z)
     images = pipeline(3, latents=z, output_type="pt").images
     assert_close(images, (x0 / 2 + 0.5).clamp(0, 1), rtol=1e-10, atol=1e-10)
-    assert_close(OneStepGenerator(pipeline.denoiser(), 2.5)(z), x0, rtol=0, atol=0)
+    assert_close(FewStepGenerator(pipeline.denoiser(), [2.5])(z), x0, rtol=0, atol=0)
 
 
 def test_renoise_by_hand(generator, randn):
@@ -484,7 +484,7 @@ def test_pipeline_save_and_load_in_a_fresh_process(tmp_path, randomise):
 def test_generator_is_differentiable(randn, randomise):
     """The student's gradient through one readout, against a directional finite difference."""
     unet, z = randomise(PatchUNet(**SMALL)), randn(3, 2, 4, 4)
-    student = OneStepGenerator(Denoiser(unet, EDMSchedule(), "edm", 0.3), 2.5)
+    student = FewStepGenerator(Denoiser(unet, EDMSchedule(), "edm", 0.3), [2.5])
     weights, direction = unet.conv_in.weight, randn(*unet.conv_in.weight.shape)
     (gradient,) = torch.autograd.grad(student(z).pow(3).sum(), weights)
     h, values = 1e-5, []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.edm import PatchUNet
 from pipelines.edm.features import second_decoder
 from pipelines.noise import EDMSchedule, add_noise
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("float64_weights")
 
 
 class Networks(NamedTuple):
-    student: OneStepGenerator
+    student: FewStepGenerator
     teacher: Denoiser
     posterior: UNetPosterior
 
@@ -57,7 +57,7 @@ def build(randomise):
     def make(patch_size: int = 1, trained: bool = False, guidance: float = 1.0) -> Networks:
         unet = randomise(PatchUNet(**UNET | {"patch_size": patch_size}))
         teacher = Denoiser(unet, EDMSchedule(), "edm", SIGMA_DATA, guidance, {"class_labels": torch.tensor(3)})
-        student = OneStepGenerator(Denoiser(randomise(PatchUNet(**UNET)), EDMSchedule(), "edm", SIGMA_DATA), 2.5)
+        student = FewStepGenerator(Denoiser(randomise(PatchUNet(**UNET)), EDMSchedule(), "edm", SIGMA_DATA), [2.5])
         covariance = COVARIANCES["diag"](SHAPE)
         decoder = second_decoder(unet.dec, UNetPosterior.num_channels(covariance, with_mean=True))
         posterior = UNetPosterior(decoder, covariance, SIGMA_DATA, with_mean=True)

@@ -27,7 +27,7 @@ from torch.testing import assert_close
 
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import Whole
-from pipelines.denoiser import OneStepGenerator
+from pipelines.denoiser import FewStepGenerator
 from pipelines.noise import VPSchedule
 from pipelines.students import ONE_STEP_TOLERANCE
 
@@ -308,11 +308,11 @@ def test_latents_are_the_autoencoders(shift, stock, randn):
 @every_kind
 @pytest.mark.parametrize(("w", "negative"), [(1.0, None), (4.0, None), (4.0, "bad, ugly")])
 def test_one_step_of_the_stock_pipeline_is_x0(w, negative, kind, pipes, stock, randn):
-    """From prompt to latents, guided or not: what OneStepGenerator makes, to 1e-5 of the largest, and its decoded image; with the
+    """From prompt to latents, guided or not: what FewStepGenerator makes, to 1e-5 of the largest, and its decoded image; with the
     scheduler that the teacher came with it is another image."""
     ours, pipe, z = pipes[kind], stock(kind), randn(3, 4, 8, 8).float()
     options = ONE_STEP | {"latents": z, "guidance_scale": w, "negative_prompt": None if negative is None else [negative] * 3}
-    student = OneStepGenerator(sd.denoiser(ours, Whole(ours.unet), w, sd.null_condition(ours, negative, CPU)), 999)
+    student = FewStepGenerator(sd.denoiser(ours, Whole(ours.unet), w, sd.null_condition(ours, negative, CPU)), [999])
     with torch.no_grad():
         x0 = student(z, sd.encode_prompts(ours, PROMPTS, (16, 16), CPU))
     assert relative(pipe(PROMPTS, **options).images, x0) > 1e-2
@@ -358,7 +358,7 @@ def test_one_step_error(name, prediction_type, pipes, randn):
     pipe.scheduler = scheduler
     seen = pipe(PROMPTS, guidance_scale=1.0, latents=z, **ONE_STEP).images
     with torch.no_grad():
-        x0 = OneStepGenerator(denoiser, 999)(z, sd.encode_prompts(pipes[kind], PROMPTS, (16, 16), CPU))
+        x0 = FewStepGenerator(denoiser, [999])(z, sd.encode_prompts(pipes[kind], PROMPTS, (16, 16), CPU))
     assert (relative(seen, x0) < 1e-5) == exact
 
 

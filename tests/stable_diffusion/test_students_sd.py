@@ -32,7 +32,7 @@ from torch import Tensor
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import Whole
 from pipelines.common.config import load_config
-from pipelines.denoiser import OneStepGenerator
+from pipelines.denoiser import FewStepGenerator
 from pipelines.students import load_student
 from trainers import distill
 from trainers.config.run import DistillConfig
@@ -87,7 +87,7 @@ def trained(runs, recipe, tmp_path_factory):
         z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         _, condition = models.examples.rows(torch.arange(3) * len(models.examples) // 3)  # perhaps several rows a prompt
         with torch.no_grad():
-            teacher = OneStepGenerator(sd.denoiser(models.pipe, models.base.teacher()), models.readout_t)(z, condition)
+            teacher = FewStepGenerator(sd.denoiser(models.pipe, models.base.teacher()), [999])(z, condition)
             checkpoint.restore_tensors(ema.average, {n: tensors["networks"][f"student/{n}"] for n in ema.average}, "")
             with ema.swapped():
                 not_averaged = models.student(z, condition)
@@ -261,7 +261,7 @@ pipe.scheduler = LCMScheduler.from_pretrained(student, subfolder="scheduler")
     for loras, key in (([ours], "student"), ([ours, (style / LORA, 1.0, 0.5)], "both")):
         network = merged(run.teacher, loras)
         with torch.no_grad():
-            x0 = OneStepGenerator(sd.denoiser(pipe, Whole(network)), 999)(run.z, run.condition)
+            x0 = FewStepGenerator(sd.denoiser(pipe, Whole(network)), [999])(run.z, run.condition)
         assert relative(out[key], x0) < 1e-5
     assert relative(out["both"], out["student"]) > 1e-2
 

@@ -11,7 +11,7 @@ from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, StockGuida
 from pipelines.noise import Weight
 
 from ..objectives import CONFIGS, AnyObjective
-from .data import TEXT_DATA, Data, Prompts
+from .data import TEXT_DATA, Captions, Data, Prompts, TeacherSamples
 from .levels import Levels, Use
 from .networks import EDMNetwork, Lora, NewNetwork, Optimizer
 
@@ -144,15 +144,29 @@ class Teacher(Strict):
 
 
 class Student(Strict):
-    """sigma_init and image_range are for pixel models, readout_t for Stable Diffusion; see denoiser.OneStepGenerator."""
+    """sigma_init and image_range are for pixel models, readout_t for Stable Diffusion; see denoiser.FewStepGenerator."""
+
+    idle = (
+        Idle("sigma_init", "steps as a number: a list of them begins with it", lambda s: not isinstance(s.steps, list)),
+        Idle("readout_t", "steps=1: other steps have levels of their own", lambda s: s.steps == 1),
+        Idle("inputs", "a second step: set steps", lambda s: s.num_steps > 1),
+    )
 
     network: NewNetwork | None = None  # a new one, for exact teachers, which have none
     preconditioning: Literal["edm", "sample"] | None = None  # of that network: EDM's, or x0 as it comes out; None: edm
     sigma_init: PositiveFloat | None = None  # the noise level of the one step; None: 2.5, of exact teachers sigma_data
     image_range: bool | None = None  # train the clamped image, which is what the pipeline gives; None: yes
     readout_t: Annotated[int, Field(ge=0)] | None = None  # the timestep of the one step; None: the last, as stock pipelines do
+    # network calls an image: how many, at the sampler's own levels, or the levels themselves, the most noise first
+    steps: PositiveInt | Annotated[list[PositiveFloat], Field(min_length=1)] = 1
+    # what later steps learn from: their own earlier ones (simulated) or noised data; None: data where the objective needs them
+    inputs: Literal["simulated", "data"] | None = None
     lora: Lora | None = None  # None: all weights are trained
     optimizer: Optimizer
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.steps) if isinstance(self.steps, list) else self.steps
 
 
 class Evaluation(Strict):
@@ -215,6 +229,24 @@ class DistillConfig(Run):
         if self.batch_size < o.least_batch.size:
             raise ValueError(f"batch_size: {self.batch_size}, expected at least {o.least_batch.size}; {o.least_batch.reason}")
         return self
+
+    @model_validator(mode="after")
+    def _steps_can_be_taught(self):
+        if self.student.num_steps == 1:
+            return self
+        if reason := self.objective.few_steps_refusal():
+            raise ValueError(f"student.steps={self.student.steps}: {reason}")
+        images = self.objective.built.needs_data or isinstance(self.data, Captions | TeacherSamples)
+        if self.student.inputs == "data" and not images:
+            raise ValueError(
+                f"student.inputs: data needs images, which objective {self.objective.name!r} has with data.name captions or "
+                "teacher_samples alone; use inputs=simulated"
+            )
+        return self
+
+    @property
+    def inputs(self) -> Literal["simulated", "data"]:
+        return self.student.inputs or ("data" if self.objective.built.needs_data else "simulated")
 
     def uses(self) -> list[Use]:
         return self.objective.uses()

@@ -8,6 +8,7 @@ draws them layer by layer, so each micro-batch has its own, from a seed of its o
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,17 +89,17 @@ class Numbers:
 
     def __init__(self, source: DrawSource, key: tuple[int | str, ...]) -> None:
         self.source, self.key = source, key
-        self._mine = slice(source.first_row, source.first_row + source.share)
+        self.mine = slice(source.first_row, source.first_row + source.share)
         self._held: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         u = self._uniform("u")
         # ndtri and log need u inside (0, 1); rand gives [0, 1)
         u = u.clamp_min(torch.finfo(u.dtype).tiny)
-        self.u, self.shared_u = u[self._mine], u[0]
+        self.u, self.shared_u = u[self.mine], u[0]
         if source.examples is not None:
             index = torch.randint(len(source.examples), (source.batch_size,), generator=self._generator("data", "cpu"))
-            self.index = index[self._mine]
+            self.index = index[self.mine]
         if source.dropout:
-            self.dropped = self._uniform("label_dropout")[self._mine] < source.dropout
+            self.dropped = self._uniform("label_dropout")[self.mine] < source.dropout
 
     def normal(self, start: int, name: str, *shape: int) -> Tensor:
         """(m, *shape) for the micro-batch that begins at row `start` of this process's share."""
@@ -106,13 +107,18 @@ class Numbers:
         rows = self._held.pop(stream, None)
         if rows is None:
             size = (source.batch_size, *shape)
-            rows = torch.randn(size, generator=self._generator(name), device=source.device)[self._mine]
+            rows = torch.randn(size, generator=self._generator(name), device=source.device)[self.mine]
             if source.share < source.batch_size:
                 rows = rows.clone()  # a view would keep the rows of all processes in memory
         stop = start + source.micro_batch_size
         if stop < source.share:
             self._held[stream] = rows
         return rows[start:stop]
+
+    @cached_property
+    def step_u(self) -> Tensor:
+        """(batch_size,): of the whole batch, asked for by students of several steps alone."""
+        return self._uniform("step")
 
     def _uniform(self, name: str) -> Tensor:
         return torch.rand(self.source.batch_size, generator=self._generator(name), device=self.source.device)
@@ -130,6 +136,7 @@ class MicroDraw:
         rows = slice(start, start + source.micro_batch_size)
         self.z, self.eps = self.normal("z", *source.shape), self.normal("eps", *source.shape)
         self.u, self.shared_u = numbers.u[rows], numbers.shared_u
+        self._rows = rows
         self.x0: Tensor | None = None
         self.condition: Condition = None
         if source.examples is not None:
@@ -147,6 +154,14 @@ class MicroDraw:
                 x0, labels = augment(x0, self.normal("augment", NUMBERS), source.augmentation)
                 condition = (condition or {}) | {"augment_labels": labels}
             self.x0, self.condition = x0, condition
+
+    @property
+    def step_u(self) -> Tensor:
+        return self._numbers.step_u[self._numbers.mine][self._rows]
+
+    @property
+    def shared_step_u(self) -> Tensor:
+        return self._numbers.step_u[0]
 
     @property
     def seed(self) -> int:

@@ -78,12 +78,13 @@ class Watch:
     def __init__(self, models: Family, seed: int, device: torch.device) -> None:
         self.models, self.device = models, device
         generator = torch.Generator().manual_seed(derive_seed(seed, "pictures"))
-        self.z = torch.randn(PICTURES, *models.latent_shape, generator=generator)
+        self.z = torch.randn(models.student.steps, PICTURES, *models.latent_shape, generator=generator)
 
     def student(self, preview: Tensor) -> dict[str, float]:
         """preview: its pictures (n, c, h, w) in [0, 1]; the averaged weights are in place."""
         with torch.no_grad():
-            alike = self.models.decode(self.models.student(self.z.to(self.device), self._condition(torch.zeros(PICTURES).long())))
+            drawn = self.models.student.sample(self.z.to(self.device), self._condition(torch.zeros(PICTURES).long()))
+            alike = self.models.decode(drawn)
         return picture_numbers(preview[:PICTURES].cpu(), alike.cpu())
 
     def teacher(self, count: int) -> tuple[Tensor, dict[str, float]]:
@@ -96,7 +97,7 @@ class Watch:
         teacher, drawn = self.models.teacher, []
         times = sampling_times(teacher.schedule, *self.models.sampling_range)
         chunk = PICTURES // teacher.calls_per_sample  # so that guidance takes no more memory than the student's pictures
-        for index, z in zip(rows.split(chunk), self.z[: len(rows)].split(chunk), strict=True):
+        for index, z in zip(rows.split(chunk), self.z[0, : len(rows)].split(chunk), strict=True):
             x0 = sample_teacher(teacher, z.to(self.device), self._condition(index), times)
             with torch.no_grad():
                 drawn.append(self.models.decode(x0).cpu())

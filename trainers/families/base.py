@@ -139,9 +139,12 @@ class Learner(Protocol):
 
 
 def unit_noise(config: DistillConfig, index: range, shape: tuple[int, int, int]) -> Tensor:
-    """z (b, c, h, w) of evaluation images, each from a seed of its own."""
+    """The noise of each step (n, b, c, h, w) of evaluation images, each image's from a seed of its own."""
     seeds = (derive_seed(config.seed, "evaluation", i) for i in index)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack(
+        [torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(config.student.num_steps)]
+    )
 
 
 def add_role(base: SharedNetwork, name: str, lora: Lora, layers: Sequence[str], seed: int) -> Role:

@@ -16,17 +16,16 @@ from pipelines.adapters import AdapterHead, Role, SharedNetwork, block_layers, l
 from pipelines.common.errors import UserError
 from pipelines.common.identity import weights_sha256
 from pipelines.common.reading import damaged_weights, loading, read_json, refuse_single_file
-from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet, PatchUNet, PointNet
 from pipelines.edm.features import second_decoder, with_outputs
-from pipelines.edm.pipeline import tensors
 from pipelines.noise import EDMSchedule
 from pipelines.students import save_edm_student
 
 from ..config.data import TEXT_DATA
 from ..config.level_range import check_levels
 from ..config.networks import Lora
-from ..config.run import DistillConfig, TeacherConfig
+from ..config.run import DistillConfig, Student, TeacherConfig
 from ..data import augment, examples
 from ..data.examples import Examples, Images, Labels, Points
 from ..networks import build_unet
@@ -43,7 +42,7 @@ class Family(base.Family):
     """See base.Family. Students run without dropout: g(z) has to be one function of z for its score to mean anything."""
 
     called = "an EDM teacher"
-    teacher_keys, student_keys = ("path", "guidance_scale"), ("sigma_init", "image_range", "lora")
+    teacher_keys, student_keys = ("path", "guidance_scale"), ("sigma_init", "steps", "inputs", "image_range", "lora")
     gives = ("lora", "augment", "posterior", "condition_vector")
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
@@ -69,10 +68,7 @@ class Family(base.Family):
         base_weights = weights_sha256({"unet": pipeline.unet})
         self.base = SharedNetwork(pipeline.unet)
         self.teacher = self._denoiser(self.base.teacher(), guided=True)
-        sigma_init = self._readout_level(2.5 if config.student.sigma_init is None else config.student.sigma_init)
-        scheduler = EDMScheduler.from_config(
-            grid, sigma_min=min(low, sigma_init), sigma_max=sigma_init, sampler="renoise", num_inference_steps=1
-        )
+        scheduler, levels = self._sampler(pipeline.scheduler, config.student)
         network = self._role("student", lora)
         self.pipeline = EDMPipeline(pipeline.unet if isinstance(network, Role) else network, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -80,8 +76,10 @@ class Family(base.Family):
         if points:
             refuse("a teacher of points", {"student.image_range": config.student.image_range, "evaluation": config.evaluation})
         image_range = not points and config.student.image_range is not False
-        self.student = OneStepGenerator(self._denoiser(network), sigma_init, image_range)
-        self.facts = {"family": "edm", "weights": "lora" if lora else "unet", "readout_sigma": sigma_init}
+        self.student = FewStepGenerator(self._denoiser(network), levels, image_range, config.inputs)
+        self.facts = {"family": "edm", "weights": "lora" if lora else "unet", "readout_sigma": levels[0]}
+        if len(levels) > 1:
+            self.facts["levels"] = levels
         self.facts |= {"base_weights": base_weights, "base_dtype": "float32"}
 
     @classmethod
@@ -93,13 +91,22 @@ class Family(base.Family):
         if not config.objective.built.needs_data:
             refuse(f"{cls.called} and objective {config.objective.name!r}, which need no data", {"data": config.data})
 
-    def _readout_level(self, sigma_init: float) -> float:
-        """The level nearest to it that the teacher knows."""
+    def _sampler(self, teacher: EDMScheduler, student: Student) -> tuple[EDMScheduler, list[float]]:
+        """The student's, and its levels, each the nearest that the teacher knows."""
+        steps, sigma_init = student.steps, 2.5 if student.sigma_init is None else student.sigma_init
+        if isinstance(steps, list):
+            levels = [self._known_level("student.steps", sigma) for sigma in steps]
+            return teacher.for_student(levels, levels[0]), levels
+        sigma_init = self._known_level("student.sigma_init", sigma_init)
+        made = teacher.for_student(steps, sigma_init)
+        return made, [sigma_init] if steps == 1 else made.default_sigmas().tolist()
+
+    def _known_level(self, key: str, sigma: float) -> float:
         known = self._of_teacher.preconditioner
         low, high = known.sigma_range
-        if not low <= sigma_init <= high:
-            raise UserError(f"student.sigma_init: {sigma_init:g} is outside the teacher's noise levels, {low:g} to {high:g}")
-        return float(known.nearest(torch.tensor(sigma_init, dtype=torch.float64)))
+        if not low <= sigma <= high:
+            raise UserError(f"{key}: {sigma:g} is outside the teacher's noise levels, {low:g} to {high:g}")
+        return float(known.nearest(torch.tensor(sigma, dtype=torch.float64)))
 
     def _denoiser(self, network: nn.Module, guided: bool = False) -> Denoiser:
         """A network behind the teacher's preconditioning."""
@@ -171,11 +178,11 @@ class Family(base.Family):
         with self.base.running("student" if self.config.student.lora else None):
             return preview(self.pipeline, self.config.num_samples, self.config.seed)
 
+    @torch.no_grad()
     def images(self, index: range) -> Tensor:
-        z = unit_noise(self.config, index, self.latent_shape)
-        labels = torch.tensor(index) % self.num_classes if self.num_classes else None
-        with self.base.running("student" if self.config.student.lora else None):
-            return tensors(self.pipeline(class_labels=labels, latents=z, output_type="pt"))
+        z = unit_noise(self.config, index, self.latent_shape).to(self.device)
+        condition = self.condition(torch.tensor(index))
+        return self.decode(self.student.sample(z, condition and {k: v.to(self.device) for k, v in condition.items()}))
 
     @classmethod
     def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from pipelines.analytic import EmpiricalPosterior, GaussianMixture
 from pipelines.common.errors import UserError
-from pipelines.denoiser import Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Denoiser, FeatureMaps, FewStepGenerator
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet, PatchUNet, PointNet
-from pipelines.edm.pipeline import tensors
 from pipelines.noise import EDMSchedule
 from pipelines.preconditioning import EDM
 from pipelines.students import save_edm_student
@@ -39,7 +38,7 @@ class Family(base.Family):
     """
 
     called = "an exact teacher"
-    teacher_keys, student_keys = ("exact",), ("network", "preconditioning", "sigma_init", "image_range")
+    teacher_keys, student_keys = ("exact",), ("network", "preconditioning", "sigma_init", "steps", "inputs", "image_range")
     gives = ("network", "posterior")
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
@@ -57,23 +56,19 @@ class Family(base.Family):
         self.sampling_range = (0.004 * self.sigma_data, 160 * self.sigma_data)  # EDM's 0.002 to 80, of data of spread 0.5
         self.teacher = Denoiser(exact, self.schedule, "sample", self.sigma_data)
         self.examples = data if config.objective.built.needs_data else None
-        sigma_init = config.student.sigma_init or self.sigma_data
+        sigma_init, steps = config.student.sigma_init or self.sigma_data, config.student.steps
         known = config.student.preconditioning or "edm"
         network = self._network(config.student.network, "student", self.latent_shape[0])
-        scheduler = EDMScheduler(
-            sigma_data=self.sigma_data,
-            sigma_min=min(0.002, sigma_init),
-            sigma_max=sigma_init,
-            sampler="renoise",
-            num_inference_steps=1,
-            preconditioning=known,
-        )
+        scheduler = EDMScheduler(sigma_data=self.sigma_data, preconditioning=known).for_student(steps, sigma_init)
+        levels = [sigma_init] if steps == 1 else scheduler.default_sigmas().tolist()
         self.pipeline = EDMPipeline(network.eval(), scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         image_range = not isinstance(data, Points) if config.student.image_range is None else config.student.image_range
         student = Denoiser(network, self.schedule, known, self.sigma_data)
-        self.student = OneStepGenerator(student, sigma_init, image_range)
-        self.facts = {"family": "edm", "weights": "unet", "readout_sigma": sigma_init, "teacher": config.teacher.exact}
+        self.student = FewStepGenerator(student, levels, image_range, config.inputs)
+        self.facts = {"family": "edm", "weights": "unet", "readout_sigma": levels[0], "teacher": config.teacher.exact}
+        if len(levels) > 1:
+            self.facts["levels"] = levels
 
     @staticmethod
     def _section(config: DistillConfig) -> Data:
@@ -128,8 +123,9 @@ class Family(base.Family):
     def preview(self) -> Tensor:
         return preview(self.pipeline, self.config.num_samples, self.config.seed)
 
+    @torch.no_grad()
     def images(self, index: range) -> Tensor:
-        return tensors(self.pipeline(latents=unit_noise(self.config, index, self.latent_shape), output_type="pt"))
+        return self.decode(self.student.sample(unit_noise(self.config, index, self.latent_shape).to(self.device)))
 
     def shard(self) -> None:
         raise UserError("FSDP has no effect for an exact teacher, which has no weights; use configs/accelerate/gpu_8.yaml")

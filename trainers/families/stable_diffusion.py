@@ -16,7 +16,7 @@ from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, in_float
 from pipelines.common.errors import UserError
 from pipelines.common.identity import network_identity, pipeline_identity, tokens_identity, weights_sha256
 from pipelines.common.reading import loading
-from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator, check_readout
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, check_readout
 from pipelines.stock import StockPipeline
 from pipelines.students import save_stable_diffusion
 
@@ -52,7 +52,8 @@ class Family(base.Family):
     """See base.Family."""
 
     called = "a Stable Diffusion teacher"
-    teacher_keys, student_keys = ("path", "guidance_scale", "negative_prompt", "dtype", "variant"), ("readout_t", "lora")
+    teacher_keys = ("path", "guidance_scale", "negative_prompt", "dtype", "variant")
+    student_keys = ("readout_t", "steps", "inputs", "lora")
     gives = ("lora", "posterior", "condition_vector")
     examples: Cached
 
@@ -64,10 +65,10 @@ class Family(base.Family):
         sd.check_parts(path)  # before its text encoders work, which may take hours
         schedule = sd.load_schedule(path)
         check_levels(config, schedule)
-        last = int(schedule.t_range[1])
         self.sampling_range = schedule.t_range
-        self.readout_t = last if config.student.readout_t is None else config.student.readout_t
-        check_readout(schedule, self.readout_t)
+        self.levels = self._levels(config, int(schedule.t_range[1]) + 1)
+        for timestep in self.levels:
+            check_readout(schedule, timestep)
         encoded = self.encoded(config, accelerator)
         self.examples, self.latent_shape, null = encoded.examples, encoded.shape, encoded.null
         kept = {"unet", "scheduler"} | ({"vae"} if config.sample_every or config.evaluation else set())
@@ -78,13 +79,14 @@ class Family(base.Family):
         self.teacher = sd.denoiser(self.pipe, self.base.teacher(), t.guidance_scale, null)
         role = self._role("student", config.student.lora)
         self.trained = role.network if isinstance(role, Whole) else None
-        self.student = OneStepGenerator(sd.denoiser(self.pipe, role), self.readout_t)
+        self.student = FewStepGenerator(sd.denoiser(self.pipe, role), self.levels, inputs=config.inputs)
         if getattr(self.pipe, "vae", None) is not None:
             self.pipe.vae.to(self.device)  # type: ignore[arg-type]  # diffusers' wrapper of it hides its arguments
         self.facts = {
             "family": sd.FAMILIES[type(self.pipe).__name__],
             "weights": "lora" if config.student.lora else "unet",
-            "readout_t": self.readout_t,
+            "readout_t": self.levels[0],
+            **({"levels": self.levels} if len(self.levels) > 1 else {}),
             "guidance_scale": t.guidance_scale,
             "image_size": encoded.image_size,
             "base_weights": base_weights,
@@ -116,6 +118,16 @@ class Family(base.Family):
             if getattr(need.value, key) != Network.model_fields[key].default:
                 return f"{need.key}.{key} has no effect for {cls.called}; remove it"
         return None
+
+    @staticmethod
+    def _levels(config: DistillConfig, num_train_timesteps: int) -> list[int]:
+        """The timesteps of the student's steps."""
+        steps, readout_t = config.student.steps, config.student.readout_t
+        if isinstance(steps, int):
+            return [readout_t] if readout_t is not None else sd.student_levels(num_train_timesteps, steps)
+        if odd := [t for t in steps if t != int(t)]:
+            raise UserError(f"student.steps: {odd[0]:g} is no timestep; {config.teacher.path!r} knows whole ones")
+        return [int(t) for t in steps]
 
     def _role(self, name: str, lora: Lora | None) -> Role | Whole:
         """An adapter on the teacher's weights, or a network of its own in float32."""
@@ -153,8 +165,8 @@ class Family(base.Family):
         images = []
         for start, index in enumerate(self.shown(self.config.num_samples).split(8)):
             generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "preview", 8 * start))
-            z = torch.randn(len(index), *self.latent_shape, generator=generator).to(self.device)
-            images.append(self.decode(self.student(z, self.condition(index))).cpu())
+            z = torch.randn(self.student.steps, len(index), *self.latent_shape, generator=generator).to(self.device)
+            images.append(self.decode(self.student.sample(z, self.condition(index))).cpu())
         return torch.cat(images)
 
     def shown(self, count: int) -> Tensor:
@@ -169,7 +181,7 @@ class Family(base.Family):
     @torch.no_grad()
     def images(self, index: range) -> Tensor:
         z = unit_noise(self.config, index, self.latent_shape).to(self.device)
-        return self.decode(self.student(z, self.condition(torch.tensor(index)))).cpu()
+        return self.decode(self.student.sample(z, self.condition(torch.tensor(index)))).cpu()
 
     @classmethod
     def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:

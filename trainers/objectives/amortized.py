@@ -28,7 +28,7 @@ from torch import Tensor
 from pipelines.denoiser import Condition
 from pipelines.noise import Level, Weight, add_noise, weight
 
-from .base import Draw, LossTerms, Phase, denoising_loss, dot, sample_level
+from .base import Draw, LossTerms, Phase, denoising_loss, dot, generate, sample_level
 from .bound import Noised, VarDiU
 from .importance import effective_sample_size, log_importance, weighted_mean
 
@@ -72,7 +72,7 @@ class AmortizedScore(VarDiU):
     def prepare(self, draws: Sequence[Draw], gather: Callable[[Tensor], Tensor]) -> list[Pool]:
         """The pool is the whole batch, however many processes and micro-batches it is spread over."""
         with torch.no_grad():
-            x0 = gather(torch.cat([self.student(d.z, d.condition) for d in draws]))
+            x0 = gather(torch.cat([generate(self.student, d) for d in draws]))
         keys = draws[0].condition or {}
         condition = {k: gather(torch.cat([(d.condition or {})[k] for d in draws])) for k in keys} or None
         return [Pool(x0, condition)] * len(draws)
@@ -80,12 +80,12 @@ class AmortizedScore(VarDiU):
     def posterior_loss(self, draw: Draw, context: Pool | None = None) -> Iterator[LossTerms]:
         """One noised copy of each sample."""
         with torch.no_grad():
-            x0 = self.student(draw.z, draw.condition)
+            x0 = generate(self.student, draw)
         for _, terms, _ in self.learn_from_first_copy(draw, x0, context):
             yield terms
 
     def joint_loss(self, draw: Draw, context: Pool | None = None) -> Iterator[LossTerms]:
-        x0 = self.student(draw.z, draw.condition)
+        x0 = generate(self.student, draw)
         direction = torch.zeros_like(x0)  # d loss / d x0
         for rows, terms, gradient in self.learn_from_first_copy(draw, x0.detach(), context):
             direction[rows] = gradient / self.noise_draws

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.common.strict import Strict
-from pipelines.denoiser import Condition, Denoiser, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, Start
 from pipelines.noise import Level, Schedule, Weight, score
 
 from ..config.levels import Levels, LevelSampler, Use
@@ -31,6 +31,14 @@ class Draw(Protocol):
     condition: Condition
     progress: float  # share of the run that is done, in [0, 1]
     first_row: int  # where this process's rows begin in the whole batch
+
+    @property
+    def step_u(self) -> Tensor:
+        """(b,) ~ U(0, 1): which of its steps a student of several makes."""
+
+    @property
+    def shared_step_u(self) -> Tensor:
+        """() ~ U(0, 1), the same for the whole batch."""
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """More standard normal numbers, (b, *shape), independent for each name. Ask once: a second time they are drawn anew."""
@@ -90,7 +98,7 @@ class Need(NamedTuple):
 class Parts(Protocol):
     """What the family of the teacher gives an objective to be built from. latent_shape: (c, h, w) of z and x0."""
 
-    student: OneStepGenerator
+    student: FewStepGenerator
     teacher: Denoiser
     latent_shape: tuple[int, int, int]
     num_classes: int  # of a class-conditional teacher, else 0
@@ -137,6 +145,10 @@ class ObjectiveConfig(Strict):
     def needs(self) -> list[Need]:
         return []
 
+    def few_steps_refusal(self) -> str | None:
+        """Why it cannot teach a student of several steps, or None."""
+        return None
+
     def optimizers(self) -> dict[str, Optimizer]:
         """Of the networks other than the student, by role."""
         return {}
@@ -168,6 +180,44 @@ def data_of(draw: Draw) -> Tensor:
     if draw.x0 is None:
         raise ValueError("this objective needs data, and the draw has none: needs_data was not heeded")
     return draw.x0
+
+
+def generate(student: nn.Module, draw: Draw) -> Tensor:
+    """x0 (b, c, h, w) of one step of the student for each row, of a student of several steps one drawn uniformly.
+
+    Any function of z and condition is a student of one step.
+    """
+    start = start_of(student, draw)
+    return student(draw.z, draw.condition) if start is None else student(draw.z, draw.condition, start)
+
+
+def start_of(student: nn.Module, draw: Draw, shared: bool = False) -> Start | None:
+    """Where a step of each row begins, or with `shared` the same step of all rows of the whole batch; None of a student of one.
+
+    Simulated: with its own x0 of the step before, made from noise by all earlier steps, without a graph (backward simulation, Yin
+    et al. 2024, DMD2, section 4.4), so that it learns from what it will see. Else with the data of the draw.
+    """
+    if not isinstance(student, FewStepGenerator) or student.steps == 1:
+        return None
+    u = draw.shared_step_u.expand(len(draw.z)) if shared else draw.step_u
+    step = (u * student.steps).long().clamp_max(student.steps - 1)  # u may be rounded to 1
+    if student.inputs == "data":
+        return Start(data_of(draw), step)
+    x0 = torch.zeros_like(draw.z)
+    for k in range(student.steps - 1):
+        rows = (step > k).nonzero()[:, 0]
+        noise = draw.normal(f"step_{k}", *draw.z.shape[1:])
+        called = rows
+        if not len(rows):
+            if not student.collective:
+                break
+            called = rows.new_zeros(1)  # another process may have rows, and all gather the weights together
+        with torch.no_grad():
+            condition = None if draw.condition is None else {name: value[called] for name, value in draw.condition.items()}
+            made = student(noise[called], condition, Start(x0[called], torch.full_like(called, k)), between=True)
+        if len(rows):
+            x0[rows] = made.to(x0.dtype)
+    return Start(x0, step)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

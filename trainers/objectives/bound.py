@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipelines.denoiser import Condition, Denoiser, OneStepGenerator
+from pipelines.denoiser import Condition, Denoiser, FewStepGenerator
 from pipelines.noise import Level, Weight, add_noise, score, weight
 
-from .base import Draw, HealthCheck, LevelSampler, LossTerms, Phase, sample_level
+from .base import Draw, HealthCheck, LevelSampler, LossTerms, Phase, generate, sample_level
 from .ess import LevelStatistics
 from .importance import bound_loss, effective_sample_size, log_importance, log_standard_normal, multi_sample_loss
 
@@ -48,7 +48,7 @@ class VarDiU:
 
     def __init__(
         self,
-        student: OneStepGenerator,
+        student: FewStepGenerator,
         teacher: Denoiser,
         posterior: nn.Module,
         levels: LevelSampler,
@@ -91,7 +91,7 @@ class VarDiU:
 
     def noised(self, draw: Draw) -> Noised:
         """Student samples noised to random levels; with antithetic pairs 2b samples from b students."""
-        x0, z, eps, condition = self.student(draw.z, draw.condition), draw.z, draw.eps, draw.condition
+        x0, z, eps, condition = generate(self.student, draw), draw.z, draw.eps, draw.condition
         level = self.sample_level(draw)
         if self.antithetic:
             x0, z, eps, level = torch.cat([x0, x0]), torch.cat([z, z]), torch.cat([eps, -eps]), level.repeat(2)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipelines.common.strict import PositiveInt, Strict
-from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.noise import Level, Weight, add_noise, score, weight
 
 from ..config.level_range import sampler
@@ -34,6 +34,7 @@ from .base import (
     Parts,
     Phase,
     denoising_loss,
+    generate,
     sample_level,
     score_difference_loss,
     teacher_score,
@@ -48,7 +49,7 @@ class DiffInstruct:
 
     def __init__(
         self,
-        student: OneStepGenerator,
+        student: FewStepGenerator,
         teacher: Denoiser,
         fake_score: Denoiser,
         levels: LevelSampler,
@@ -74,7 +75,7 @@ class DiffInstruct:
 
     def fake_score_loss(self, draw: Draw, context: None = None) -> LossTerms:
         with torch.no_grad():
-            x0 = self.student(draw.z, draw.condition)
+            x0 = generate(self.student, draw)
         condition = draw.condition
         if self.fake_augment:
             x0, labels = augment(x0, draw.normal("augment", NUMBERS), self.fake_augment)
@@ -88,7 +89,7 @@ class DiffInstruct:
 
     def joint_loss(self, draw: Draw, context: None = None) -> Iterator[LossTerms]:
         """Both at the student's levels; the student follows the fake score as it was before this update."""
-        x0 = self.student(draw.z, draw.condition)
+        x0 = generate(self.student, draw)
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
         x_t = add_noise(x0, draw.eps, level)
         x0_fake = self.fake_score(x_t.detach(), level, draw.condition)
@@ -96,7 +97,7 @@ class DiffInstruct:
         yield self.follow(draw, x0, x_t, level, x0_fake.detach())
 
     def student_loss(self, draw: Draw, context: None = None) -> LossTerms:
-        x0 = self.student(draw.z, draw.condition)
+        x0 = generate(self.student, draw)
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
         x_t = add_noise(x0, draw.eps, level)
         with torch.no_grad():

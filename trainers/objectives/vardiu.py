@@ -79,6 +79,20 @@ class Config(ObjectiveConfig):
             weightings["objective.regression_weighting"] = self.regression_weighting
         return [Use("objective.levels", self.levels, weightings)]
 
+    def few_steps_refusal(self) -> str | None:
+        """Of a later step x_t depends on z and on where the step began, s. As I(x_t; z, s) = I(x_t; s) + I(x_t; z | s), with the
+        density of z alone the bound on the negative entropy of x_t is loose by I(x_t; s): the more, the more a step makes of its
+        input, which it would unlearn. Likewise weights p(z) / q(z | x_t) average over z at one s. The regression of
+        amortized_score is on x_t alone: over both.
+        """
+        if self.estimator == "amortized_score" and not self.samples:
+            return None
+        what = f"estimator={self.estimator!r}" + (f" with num_samples={self.samples}" if self.samples else "")
+        return (
+            f"objective.estimator: {what} knows the density of a step's noise z, not of what the step begins with, and would "
+            "teach later steps to ignore it; use estimator=amortized_score without num_samples"
+        )
+
     def needs(self) -> list[Need]:
         return [Need("objective.posterior.network", "posterior", self.posterior.network)]
 

@@ -34,12 +34,12 @@ from torch import Tensor
 
 from pipelines.common.errors import UserError
 from pipelines.common.strict import PositiveInt
-from pipelines.denoiser import Condition, FeatureMaps, OneStepGenerator
+from pipelines.denoiser import Condition, FeatureMaps, FewStepGenerator
 from pipelines.noise import Level, Schedule, Weight, add_noise, weight
 
 from ..config.level_range import sampler
 from ..config.levels import Levels, LevelSampler
-from .base import Draw, LeastBatch, Need, ObjectiveConfig, Parts, data_of, sample_level
+from .base import Draw, LeastBatch, Need, ObjectiveConfig, Parts, data_of, sample_level, start_of
 from .energy import condition_vector, energy_loss, energy_score, grid_blocks, spread, unit_channels
 from .whole_batch import WholeBatch
 
@@ -59,7 +59,7 @@ class VarFlow(WholeBatch):
 
     def __init__(
         self,
-        student: OneStepGenerator,
+        student: FewStepGenerator,
         schedule: Schedule,
         levels: LevelSampler,
         weighting: Weight = "sigma2",
@@ -133,7 +133,9 @@ class VarFlow(WholeBatch):
 
     def of_student(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
         z, eps, condition = self.drawn(draw)
-        x0 = self.student(z, condition)
+        # all of a batch make the same step: the law of each step is to be the data's, not that of their mixture
+        start = start_of(self.student, draw, shared=True)
+        x0 = self.student(z, condition) if start is None else self.student(z, condition, start)
         return x0, self.noised(x0, eps, condition, draw)
 
     def of_data(self, draw: Draw) -> list[Tensor | None]:
@@ -149,7 +151,9 @@ class VarFlow(WholeBatch):
         w = weight(self.weighting, self.level(draw, len(x0)), x0, x0_data, self.sigma_data).view(-1, self.samples).mean(1)
         mine, theirs = list(student), list(theirs)
         sides = Batch(mine[0], mine[1:]), Batch(theirs[0], theirs[1:])
-        return w * self.batch_loss(*sides, asked, draw.condition is not None)
+        made = self.student
+        of_its_row = isinstance(made, FewStepGenerator) and made.steps > 1 and made.inputs == "data"
+        return w * self.batch_loss(*sides, asked, draw.condition is not None or of_its_row)
 
 
 class Config(ObjectiveConfig):
@@ -172,6 +176,11 @@ class Config(ObjectiveConfig):
         if idle and self.samples_per_condition > 1:
             raise ValueError(f"no effect with samples_per_condition={self.samples_per_condition}: remove {', '.join(idle)}")
         return self
+
+    def few_steps_refusal(self) -> str | None:
+        if self.samples_per_condition == 1:
+            return None
+        return "objective.samples_per_condition: samples of a condition must be independent, and would begin a later step alike"
 
     def needs(self) -> list[Need]:
         return [Need("objective.condition_scale", "condition_vector", self.condition_scale)]
