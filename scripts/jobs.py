@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -169,7 +170,9 @@ def run_all(jobs: list[Job], workers: int, threads: int, keep_going: bool = Fals
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run a script that can be continued: Ctrl-C, a failed part and what a user can mend end it with one message."""
+    """Run a script that can be continued: Ctrl-C, SIGTERM, a failed part and what a user can mend end it with one message."""
+    # as Ctrl-C, or the parts that run would go on without anybody to look at them
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,48 @@ def test_a_damaged_asset_is_said_before_anything_starts(tmp_path):
     assert "git checkout -- assets/emoji_sd/unet/diffusion_pytorch_model.safetensors" in said.stderr
     assert "Traceback" not in said.stderr
     assert not (tmp_path / "out").exists()
+
+
+SLEEPER = """
+import sys
+import time
+from pathlib import Path
+from scripts import jobs
+
+class Sleeper(jobs.Job):
+    is_done = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(300)", str(self.folder)]
+
+folder = Path(sys.argv[1])
+made = [Sleeper(f"job {i}", Path("none.yaml"), folder / f"job_{i}", ["steps=1"]) for i in range(2)]
+jobs.exit_cleanly(lambda: jobs.run_all(made, 2, threads=1))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_the_script_stops_its_parts(number, tmp_path):
+    """Sent to the script alone, as a batch system does; its parts would train on for hours."""
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    logs = [tmp_path / f"job_{i}.log" for i in range(2)]
+    deadline = time.monotonic() + 60
+    while not all(log.is_file() and "up" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "Stopped. The same command goes on from the last checkpoints." in said
+    assert "Traceback" not in said
+    time.sleep(0.5)
+    left = [f for f in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(f)]
+    assert not left
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:  # ended meanwhile
+        return b""

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torchvision.utils import save_image
 
 from pipelines.common.config import load_config
+from pipelines.common.errors import UserError
 from pipelines.data.images import load_folder, to_unit
 from pipelines.denoiser import Denoiser
 from pipelines.students import load_student, read_info
@@ -444,6 +445,7 @@ from accelerate.state import AcceleratorState
 from trainers import distill
 from trainers.config.run import DistillConfig
 from pipelines.common.config import load_config
+from pipelines.common.errors import UserError
 from trainers.engine import draws
 from trainers.engine.loop import NonFiniteError
 
@@ -503,6 +505,59 @@ def assert_two_processes_equal_one(pair: Path, one: Path, objective: str) -> Non
                 assert value == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
     calls, expected = (read_info(run / "student", "student")["calls"] for run in (pair, one))
     assert calls == expected | {"student": expected["student"] + REDRAWN.get(objective, 0)}
+
+
+# Several steps ------------------------------------------------------------------------------------------------------------
+
+FEW = {"steps": [2.0, 0.8, 0.3], "optimizer": ADAM}
+FEW_STEPS = [("varflow", {}), ("varflow", {"inputs": "simulated"}), ("diff_instruct", {}), ("amortized_score", {})]
+
+
+@pytest.mark.parametrize(("objective", "more"), FEW_STEPS, ids=lambda v: v if isinstance(v, str) else "-".join(v.values()))
+def test_a_student_of_several_steps(objective, more, lab, tmp_path):
+    """Stored with its levels; its pipeline draws them by itself, one image at a time or together; micro-batches do not show."""
+    run = lab.distil(objective, tmp_path / "run", student=FEW | more)
+    info = read_info(run / "student", "student")
+    assert (info["readout_sigma"], info["levels"]) == (2.0, [2.0, 0.8, 0.3])
+    assert "Student of 3 steps" in (run / "student" / "README.md").read_text()
+    pipe = load_student(run)
+    pipe.set_progress_bar_config(disable=True)
+    z = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        drawn = pipe(2, [0, 1], latents=z, generator=[torch.Generator().manual_seed(s) for s in (5, 6)], output_type="latent")
+        # x0 at each level from the one before and fresh noise, by hand
+        generators = [torch.Generator().manual_seed(s) for s in (5, 6)]
+        eps = [z, *(torch.stack([torch.randn(3, 5, 5, generator=g) for g in generators]) for _ in range(2))]
+        x0, denoiser = None, pipe.denoiser()
+        for sigma, e in zip((2.0, 0.8, 0.3), eps, strict=True):
+            level = denoiser.schedule.level(torch.full((2,), sigma))
+            x0 = denoiser((0 if x0 is None else x0) + sigma * e, level, {"class_labels": torch.tensor([0, 1])})
+    torch.testing.assert_close(drawn.images, x0, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="makes 3 steps"):
+        pipe(2, [0, 1], num_inference_steps=2)
+    with pytest.raises(UserError, match="levels of its own"):
+        pipe(2, [0, 1], sigma_max=1.0)
+    micro = lab.distil(objective, tmp_path / "micro", student=FEW | more, micro_batch_size=2)
+    assert weights_gap(run, micro) < 1e-5
+
+
+def test_pictures_of_an_evaluation_are_the_pipelines(lab, tmp_path):
+    """All steps of image i come from the seed and i alone."""
+    models = EDMModels(load_config(DistillConfig, lab.config("diff_instruct", tmp_path / "run", student=FEW), []))
+    whole = models.images(range(5))
+    torch.testing.assert_close(models.images(range(3, 5)), whole[3:], rtol=0, atol=1e-6)  # the batch shows in rounding alone
+    assert float((whole[0] - whole[2]).abs().max()) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "more"), FEW_STEPS[1:])
+def test_several_steps_stopped_and_on_two_processes(objective, more, lab, tmp_path):
+    one = lab.distil(objective, tmp_path / "one", student=FEW | more)
+    lab.distil(objective, tmp_path / "stopped", "steps=2", student=FEW | more)
+    lab.distil(objective, tmp_path / "stopped", "resume=latest", student=FEW | more)
+    assert weights_gap(one, tmp_path / "stopped") == 0
+    launch(*TORCHRUN, "-m", "trainers.distill", "--config", lab.config(objective, tmp_path / "pair", student=FEW | more))
+    assert weights_gap(one, tmp_path / "pair") < 1e-5
 
 
 @pytest.mark.slow
