@@ -269,6 +269,7 @@ def drawing(pair: Pair, names: list[str]) -> Any:
             steps = pair.teacher.call["num_inference_steps"]
             yield picture, f"{said}, {slow / quick:.0f} times as fast. {note}", other, f"{steps} steps: {seconds_text(slow)}"
         except USER_ERRORS as error:
+            # gradio shows the text of an error as HTML
             raise gr.Error(html.escape(message(error)), duration=None, print_exception=False) from error
 
     return draw

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from pipelines.common.atomic import write_atomically
 
-from ..content import Content, Latency, OverDraws, Speed
+from ..content import Content, Latency, Speed
 from ..protocols import LOWER_IS_BETTER
 from . import figures
 from .baselines import Row, read_baselines
-from .html import STYLE, data_uri
+from .html import Picture, render
 from .results import TITLES, comparable
 
 if TYPE_CHECKING:
@@ -51,23 +50,18 @@ def write_comparison(
     published = published if not faults and all(c["beside_published"] for _, c in contents) else []
     rows = [own_row(name, content) for name, content in contents]
     plot = chart(rows, published)
-    warning = "".join(f"<li>{escape(fault)}</li>" for fault in faults)
-    warning = f'<div class="warn"><b>Not comparable:</b><ul>{warning}</ul></div>' if faults else ""
-    warning += "".join(f'<p class="warn">{escape(name)}: {w}</p>' for name, c in contents for w in warnings(c))
-    grids = "".join(
-        f'<figure><figcaption>{escape(name)}</figcaption><img alt="{escape(name)}" src="{data_uri(png, "image/png")}"></figure>'
-        for name, png in samples.items()
+    html = render(
+        "comparison.html",
+        protocols=[(name, content["protocol"]) for name, content in contents],
+        faults=faults,
+        warnings=[(name, warnings(content)) for name, content in contents],
+        runs=table(rows, published),
+        plot=Picture(plot),
+        samples=[Picture(png, caption=name) for name, png in samples.items()],
     )
-    body = f"""<h1>Comparison: {escape(contents[0][1]["protocol"]["name"])}</h1>
-<p class="lead">{escape(contents[0][1]["protocol"]["computed"])}</p>{warning}
-{table(rows, published)}
-<h2>Metrics</h2><figure><img alt="Metrics" src="{data_uri(plot, "image/png")}"></figure>
-<h2>Samples</h2><p class="soft">The first images of each, in the order of their seeds or names, none picked.</p>{grids}
-<h2>What was computed</h2>
-<dl>{"".join(f"<dt>{escape(name)}</dt><dd>{escape(c['protocol']['computed'])}</dd>" for name, c in contents)}</dl>"""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "metrics.png", plot)
-    write_atomically(folder / "report.html", _document("Comparison", body).encode())
+    write_atomically(folder / "report.html", html.encode())
     write_atomically(folder / "comparison.json", to_json({"not_comparable": faults, "runs": rows, "published": published}))
     return text_table(rows, faults)
 
@@ -122,25 +116,23 @@ def chart(rows: Sequence[Row], published: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def table(rows: Sequence[Row], published: Sequence[Row]) -> str:
-    """Runs above published rows; the best run of several in each column is marked."""
+def table(rows: Sequence[Row], published: Sequence[Row]) -> dict[str, Any]:
+    """What the template's macro `table` takes: runs above published rows; the best of several runs in each column is bold."""
     names = [m for m in TITLES if any(m in row["metrics"] for row in rows)]
     best = {m: (min if LOWER_IS_BETTER[m] else max)(r["metrics"][m] for r in rows if m in r["metrics"]) for m in names}
-    lines = []
-    for row in (*rows, *published):
-        cells = [f"<td>{escape(row['name'])}</td>", f"<td>{row.get('steps') or '&ndash;'}</td>"]
+    lines, bold = [], set()
+    for i, row in enumerate((*rows, *published)):
+        cells = [row["name"], str(row.get("steps") or "–")]
         for m in names:
             value, std = row["metrics"].get(m), row.get("std", {}).get(m)
-            text = "&ndash;" if value is None else f"{value:.4g}" + (f" &plusmn; {std:.2g}" if std is not None else "")
-            mark = "source" not in row and len(rows) > 1 and value == best[m]
-            cells.append(f"<td><b>{text}</b></td>" if mark else f"<td>{text}</td>")
+            if "source" not in row and len(rows) > 1 and value == best[m]:
+                bold.add((i, len(cells)))
+            cells.append("–" if value is None else f"{value:.4g}" + (f" ± {std:.2g}" if std is not None else ""))
         seconds = row.get("seconds_per_image")
-        cells.append(f"<td>{f'{1000 * seconds:.3g} ms' if seconds else '&ndash;'}</td>")
         note = "; ".join(filter(None, (row.get("source"), row.get("note")))) or "this evaluation"
-        cells.append(f'<td class="note">{escape(note)}</td>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{t}</th>" for t in ("Method", "Steps", *(TITLES[m] for m in names), "Time / image", "Source"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        lines.append([*cells, f"{1000 * seconds:.3g} ms" if seconds else "–", note])
+    columns = ["Method", "Steps", *(TITLES[m] for m in names), "Time / image", "Source"]
+    return {"rows": lines, "columns": columns, "bold": bold, "notes": True}
 
 
 def text_table(rows: Sequence[Row], faults: Sequence[str]) -> str:
@@ -153,68 +145,45 @@ def text_table(rows: Sequence[Row], faults: Sequence[str]) -> str:
 
 
 def page(content: Content, name: str, samples: bytes, plot: bytes, published: Sequence[Row]) -> str:
-    protocol = content["protocol"]
-    figure = f'<h2>Metrics</h2><figure><img alt="Metrics" src="{data_uri(plot, "image/png")}"></figure>' if published else ""
-    body = f"""<h1>{escape(name)}: {escape(protocol["name"])}</h1>
-<p class="lead">{escape(protocol["computed"])}</p>
-{"".join(f'<p class="warn">{w}</p>' for w in warnings(content))}
-{table([own_row(name, content)], published)}
-{figure}
-{_latency(content["latency"])}
-<h2>Samples</h2><p class="soft">The first images, in the order of their seeds or names, none picked.</p>
-<figure><img alt="Samples" src="{data_uri(samples, "image/png")}"></figure>
-<h2>Draws and spreads</h2>{_draws(content["metrics"])}
-<h2>What the numbers depend on</h2>
-<pre>{escape(json.dumps({k: v for k, v in content.items() if k != "metrics"}, indent=1, ensure_ascii=False))}</pre>"""
-    return _document(name, body)
+    return render(
+        "evaluation.html",
+        name=name,
+        protocol=content["protocol"],
+        warnings=warnings(content),
+        runs=table([own_row(name, content)], published),
+        plot=Picture(plot) if published else None,
+        latency=content["latency"],
+        speeds=_speeds(content["latency"]),
+        samples=Picture(samples),
+        draws=[
+            (TITLES[metric], f"{n['value']:.6g}", n["value_is"], ", ".join(f"{v:.6g}" for v in n["draws"]))
+            for metric, n in content["metrics"].items()
+        ],
+        facts=json.dumps({k: v for k, v in content.items() if k != "metrics"}, indent=1, ensure_ascii=False),
+    )
 
 
-def warnings(content: Content) -> list[str]:
-    """What a reader must know before comparing, as HTML."""
+def warnings(content: Content) -> list[tuple[str, str]]:
+    """What a reader must know before comparing: (what it is, more on it)."""
     found = []
     if content["protocol"]["departures"]:
-        found.append(f"<b>Not the protocol:</b> {escape('; '.join(content['protocol']['departures']))}.")
+        found.append(("Not the protocol:", f"{'; '.join(content['protocol']['departures'])}."))
     if content["not_published_weights"]:
         others = ", ".join(content["not_published_weights"])
-        found.append(f"<b>Not the published weights</b> of {escape(others)}: compare with nothing but runs on the same file.")
+        found.append(("Not the published weights", f"of {others}: compare with nothing but runs on the same file."))
     for metric, numbers in content["metrics"].items():
         if "images_below_dimension" in numbers:
-            found.append(
-                f"<b>{TITLES[metric]}</b> of {numbers['n']:,} images on {numbers['images_below_dimension'][0]:,} features: "
+            text = (
+                f"of {numbers['n']:,} images on {numbers['images_below_dimension'][0]:,} features: "
                 "the covariance has not full rank, and the value is far above that of many images."
             )
+            found.append((TITLES[metric], text))
     return found
 
 
-def _latency(latency: Latency) -> str:
-    if not latency:
-        return ""
-    speeds: dict[str, Speed] = {"model": latency["model"], "teacher": latency["teacher"]}
-    rows = "".join(
-        f"<tr><td>{who}</td><td>{speed['call'].get('num_inference_steps', '1')}</td>"
-        f"<td>{speed['seconds_per_image']:.4g} s</td><td>{speed['images_per_s']:.4g}</td></tr>"
-        for who, speed in speeds.items()
-    )
-    head = "<tr><th></th><th>Steps</th><th>An image</th><th>Images / s</th></tr>"
-    return f"<h2>Latency</h2><p>{latency['speedup']:.1f} times as fast as the teacher.</p><table>{head}{rows}</table>"
-
-
-def _draws(metrics: dict[str, OverDraws]) -> str:
-    rows = "".join(
-        f"<tr><td>{TITLES[name]}</td><td>{numbers['value']:.6g}</td><td>{numbers['value_is']}</td>"
-        f"<td>{', '.join(f'{v:.6g}' for v in numbers['draws'])}</td></tr>"
-        for name, numbers in metrics.items()
-    )
-    return f"<table><tr><th></th><th>Value</th><th>It is</th><th>Draws</th></tr>{rows}</table>"
-
-
-def _document(title: str, body: str) -> str:
-    more = "pre { font-size: 12px; white-space: pre-wrap; } td.note { white-space: normal; font-size: 12px; text-align: left; }"
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{STYLE}{more}</style></head>
-<body>
-{body}
-</body></html>
-"""
+def _speeds(latency: Latency) -> list[tuple[str, str, str, str]]:
+    speeds: dict[str, Speed] = {"model": latency["model"], "teacher": latency["teacher"]} if latency else {}
+    return [
+        (who, str(s["call"].get("num_inference_steps", 1)), f"{s['seconds_per_image']:.4g} s", f"{s['images_per_s']:.4g}")
+        for who, s in speeds.items()
+    ]

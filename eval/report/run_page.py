@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pipelines.common.reading import read_json, read_text, read_yaml
 from ..protocols import LOWER_IS_BETTER
 from . import figures
 from . import run_verdicts as rules
-from .html import STYLE, data_uri
+from .html import Picture, render
 from .results import TITLES
 from .run_verdicts import Verdict
 from .training_log import curves, read_metrics
@@ -37,16 +36,6 @@ SHOWN: tuple[tuple[str, str], ...] = (
     ("x0_std", "spread of x0"),
 )
 SHOWN += (("ess", "effective sample size"), ("loss", ""))
-COLOURS = {"bad": "#b91c1c", "warn": "#d55e00", "open": "#6b7280", "good": "#047857"}
-MARKS = {"bad": "&#10007;", "warn": "!", "open": "?", "good": "&#10003;"}
-MORE_STYLE = """
-.verdict { border-left: 4px solid var(--c); padding: 8px 14px; margin: 8px 0; background: #f9fafb; max-width: none; }
-.verdict b { color: var(--c); } .main { font-size: 18px; padding: 14px 18px; }
-.grids { display: flex; flex-wrap: wrap; gap: 18px; } .grids figure { margin: 0; width: 218px; }
-.grids img { width: 218px; border: 1px solid var(--line); image-rendering: pixelated; } .teacher img { border-color: #0072b2; }
-table { width: auto; min-width: 420px; }
-pre { font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
 
 Curve = tuple[list[int], list[float]]
 # (metric, its minimum, what to do below it, whether the student needs it from the start), as the training warns
@@ -151,23 +140,24 @@ def evaluations(run: RunFiles) -> dict[str, Curve]:
     return {name: run.logged[key] for key, name in keys.items() if name in LOWER_IS_BETTER}
 
 
-def best_snapshot(run: RunFiles) -> str:
-    """A sentence, as HTML: the snapshot that measured best, or what is needed to know it."""
-    measured = evaluations(run)
-    if not measured:
-        needed = "Set <code>evaluation</code> and <code>snapshot_every</code> (docs/evaluation.md)"
-        return f"Nothing is measured in this training, so no snapshot is known to be the best. {needed}, or measure the model."
+@dataclass
+class Measured:
+    """metric: its title. best: (step, value) of the best measurement; kept: of the best one with a snapshot, None without any."""
+
+    metric: str
+    best: tuple[int, float]
+    kept: tuple[int, float] | None
+
+
+def best_snapshot(run: RunFiles) -> Measured | None:
+    """By the first metric that is measured in training; None where none is."""
+    if not (measured := evaluations(run)):
+        return None
     name, (steps, values) = next(iter(measured.items()))
-    best = rules.best_step(steps, values, LOWER_IS_BETTER[name], run.snapshots)
-    over_all = rules.best_step(steps, values, LOWER_IS_BETTER[name], steps)
-    if over_all is None:
-        raise ValueError(f"no step of {name} was measured")
-    whole = f"best {escape(TITLES[name])}: {over_all[1]:.4g} at step {over_all[0]}"
+    best, kept = (rules.best_step(steps, values, LOWER_IS_BETTER[name], among) for among in (steps, run.snapshots))
     if best is None:
-        return f"No snapshot is kept of a step that was measured ({whole}). Set <code>snapshot_every</code> as evaluation.every."
-    path = f"snapshots/step_{best[0]:08d}"
-    more = "" if best[0] == over_all[0] else f" ({whole}, of which no snapshot is kept)"
-    return f'<a href="{path}">{path}</a> measured best: {escape(TITLES[name])} {best[1]:.4g}{more}.'
+        raise ValueError(f"no step of {name} was measured")
+    return Measured(TITLES[name], best, kept)
 
 
 # The page ---------------------------------------------------------------------------------------------------------------------
@@ -175,62 +165,42 @@ def best_snapshot(run: RunFiles) -> str:
 
 def page(run: RunFiles, state: str, health: Sequence[HealthCheck], now: datetime) -> str:
     said = verdicts(run, health)
-    main = rules.headline(said)
-    steps = run.config.get("steps")
-    title = f"{run.folder.absolute().name}: step {run.step} of {steps}"
-    refresh = f'<meta http-equiv="refresh" content="{REFRESH}">' if state == "training" else ""
-    what = {"training": "in training", "stopped": "stopped, to be continued with resume=latest", "complete": "complete"}[state]
     objective = run.config.get("objective", {})
-    kind = " ".join(str(v) for v in (objective.get("name"), objective.get("estimator")) if v) or "a teacher"
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{refresh}
-<title>{escape(title)}</title><style>{STYLE}{MORE_STYLE}</style></head>
-<body>
-<h1>{escape(title)}</h1>
-<p class="lead">{escape(kind)}, {what}. Drawn {now:%Y-%m-%d %H:%M:%S} UTC.</p>
-{_verdict(main, "main")}
-{"".join(_verdict(v) for v in said if v != main)}
-<p>{best_snapshot(run)}</p>
-<h2>Pictures</h2>{timeline(run)}
-<h2>Curves</h2>{charts(run)}
-<h2>Speed and memory</h2>{speed(run, state)}
-<h2>Latest numbers</h2>{numbers(run)}
-<h2>Settings</h2>{settings(run)}
-</body></html>
-"""
-
-
-def _verdict(v: Verdict, more: str = "") -> str:
-    said = f"{MARKS[v.kind]} <b>{escape(v.title)}</b><br>{escape(v.text)}"
-    return f'<p class="verdict {more}" style="--c: {COLOURS[v.kind]}">{said}</p>'
-
-
-def timeline(run: RunFiles) -> str:
-    if not run.grids:
-        return '<p class="soft">None has been drawn yet.</p>'
-    grids = sorted(run.grids)
-    chosen = (
-        sorted({round(i * (len(grids) - 1) / max(1, GRIDS - 1)) for i in range(GRIDS)})
-        if len(grids) > GRIDS
-        else range(len(grids))
+    return render(
+        "run.html",
+        title=f"{run.folder.absolute().name}: step {run.step} of {run.config.get('steps')}",
+        kind=" ".join(str(v) for v in (objective.get("name"), objective.get("estimator")) if v) or "a teacher",
+        state=state,
+        refresh=REFRESH,
+        now=f"{now:%Y-%m-%d %H:%M:%S}",
+        headline=rules.headline(said),
+        verdicts=said,
+        measured=best_snapshot(run),
+        grids=timeline(run.grids),
+        drawn=len(run.grids),
+        teacher=run.teacher,
+        curves=charts(run),
+        speed=speed(run, state),
+        numbers=numbers(run),
+        starts=[
+            (s["time"], f"step {s['step']}", "; ".join(f"{k}: {a} -> {b}" for k, (a, b) in s["changed"].items()))
+            for s in run.starts
+        ],
+        config=read_text(run.folder / "config.yaml"),
+        environment=json.dumps(run.environment, indent=1),
     )
-    shown = [_grid(name, f"step {step}") for step, name in (grids[i] for i in chosen)]
-    if run.teacher:
-        note = f"the teacher, {run.teacher['steps']} steps, from other noise"
-        shown.insert(0, _grid("teacher.png", note, "teacher"))
-    count = f"{len(chosen)} of {len(grids)} grids; all are in samples/. " if len(chosen) < len(grids) else ""
-    said = f"{count}The same conditions and the same noise at each step, averaged weights."
-    return f'<p class="soft">{said}</p><div class="grids">{"".join(shown)}</div>'
 
 
-def _grid(name: str, caption: str, kind: str = "") -> str:
-    link = f"samples/{name}"
-    image = f'<a href="{link}"><img loading="lazy" alt="{escape(caption)}" src="{link}"></a>'
-    return f'<figure class="{kind}">{image}<figcaption>{escape(caption)}</figcaption></figure>'
+def timeline(grids: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+    """(step, name) of all grids, or of GRIDS of them at even distances, in their order."""
+    grids = sorted(grids)
+    if len(grids) <= GRIDS:
+        return grids
+    return [grids[i] for i in sorted({round(i * (len(grids) - 1) / (GRIDS - 1)) for i in range(GRIDS)})]
 
 
-def charts(run: RunFiles) -> str:
+def charts(run: RunFiles) -> Picture | None:
+    """The first CHARTS curves of two points and more, most telling first; None without any."""
     series = [(TITLES[name], figures.TEACHER, curve) for name, curve in evaluations(run).items()]
     for name, curve in run.pictures.items():
         teacher = f" (teacher {run.teacher[name]:.3g})" if name in run.teacher else ""
@@ -239,10 +209,7 @@ def charts(run: RunFiles) -> str:
         keys = [key for key in run.logged if key.endswith(f"/{suffix}")]
         series += [(key if not title else f"{title}, {key.split('/')[0]}", figures.STUDENTS[0], run.logged[key]) for key in keys]
     drawn = [(title, colour, *thinned(curve)) for title, colour, curve in series if len(curve[0]) > 1][:CHARTS]
-    if not drawn:
-        return '<p class="soft">Two points make the first curve.</p>'
-    image = figures.quick_svg(figures.loss_chart(drawn))
-    return f'<figure><img alt="Curves of this run" src="{data_uri(image, "image/svg+xml")}"></figure>'
+    return Picture(figures.quick_svg(figures.loss_chart(drawn)), "image/svg+xml") if drawn else None
 
 
 def thinned(curve: Curve) -> Curve:
@@ -252,9 +219,10 @@ def thinned(curve: Curve) -> Curve:
     return steps[size - 1 :: size], [sum(values[i : i + size]) / size for i in range(0, len(values) - size + 1, size)]
 
 
-def speed(run: RunFiles, state: str) -> str:
+def speed(run: RunFiles, state: str) -> list[tuple[str, str]]:
+    """(what, how much); empty before the first log line."""
     if not run.timings:
-        return '<p class="soft">Nothing has been logged yet.</p>'
+        return []
     last, before = run.timings[-1], run.timings[-1 - max(1, len(run.timings) // 4)] if len(run.timings) > 1 else None
     rows = [("Training so far", duration(last["seconds"]))]
     if before and last["seconds"] > before["seconds"]:
@@ -266,39 +234,17 @@ def speed(run: RunFiles, state: str) -> str:
     if "peak_memory_mib" in last:
         whose = "on the GPU of the main process" if "cuda" in str(run.environment.get("device")) else "of the main process"
         rows.append((f"Most memory {whose}", f"{last['peak_memory_mib'] / 1024:.2f} GiB"))
-    rows += [(k.capitalize(), str(run.environment.get(k))) for k in ("device", "processes", "threads", "mixed_precision")]
-    note = '<p class="soft">Seconds of the updates; pictures, evaluations and saving come on top.</p>'
-    return note + _table(rows)
+    return rows + [(k.capitalize(), str(run.environment.get(k))) for k in ("device", "processes", "threads", "mixed_precision")]
 
 
 def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return (
-        f"{hours} h {rest // 60:02d} min"
-        if hours
-        else f"{rest // 60} min {rest % 60:02d} s"
-        if rest >= 60
-        else f"{seconds:.3g} s"
-    )
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.3g} s"
 
 
-def numbers(run: RunFiles) -> str:
-    rows = [(key, f"{v[0]:.4g}", f"{v[-1]:.4g}") for key, (_, v) in sorted(run.logged.items())]
-    rows += [(f"pictures/{key}", f"{v[0]:.4g}", f"{v[-1]:.4g}") for key, (_, v) in run.pictures.items()]
-    return f"<details><summary>{len(rows)} numbers: first and latest</summary>{_table(rows)}</details>"
-
-
-def settings(run: RunFiles) -> str:
-    starts = [
-        (s["time"], f"step {s['step']}", "; ".join(f"{k}: {a} -> {b}" for k, (a, b) in s["changed"].items())) for s in run.starts
-    ]
-    config = escape(read_text(run.folder / "config.yaml"))
-    about = escape(json.dumps(run.environment, indent=1))
-    return f"""{_table(starts)}
-<details><summary>config.yaml: every setting, defaults included</summary><pre>{config}</pre></details>
-<details><summary>environment.json</summary><pre>{about}</pre></details>"""
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{body}</table></div>'
+def numbers(run: RunFiles) -> list[tuple[str, str, str]]:
+    """(key, first value, latest value) of everything that is logged."""
+    curves = [*sorted(run.logged.items()), *((f"pictures/{key}", curve) for key, curve in run.pictures.items())]
+    return [(key, f"{values[0]:.4g}", f"{values[-1]:.4g}") for key, (_, values) in curves]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
 from scripts.bench.parts import random_networks
 
 DIM = 37
+# Whichever quotes or tag a text stands in, it would leave them; escaped twice it would be another one.
+PLANT = """ "'><planted onplanted='1'>&lt;&"""
 
 
 def pictures(n: int, seed: int, side: int = 32) -> Tensor:
@@ -104,3 +108,49 @@ def command(networks, sets, tmp_path):
         return main([*call, "--inception", str(networks.inception), "--output", str(tmp_path / output), *more])
 
     return run
+
+
+def planted(value: Any, names: bool = False) -> Any:
+    """The same with PLANT behind every text in it; of keys, behind those that are names of students or packages."""
+    if isinstance(value, dict):
+        named = ("students", "versions")
+        return {f"{key}{PLANT}" if names else key: planted(inner, key in named) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [planted(inner) for inner in value]
+    return f"{value}{PLANT}" if isinstance(value, str) else value
+
+
+class Structure(HTMLParser):
+    """The tags of a page with the names of their attributes, and its text with theirs."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, ...]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, *(name for name, _ in attributes)))
+        self.text += "".join(f" {value} " for _, value in attributes)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tags.append((f"/{tag}",))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="session")
+def hostile() -> SimpleNamespace:
+    """plant(value): hostile text behind every text in it. check(plain, page): the page of the inputs with such texts has the tags
+    and attributes of the plain one, and each of the texts as a text.
+    """
+
+    def check(plain: str, page: str) -> None:
+        found = Structure(page)
+        assert found.tags == Structure(plain).tags
+        assert found.text.count(PLANT.split("'>", 1)[1]) == page.count("onplanted") > 20
+        assert "planted" not in plain
+
+    return SimpleNamespace(text=PLANT, plant=planted, check=check)

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from eval.__main__ import main
 from eval.protocols import PROTOCOLS, Protocol, get_protocol
 from eval.report.baselines import read_baselines
-from eval.report.evaluation import table
+from eval.report.evaluation import table, write_comparison, write_report
 from eval.report.results import TITLES, comparable, results
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +52,37 @@ def test_published_rows_stand_beside(sets, networks, tmp_path):
     assert plan_of(replace(get_protocol("cifar10-50k"), draws=1))["beside_published"]
     assert not plan_of(replace(get_protocol("cifar10-50k"), num_images=49_999))["beside_published"]
     assert not plan_of(get_protocol("cifar10-50k"), published=False)["beside_published"]
-    text = table([{"name": "mine", "steps": 1, "metrics": {"fid": 2.5}, "std": {}}], rows)
-    assert "Karras et al. 2022" in text
+    found = table([{"name": "mine", "steps": 1, "metrics": {"fid": 2.5}, "std": {}}], rows)
+    assert found["rows"][0] == ["mine", "1", "2.5", "–", "this evaluation"]
+    assert any("Karras et al. 2022" in row[-1] for row in found["rows"][1:])
+    assert not found["bold"]  # one run alone is not the best
     (tmp_path / "bad.yaml").write_text("- name: x\n")
     with pytest.raises(ValueError, match="must be a list of protocol, name, metrics, source"):
         read_baselines(str(tmp_path / "bad.yaml"), "cifar10-50k")
+
+
+def test_no_text_of_an_evaluation_becomes_a_tag(command, tmp_path, measured, hostile):
+    assert command() == 0
+    content = measured(tmp_path / "out")
+    speed = {"call": {"num_inference_steps": 4}, "seconds_per_image": 0.5, "images_per_s": 2.0, "device": "cpu"}
+    content |= {"latency": {"model": speed, "teacher": speed, "speedup": 1.0}, "not_published_weights": ["x"]}
+    content |= {"beside_published": True, "git_commit": "x"}
+    content["protocol"] |= {"departures": ["x"], "name": "cifar10-50k"}
+    images = [{"image": torch.zeros(3, 5, 7, dtype=torch.uint8)}]
+    other = change(content, "protocol", "n", value=60)
+    pages = []
+    for alter in (lambda value: value, hostile.plant):
+        rows = alter(read_baselines(None, "cifar10-50k")[:1])
+        rows[0]["protocol"] = alter("cifar10-50k")
+        (tmp_path / "rows.yaml").write_text(yaml.safe_dump(rows))
+        folder = tmp_path / alter("page")
+        write_report(alter(content), images, folder, str(tmp_path / "rows.yaml"))
+        pages.append((folder / "report.html").read_text())
+        both = [(alter("a"), alter(content)), (alter("b"), alter(other))]
+        write_comparison(both, folder, {alter("a"): b"", alter("b"): b""}, str(tmp_path / "rows.yaml"))
+        pages.append((folder / "report.html").read_text())
+    for plain, bad in zip(pages[:2], pages[2:], strict=True):
+        hostile.check(plain, bad)
 
 
 def test_baselines_are_whole():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def folder(tmp_path) -> Path:
 
 def test_page_says_what_went_wrong_and_which_snapshot_was_best(folder):
     write_page(folder, "training", 100, HEALTH)
-    html = (folder / "report.html").read_text()
+    html = re.sub(r">\s+<", "><", (folder / "report.html").read_text())
     assert html.index("collapsed since step 70") < html.index("FID worse since step 50")  # the worst is the headline
     assert "Raise &lt;updates&gt;." in html
     assert 'href="snapshots/step_00000040">' in html
@@ -193,7 +194,23 @@ def test_page_shows_nothing_of_later_steps_or_of_a_branch_that_was_left(folder):
     early = read_run(folder, 50)
     assert early.logged["joint/loss"][0] == [10, 20, 30, 40, 50]
     assert early.snapshots == [40]
-    assert "measured best: FID 25" in best_snapshot(early)
+    found = best_snapshot(early)
+    assert (found.metric, found.best, found.kept) == ("FID", (50, 20.0), (40, 25.0))
+
+
+def test_no_text_of_a_run_becomes_a_tag(folder, hostile):
+    """Names of the run, of numbers and of settings, old and new values, advice: the page has the same tags whatever they are."""
+    (folder / "samples" / "teacher.json").write_text('{"steps": 35}')
+    plain = page(read_run(folder, 100), "training", HEALTH, datetime(2026, 1, 1))
+    bad = folder.rename(folder.with_name(f"a{hostile.text}"))
+    run, plant = read_run(bad, 100), hostile.plant
+    (bad / "config.yaml").write_text(json.dumps(plant(run.config)))
+    starts = [start | {"changed": {hostile.text: plant(start["changed"]["steps"])}} for start in run.starts]
+    logged = {key if key.startswith("evaluation/") else plant(key): curve for key, curve in run.logged.items()}
+    run = replace(run, config=plant(run.config), environment=plant(run.environment), starts=plant(starts), logged=logged)
+    run.teacher["steps"] = hostile.text
+    run.grids[0] = (20, f"step{hostile.text}")
+    hostile.check(plain, page(run, "training", plant([list(HEALTH[0])]), datetime(2026, 1, 1)))
 
 
 def test_curves_are_thinned_and_averaged_over_phases():

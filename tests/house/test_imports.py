@@ -6,8 +6,10 @@ reject and on code that it must accept, then on every file.
 
 import ast
 import importlib.machinery
+import re
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,7 +182,35 @@ def options_have_ranges(path: Path, source: str) -> list[str]:
     ]
 
 
+def no_markup(path: Path, source: str) -> list[str]:
+    """A page put together from strings is one forgotten escape() away from showing a run's name as a tag. Docstrings may say
+    <folder>/report.html.
+    """
+    if path.parts[0] != "eval":
+        return []
+    tree = ast.parse(source)
+    documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    problems = [
+        f"{path}:{node.lineno} {node.value[:40]!r} has markup: pages are templates in eval/report/templates/"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents
+        if re.search(r"</|<!|<[a-z]\w*[\s>]|&#?\w+;", node.value)
+    ]
+    return problems + [
+        f"{path}:{line} imports {name}: templates escape what they are given"
+        for line, name, _ in imports(path, tree)
+        if name.partition(".")[0] in {"html", "markupsafe", "xml"}
+    ]
+
+
 REJECTED = [
+    (no_markup, "eval/report/x.py", "page = f'<h2>{title}</h2>'"),
+    (no_markup, "eval/studies/emoji/x.py", "cell = '<td>' + name"),
+    (no_markup, "eval/x.py", "image = f'<img alt=\"{name}\">'"),
+    (no_markup, "eval/x.py", "text = '3 &plusmn; 1'"),
+    (no_markup, "eval/x.py", "from html import escape"),
+    (no_markup, "eval/x.py", "import html"),
+    (no_markup, "eval/x.py", "from markupsafe import Markup"),
     (options_have_ranges, "scripts/bench/x.py", "parser.add_argument('--images', type=int)"),
     (options_have_ranges, "scripts/x.py", "p.add_argument('--rate', help='x', type=float)"),
     (options_have_ranges, "trainers/x.py", "p.add_argument('--output', type=Path)"),
@@ -243,6 +273,9 @@ REJECTED = [
 ]
 
 ACCEPTED = [
+    (no_markup, "eval/report/x.py", "def f(a):\n    '<folder>/report.html'\n    return '± 3' if a < 3 else 'a -> b < c & d'"),
+    (no_markup, "eval/report/x.py", "from .html import Picture, render\nfrom . import html"),
+    (no_markup, "scripts/assets/clip.py", "end = '</w>'"),
     (options_have_ranges, "scripts/x.py", "p.add_argument('--images', type=whole(1))\np.add_argument('--vae')"),
     (
         import_direction,
@@ -309,9 +342,26 @@ def test_rooms_are_there(room):
 
 @pytest.mark.parametrize(
     "rule",
-    [import_direction, room_arrows, seams, eval_stays_builtin, script_shadows_nothing, no_unsafe_calls, options_have_ranges],
+    [
+        import_direction,
+        room_arrows,
+        seams,
+        eval_stays_builtin,
+        script_shadows_nothing,
+        no_unsafe_calls,
+        options_have_ranges,
+        no_markup,
+    ],
 )
 def test_repository_keeps(rule):
     assert Path("tests/house/test_imports.py") in SOURCES  # else the search looked in the wrong place and found nothing to check
     problems = [problem for path in SOURCES for problem in rule(path, (ROOT / path).read_text(encoding="utf-8"))]
     assert not problems, "\n".join(problems)
+
+
+def test_what_is_no_python_is_packaged():
+    """Templates of pages, the digits: an import finds modules alone."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    named = {file for room, names in declared.items() for n in names for file in (ROOT / room.replace(".", "/")).glob(n)}
+    files = (file for room in ("pipelines", "trainers", "eval") for file in (ROOT / room).rglob("*") if file.is_file())
+    assert named == {file for file in files if file.suffix not in (".py", ".pyc")}

@@ -10,6 +10,7 @@ import torch
 from pipelines.common.atomic import write_atomically
 
 from ...report import figures
+from ...report.html import Picture
 from ...report.training_log import curves, ess_by_level
 from .evaluate import Evaluation, Measured
 from .page import page
@@ -40,14 +41,14 @@ def samples_image(evaluation: Evaluation):
     return figures.panels(titled)
 
 
-def _pictures(evaluation: Evaluation, samples: bytes) -> dict[str, list[tuple[str, bytes, str]]]:
+def _pictures(evaluation: Evaluation, samples: bytes) -> dict[str, list[Picture]]:
     """The pictures of each section of the page; a section without data stays empty."""
     students = [(s, figures.student_colour(i)) for i, s in enumerate(evaluation.students)]
     models = [("Teacher", evaluation.teacher, figures.TEACHER), *((s.run.name, s, c) for s, c in students)]
     numbers = evaluation.report()
 
-    def chart(figure) -> list[tuple[str, bytes, str]]:
-        return [("", figures.svg(figure), "image/svg+xml")]
+    def chart(figure) -> list[Picture]:
+        return [Picture(figures.svg(figure), "image/svg+xml")]
 
     losses = [
         (f"{label}: {key}", colour, *series)
@@ -68,7 +69,7 @@ def _pictures(evaluation: Evaluation, samples: bytes) -> dict[str, list[tuple[st
     neighbours = [("real to nearest other real", figures.REAL, real.real_distances)]
     neighbours += [(label, colour, measured.neighbours.distances) for label, measured, colour in models]
     return {
-        "samples": [("", samples, "image/png")],
+        "samples": [Picture(samples)],
         "fd": chart(figures.fd_chart(distances, numbers["base_fd"], "base of this report")) if distances else [],
         "loss": chart(figures.loss_chart(losses)) if losses else [],
         "ess": chart(figures.ess_chart(sizes)) if sizes else [],
@@ -78,7 +79,7 @@ def _pictures(evaluation: Evaluation, samples: bytes) -> dict[str, list[tuple[st
     }
 
 
-def _pairs(label: str, measured: Measured, evaluation: Evaluation) -> tuple[str, bytes, str]:
+def _pairs(label: str, measured: Measured, evaluation: Evaluation) -> Picture:
     """The first few generated images above their nearest real ones, with the numbers of the whole set as caption."""
     check = measured.neighbours
     n = min(PAIRS, len(measured.samples))
@@ -89,4 +90,4 @@ def _pairs(label: str, measured: Measured, evaluation: Evaluation) -> tuple[str,
         f"{check.exact_duplicates} exact copies"
     )
     image = figures.grid(torch.cat([measured.samples[:n], nearest]), columns=n)
-    return caption, figures.png(image), "image/png"
+    return Picture(figures.png(image), caption=caption)

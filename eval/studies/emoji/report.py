@@ -26,7 +26,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     samples = figures.png(samples_image(evaluation))
     pictures = figures_of(evaluation)
     report = evaluation.report()
-    html = page(report, {"samples": [("", samples, "image/png")]} | pictures)
+    html = page(report, {"samples": [Picture(samples)]} | pictures)
     contents = (samples, html.encode(), (json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, contents, strict=True):
@@ -57,7 +57,7 @@ def figures_of(evaluation: Evaluation) -> dict[str, list[Picture]]:
     ]
 
     def chart(figure: Figure) -> list[Picture]:
-        return [("", figures.svg(figure), "image/svg+xml")]
+        return [Picture(figures.svg(figure), "image/svg+xml")]
 
     return {
         "time": chart(figures.time_chart(points, (real["fd"], real["clip_score"]))),

@@ -20,10 +20,12 @@ from eval.images.sampler import load_sampler
 from eval.images.seeds import image_generator
 from eval.networks.extractors import Clip
 from eval.networks.weights import find
+from eval.report.html import Picture
 from eval.studies.emoji import evaluate as evaluation
 from eval.studies.emoji import prompts, teacher
 from eval.studies.emoji.drawing import Workers, blocks, draw, encode, of_texts
 from eval.studies.emoji.evaluate import evaluate
+from eval.studies.emoji.page import page
 from eval.studies.emoji.report import FILES, write_report
 from eval.studies.emoji.teacher import load_teacher
 from eval.studies.emoji.timing import time_in_turn
@@ -346,6 +348,12 @@ def test_report_html_is_self_contained(evaluated):
     assert "Not the protocol" in html
     html = re.sub(r'src="[^"]*"', "", html)
     assert "FID" not in html.replace("the formula of FID", "").replace("no FID", "").replace("# FID and CLIP score of it", "")
+
+
+def test_no_text_of_a_report_becomes_a_tag(evaluated, hostile):
+    pictures = {key: [Picture(b"", caption="x")] for key in ("samples", "time", "loss")}
+    bad = {key: [Picture(b"", caption=hostile.text)] for key in pictures}
+    hostile.check(page(evaluated.report, pictures), page(hostile.plant(evaluated.report), bad))
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------------------

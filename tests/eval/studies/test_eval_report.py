@@ -18,8 +18,10 @@ from torch import nn
 from eval.__main__ import main
 from eval.metrics.samples import class_balance
 from eval.report.figures import grid, panels
+from eval.report.html import Picture
 from eval.report.training_log import curves, ess_by_level, read_metrics
 from eval.studies.digits.evaluate import check_fits, evaluate
+from eval.studies.digits.page import page
 from eval.studies.digits.report import FILES, write_report
 from eval.studies.protocols import PROTOCOLS
 from eval.studies.runs import Run, find_run
@@ -134,6 +136,13 @@ def test_report_html_is_self_contained(reported):
         assert f"<h2>{heading}</h2>" in html
     assert "22.5 s" in html
     assert "307.2 k" in html  # the training calls of all roles together
+
+
+def test_no_text_of_a_report_becomes_a_tag(reported, hostile):
+    report = json.loads((reported / "report.json").read_text())
+    pictures = {key: [Picture(b"", caption="x")] for key in ("samples", "fd", "loss", "ess", "balance", "neighbours")}
+    bad = {key: [Picture(b"", caption=hostile.text)] for key in pictures}
+    hostile.check(page(report, pictures), page(hostile.plant(report), bad))
 
 
 def test_effective_sample_size_is_a_ratio_of_sums(runs):
