@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[str, Any, set[str]]:
-    """(Command, its settings, the keys of those that stood on the command line itself, and not in a --config file)."""
+    """(Command, its settings, the keys of those that stood on the command line itself, and not in a --config file). UserError for
+    a value or a --config file that cannot be; SystemExit where argparse refuses the words.
+    """
     parser = argparse.ArgumentParser(prog="python -m eval", description="Measure generators against real images.")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     models = {name: model for name, (model, _) in COMMANDS.items()}
@@ -132,7 +134,7 @@ def _study(settings: Run) -> int:
 
 
 def _named_students(values: Sequence[str]) -> list[tuple[str, Path]]:
-    """["NAME=RUN", ...] -> [(NAME, RUN), ...]; ValueError for a missing part or a name used twice."""
+    """["NAME=RUN", ...] -> [(NAME, RUN), ...]; UserError for a missing part or a name used twice."""
     named: dict[str, Path] = {}
     for value in values:
         name, _, path = value.partition("=")

@@ -23,6 +23,7 @@ class Asked(NamedTuple):
 
 
 def without(needs: str, acts: Callable[[Asked], Any], *keys: str) -> tuple[Idle, ...]:
+    """A rule for each of `keys`: it has no effect where `acts` is false. needs: what it has one with, for the message."""
     return tuple(Idle(key, needs, acts) for key in keys)
 
 

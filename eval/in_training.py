@@ -32,7 +32,7 @@ NETWORKS = ("inception", "clip", "clip_336", "dinov2")
 
 
 def make_plan(options: Mapping[str, Any]) -> Plan:
-    """options: of `evaluation` in a configuration. FileNotFoundError or ValueError before anything is loaded."""
+    """options: of `evaluation` in a configuration. UserError or FileNotFoundError before anything is loaded."""
     protocol = get_protocol(options["protocol"])
     if protocol.name == "custom" and options["inception_mode"]:
         protocol = replace(protocol, inception=options["inception_mode"])
@@ -52,7 +52,7 @@ class InTraining:
     """Called on every process while the averaged weights are in place -> {metric: value} on the main one, {} on others.
 
     images(index) draws images (b, 3, h, w) in [0, 1], image i from the seed and i alone. captions: of the first images, where the
-    CLIP score is asked for. output: the run's folder, for the curve.
+    CLIP score is asked for. output: the run's folder, for the curve. UserError for a student whose images have not 3 channels.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class InTraining:
 
 
 class Drawn(Images):
-    """Images in memory, prepared as files are."""
+    """Images in memory, uint8 (n, 3, h, w), prepared as files are."""
 
     def __init__(self, pixels: Tensor, protocol: Protocol, views: Sequence[str]) -> None:
         self.pixels, self.protocol, self.views = pixels, protocol, views

@@ -92,7 +92,7 @@ class Protocol:
         return said
 
     def adjusted(self, num_images: int | None, draws: int | None, metrics: list[str] | None, force: bool) -> Protocol:
-        """With other numbers. ValueError: another number of images without force, impossible numbers, unknown metrics."""
+        """With other numbers. UserError: another number of images without force, impossible numbers, unknown metrics."""
         n = self.num_images if num_images is None else num_images
         if num_images is not None:
             check_number(n, n if self.name == "custom" else self.num_images, self.name, force)
@@ -191,7 +191,7 @@ def check_number(n: int, standard: int, protocol: str, force: bool) -> None:
 
 
 def get_protocol(name: str) -> Protocol:
-    """ValueError for an unknown name, with the nearest known one."""
+    """The protocol of this name. UserError for an unknown name, with the nearest known one, and for that of a study."""
     if name in STUDIES:
         raise UserError(f"protocol {name} is for `python -m eval run` with --teacher and --student")
     if name not in PROTOCOLS:

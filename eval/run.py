@@ -41,7 +41,7 @@ class Job:
 
 
 def check(args: Run | Metrics) -> Job:
-    """Everything that can be known to be wrong from the options and small files. FileNotFoundError or ValueError."""
+    """All that can be known to be wrong from the options and small files. UserError or FileNotFoundError name the option."""
     protocol = chosen_protocol(args)
     if bool(args.model) == bool(args.images):
         raise UserError("give either --model (images are generated) or --images (they are there)")
@@ -64,6 +64,9 @@ def check(args: Run | Metrics) -> Job:
 
 
 def chosen_protocol(args: Run | Metrics | Generate | Reference) -> Protocol:
+    """The protocol that is named, with what the options change of it. UserError for an option that it fixes; see also
+    Protocol.adjusted.
+    """
     protocol = get_protocol(args.protocol)
     # a command without the option: what the protocol has
     told: dict[str, Any] = {key: getattr(args, key, None) for key in (*CUSTOM, *SIZE)}
@@ -78,7 +81,8 @@ def chosen_protocol(args: Run | Metrics | Generate | Reference) -> Protocol:
 def run(job: Job) -> Content | None:
     """Generate where there is a model, measure, write metrics.json and report.html.
 
-    Returns metrics.json's content, on other processes than the main one None.
+    Returns metrics.json's content, on other processes than the main one None. UserError for images, captions, weights or a model
+    that do not fit each other; ValueError for a job without a model and without images.
     """
     from .images.files import ImageFiles
     from .metrics import reference as references
@@ -170,6 +174,9 @@ def reading(args: Run | Metrics | Reference) -> dict[str, Any]:
 
 
 def load_model(args: Run | Generate, device: torch.device) -> Sampler:
+    """What --model and its options name, on `device`. ValueError without a --model; UserError, FileNotFoundError: see
+    load_sampler.
+    """
     from .images.sampler import load_sampler
 
     if args.model is None:
@@ -181,8 +188,8 @@ def load_model(args: Run | Generate, device: torch.device) -> Sampler:
 def make_images(
     sampler: Sampler, args: Run | Generate, n: int, captions: Captions | None, draw: int, accelerator: Accelerator
 ) -> tuple[Path, list[str]]:
-    """n images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed. Returns (folder, names in
-    it). What else lies there is no image of this evaluation, and is listed.
+    """n images of one draw: indices draw n .. (draw + 1) n - 1, so that draws share no seed. Returns (folder, names in it). What
+    else lies there is no image of this evaluation, and is listed. UserError: see generation.generate.
     """
     from .images.generation import generate, names_of, others_in
 
@@ -199,7 +206,7 @@ def make_images(
 
 
 def latencies(args: Run, captions: Captions | None, sampler: Sampler) -> Latency:
-    """Seconds an image of the model, and of --teacher at --teacher-steps."""
+    """Seconds an image of the model, and of --teacher at --teacher-steps; {} without --teacher."""
     from .images.sampler import latency, load_sampler
 
     if not args.teacher:
@@ -211,7 +218,10 @@ def latencies(args: Run, captions: Captions | None, sampler: Sampler) -> Latency
 
 
 def make_reference(args: Reference) -> ReferenceFacts:
-    """`python -m eval reference`: statistics of real images for a protocol, in args.output."""
+    """`python -m eval reference`: statistics of real images for a protocol, in args.output. Returns what reference.json holds.
+
+    UserError where no metric compares with real images, or for images or weights that do not fit the protocol.
+    """
     from .metrics import reference as references
 
     protocol = chosen_protocol(args)
@@ -231,7 +241,10 @@ def make_reference(args: Reference) -> ReferenceFacts:
 
 
 def make_only(args: Generate) -> Path:
-    """`python -m eval generate`: the images of a protocol, and nothing measured."""
+    """`python -m eval generate`: the images of a protocol, and nothing measured. Returns the folder of all draws.
+
+    UserError for captions that are missing, too few or without effect, and where no number of images is known.
+    """
     protocol = chosen_protocol(args)
     captions = read_captions(args.captions, args.caption_column) if args.captions else None
     if protocol.captions and captions is None:
@@ -250,7 +263,7 @@ def make_only(args: Generate) -> Path:
 
 
 def _sized(protocol: Protocol, n: int, args: Run | Metrics) -> Protocol:
-    """For images that are there. ValueError where their number is not the one that was asked for."""
+    """For images that are there. UserError where their number is not the one that was asked for."""
     if protocol.num_images and n != protocol.num_images:
         hint = "" if n > protocol.num_images else "; add --num-images and --force to measure fewer (every report will say so)"
         raise UserError(f"{args.images} holds {n:,} images, {protocol.num_images:,} are needed{hint}")
@@ -258,7 +271,7 @@ def _sized(protocol: Protocol, n: int, args: Run | Metrics) -> Protocol:
 
 
 def load_results(path: str) -> Content:
-    """metrics.json of a file or folder. ValueError or FileNotFoundError name it."""
+    """metrics.json of a file or folder. UserError or FileNotFoundError name it."""
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no such file {str(file)!r}; give the --output folder of an evaluation")

@@ -27,15 +27,21 @@ NamedPath = Annotated[str, AfterValidator(_named_path)]  # NAME=PATH or PATH
 
 
 class Output(Strict):
+    """Where results go."""
+
     output: UserPath = option("DIR", "where results go", ...)
 
 
 class ByProtocol(Output):
+    """Which protocol, and whether its number of images may be another."""
+
     protocol: str = option("NAME", f"one of: {', '.join((*PROTOCOLS, *STUDIES))}", ...)
     force: bool = option(None, "allow another number of images; every report says so", False)
 
 
 class Drawn(Strict):
+    """How many images, and from which texts."""
+
     num_images: int | None = option("N", "other than the protocol's; needs --force")
     draws: PositiveInt | None = option("D", "how many sets of seeds (default: the protocol's)")
     captions: UserPath | None = option("FILE", ".txt, .csv, .jsonl, .parquet, or COCO's captions_*.json")
@@ -43,6 +49,8 @@ class Drawn(Strict):
 
 
 class Comparing(ByProtocol):
+    """Which metrics, the networks behind them, and the real images."""
+
     metrics: list[str] | None = option("M", f"of: {', '.join(METRICS)} (default: the protocol's)", min_length=1)
     reference: UserPath | None = option("SRC", "real images, or statistics (a folder made by `reference`, EDM's .npz)")
     reference_column: str | None = option("C", "of --reference, where it has several")
@@ -63,6 +71,8 @@ class Comparing(ByProtocol):
 
 
 class Calls(Strict):
+    """Which model draws images, and how it is called."""
+
     model: UserPath | None = option("M", MODEL)
     lora: UserPath | None = option("L", "a LoRA to put on it: a file, a folder, a student or a hub id")
     base_model: UserPath | None = option("M", "where a LoRA student's base model lies now")
@@ -76,10 +86,14 @@ class Calls(Strict):
 
 
 class Published(Strict):
+    """Whose published numbers stand beside."""
+
     baselines: UserPath | None = option("FILE", "published numbers (default: docs/baselines.yaml)")
 
 
 class Measuring(Published, Drawn, Comparing):
+    """What is measured: of images that are there or that a model draws."""
+
     clip_model: str | None = option("ID", "custom: hub id or open_clip:model:tag")
     clip_prefix: str | None = option("TEXT", "custom: put before each caption")
     images: UserPath | None = option("SRC", "folder, .zip, .parquet or hub data set (owner/name:split)")

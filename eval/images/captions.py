@@ -25,21 +25,25 @@ class Captions:
 
     @property
     def sha256(self) -> str:
+        """Hex digest over the texts in their order."""
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
     def first(self, n: int) -> Captions:
-        """The captions of the first n images. ValueError if there are fewer."""
+        """The captions of the first n images. UserError if there are fewer."""
         if len(self) < n:
             raise UserError(f"--captions: {self.source} has captions for {len(self):,} images, {n:,} are needed")
         return Captions(self.texts[:n], self.source)
 
     def describe(self) -> dict[str, object]:
+        """What reports say of them: file, n, sha256."""
         return {"file": self.source, "n": len(self), "sha256": self.sha256}
 
 
 def read_captions(file: str, column: str = "caption") -> Captions:
     """A column of a .parquet, .csv or .jsonl, the lines of a .txt, or COCO's captions_*.json. Of several captions for one image
-    the first; COCO's are ordered by image id, its captions by annotation id. ValueError names the row without a caption.
+    the first; COCO's are ordered by image id, its captions by annotation id.
+
+    FileNotFoundError; UserError for a file of another kind, and for the row without a caption, by its number.
     """
     cells = (
         coco_captions(file) if Path(file).suffix.lower() == ".json" else read_rows(file, column, "--captions", "--caption-column")
@@ -56,7 +60,7 @@ def read_captions(file: str, column: str = "caption") -> Captions:
 
 
 def coco_captions(file: str) -> list[Sequence[str]]:
-    """The captions of each image of a COCO annotation file, by image id."""
+    """The captions of each image of a COCO file, by image id. FileNotFoundError; UserError for a file of another kind."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"--captions: no such file {file!r}")
     try:

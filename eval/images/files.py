@@ -37,14 +37,13 @@ class Images(Dataset[dict[str, Tensor]]):
 
 
 class ImageFiles(Images):
-    """Images of a folder, a zip, parquet files or a hub data set (owner/name:split), in the order in which a person counts
-    their names (pipelines/data/walk.py), or of rows.
+    """Images of a folder, a zip, parquet files or a hub data set (owner/name:split), in the order in which a person counts their
+    names (pipelines/data/walk.py), or of rows.
 
     An item is a dict of uint8 (3, h, w), one for each view that is asked for: "image", prepared as the protocol says; "patch",
-    299 pixels from the middle of the image as it is (a smaller image whole, as in DMD2's patch FID); "clip", the largest
-    centred square resized (Lanczos) to protocol.clip_crop. FileNotFoundError and ValueError name the source or image at
-    fault. limit: only the first so many. option: what the user calls the source. names: of a folder these files, whatever else
-    lies in it.
+    299 pixels from the middle of the image as it is (a smaller image whole, as in DMD2's patch FID); "clip", the largest centred
+    square resized (Lanczos) to protocol.clip_crop. FileNotFoundError and UserError name the source or image at fault. limit: only
+    the first so many. option: what the user calls the source. names: of a folder these files, whatever else lies in it.
     """
 
     def __init__(
@@ -131,7 +130,9 @@ def rules_of(protocol: Protocol) -> Rules:
 
 
 def prepared(image: Image.Image, protocol: Protocol, where: str) -> Image.Image:
-    """Checked for its size, or cropped to the largest centred square and resized (Lanczos), as the protocol says."""
+    """Checked for its size, or cropped to the largest centred square and resized (Lanczos), as the protocol says. UserError for
+    another size than protocol.size. where: what the message calls the image.
+    """
     if protocol.size is not None and image.size != (protocol.size, protocol.size):
         raise UserError(
             f"{where} is {image.width}x{image.height}, protocol {protocol.name} compares images of "
@@ -141,13 +142,14 @@ def prepared(image: Image.Image, protocol: Protocol, where: str) -> Image.Image:
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    """The largest centred square, then Lanczos (DMD2, GigaGAN: in this order)."""
+    """The largest centred square, then Lanczos to `side` pixels (DMD2, GigaGAN: in this order)."""
     short = min(image.size)
     image = middle(image, short)
     return image if short == side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
 def middle(image: Image.Image, side: int) -> Image.Image:
+    """The `side` pixels square in the middle of an image that is at least as large."""
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
@@ -160,7 +162,9 @@ VIEWS = {
 
 
 def same_sizes(batch: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Items -> stacks of neighbours of one size, in order. What a loader's collate_fn returns."""
+    """Items {view: uint8 (3, h, w)} -> [{view: uint8 (b, 3, h, w)}]: stacks of neighbours of one size, in order. What a loader's
+    collate_fn returns.
+    """
     stacks: list[list[dict[str, Tensor]]] = []
     for item in batch:
         if not stacks or any(stacks[-1][0][view].shape != image.shape for view, image in item.items()):

@@ -31,6 +31,7 @@ CAUSES = {".weights": "dtype", ".tokens": "captions"}  # what differs because so
 
 
 def image_file(folder: Path, i: int) -> Path:
+    """<folder>/000000/000123.png of image 123: PER_FOLDER images a folder, at most."""
     return folder / f"{i // PER_FOLDER * PER_FOLDER:06d}" / f"{i:06d}.png"
 
 
@@ -58,9 +59,10 @@ def generate(
     exact: bool = True,
 ) -> None:
     """Make those images of `indices` that are not there yet, whole. captions: one for each of `indices`, where the model takes
-    prompts.
+    prompts. batch_size: images a call, at least 1; exact: one a call, so that no byte depends on it. accelerator: of several
+    processes each makes its share. progress: what the progress bar is called; None for no bar.
 
-    ValueError where the folder holds images of something else, or captions are missing.
+    UserError where the folder holds images of something else, or captions are missing.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; at least 1 is needed")

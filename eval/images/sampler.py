@@ -42,6 +42,7 @@ class Sampler:
 
     @property
     def num_classes(self) -> int:
+        """Classes of a conditional EDM model; 0 for others."""
         return self.pipe.unet.config["num_classes"] or 0 if isinstance(self.pipe, EDMPipeline) else 0
 
     @property
@@ -61,7 +62,9 @@ class Sampler:
     ) -> Tensor:
         """The images of these indices, uint8 (b, c, h, w); captions, labels: one for each of them. labels: classes, None: drawn.
         encoded: in place of captions, the arguments that give the pipeline what its text encoder has made of them.
-        ValueError for NaN.
+
+        UserError for NaN and for a model of points; ValueError without captions that are needed, or for a pipeline that returns
+        no images.
         """
         inputs: dict[str, Any] = {"generator": [image_generator(seed, i) for i in indices]}
         if encoded is not None:
@@ -95,6 +98,7 @@ class Sampler:
         return found | (tokens_identity(self.pipe, captions) if captions is not None else {})
 
     def describe(self) -> dict[str, Any]:
+        """What reports say of the model: facts, the classes of pipeline and scheduler, the arguments of its call."""
         return self.facts | {
             "pipeline": type(self.pipe).__name__,
             "scheduler": type(self.pipe.scheduler).__name__,

@@ -21,8 +21,9 @@ SEED = 2020  # torch-fidelity's rng_seed
 
 
 def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = SEED) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018): mean and standard deviation over random subsets of the unbiased squared MMD, kernel
-    (a.b / d + 1)^3. x (n, d), y (m, d). ValueError for sets smaller than a subset.
+    """KID (Binkowski et al. 2018): mean and standard deviation over random subsets of the unbiased squared MMD.
+
+    The kernel is (a.b / d + 1)^3. x (n, d), y (m, d). UserError for sets smaller than a subset.
     """
     if min(len(x), len(y)) < size:
         raise UserError(f"KID takes subsets of {size:,} images, but there are {len(x):,} and {len(y):,}; use more images")
@@ -77,7 +78,8 @@ def cmmd(x: Tensor, y: Tensor, bandwidth: float = 10.0) -> float:
 def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
     """Kynkaanniemi et al. 2019. precision: share of generated x within the k-th neighbour radius of some real y.
 
-    recall: the reverse. x (n, d), y (m, d), more than k rows each. The radius leaves out the image itself.
+    recall: the reverse. x (n, d), y (m, d); UserError unless there are more than k rows each. The radius leaves out the image
+    itself.
     """
     if min(len(x), len(y)) <= k:
         raise UserError(f"precision and recall with k = {k} need more than {k} images a side, got {len(x)} and {len(y)}")
@@ -115,9 +117,10 @@ def _blocks(x: Tensor) -> Iterator[Tensor]:
 
 
 class InceptionScore:
-    """exp E KL(p(y|x) | p(y)) over `splits` parts of n images (Salimans et al. 2016), from logits that arrive in order.
+    """exp E KL(p(y|x) | p(y)) over `splits` parts of n images (Salimans et al. 2016), from logits that arrive in order: from 1 to
+    the number of classes.
 
-    Images are spread over the parts by torch-fidelity's shuffle; only sums are kept.
+    Images are spread over the parts by torch-fidelity's shuffle; only sums are kept. UserError for fewer images than parts.
     """
 
     def __init__(self, n: int, classes: int, splits: int = 10, seed: int = SEED) -> None:

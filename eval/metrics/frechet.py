@@ -24,8 +24,8 @@ MIN_EIGENVALUE_RATIO = 1e-15
 class GaussianStats:
     """Mean and covariance of features seen in batches: n, mean (d,) and scatter sum (x - mean)(x - mean)^T (d, d).
 
-    Everything is float64 and centred on the running mean (Chan, Golub & LeVeque 1979), so a large common offset of the
-    features costs no digits, as it would with a plain sum of outer products.
+    Everything is float64 and centred on the running mean (Chan, Golub & LeVeque 1979), so a large common offset of the features
+    costs no digits, as it would with a plain sum of outer products. ValueError for dim below 1.
 
     >>> stats = GaussianStats(1).update(torch.tensor([[1.0], [2.0]])).update(torch.tensor([[6.0]]))
     >>> stats.n, stats.mean.tolist(), stats.cov.tolist()
@@ -41,19 +41,20 @@ class GaussianStats:
 
     @classmethod
     def of(cls, features: Tensor) -> GaussianStats:
-        """Statistics of one set, features (n, d)."""
+        """Statistics of one set, features (n, d). ValueError for another shape; UserError: see update."""
         if features.ndim != 2:
             raise ValueError(f"features must have shape (n, d), got {tuple(features.shape)}")
         return cls(features.shape[1], features.device).update(features)
 
     @property
     def dim(self) -> int:
+        """d, the number of features."""
         return len(self._mean)
 
     def update(self, features: Tensor) -> GaussianStats:
         """Take in a batch (n, d) of any float type and return self. An empty batch changes nothing.
 
-        ValueError: wrong shape, or a value that is not finite (one such row would silently void the whole statistic).
+        ValueError: wrong shape. UserError: a value that is not finite (one such row would silently void the whole statistic).
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features must have shape (n, {self.dim}), got {tuple(features.shape)}")
@@ -71,7 +72,7 @@ class GaussianStats:
         return self
 
     def merge(self, other: GaussianStats) -> GaussianStats:
-        """Statistics of both sets together, as a new object: what several processes saw, put into one."""
+        """Statistics of both sets together, as a new object. ValueError: dimensions differ."""
         if other.dim != self.dim:
             raise ValueError(f"cannot merge features of dimension {self.dim} and {other.dim}")
         merged = GaussianStats(self.dim, self._mean.device)
@@ -90,13 +91,13 @@ class GaussianStats:
 
     @property
     def mean(self) -> Tensor:
-        """(d,) float64. ValueError before two images were seen."""
+        """(d,) float64. UserError before two images were seen."""
         self._require_two()
         return self._mean.clone()
 
     @property
     def cov(self) -> Tensor:
-        """(d, d) float64, unbiased (n - 1). ValueError before two images were seen."""
+        """(d, d) float64, unbiased (n - 1). UserError before two images were seen."""
         self._require_two()
         return self._scatter / (self.n - 1)
 
@@ -106,10 +107,10 @@ class GaussianStats:
 
 
 def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
-    """Frechet distance between two sets of features.
+    """Frechet distance between two sets of features (the formula above), at least 0.
 
-    It is biased upwards by roughly 1/n_a + 1/n_b: compare values only at equal n (Chong & Forsyth 2020).
-    ValueError: dimensions differ, or fewer than two images on a side.
+    It is biased upwards by roughly 1/n_a + 1/n_b: compare values only at equal n (Chong & Forsyth 2020). ValueError: dimensions
+    differ. UserError: fewer than two images on a side.
 
     >>> x = torch.tensor([[0.0], [2.0]])
     >>> round(frechet_distance(GaussianStats.of(x), GaussianStats.of(x + 3)), 6)  # the squared distance of the means
@@ -123,7 +124,7 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """The same from means (d,) and symmetric positive semi-definite covariances (d, d), as reference files hold.
 
-    ValueError: shapes that do not fit, or values that are not finite.
+    ValueError: shapes that do not fit. UserError: values that are not finite.
 
     >>> zero, one = torch.zeros(2), torch.eye(2)
     >>> round(frechet_from_moments(zero, one, zero, 9 * one), 6)  # d (3 - 1)^2

@@ -68,6 +68,7 @@ class Plan:
 
     @property
     def views(self) -> list[str]:
+        """The views of an image (images.files.VIEWS) that its extractors see, sorted."""
         return sorted({view_of(key, self.protocol) for key in self.found})
 
 
@@ -79,7 +80,8 @@ def view_of(key: str, protocol: Protocol) -> str:
 def plan(protocol: Protocol, given: dict[str, str | None], folder: Path) -> Plan:
     """given: files or folders named by the user, by "inception", "clip", "clip_336", "dinov2", "clip_aesthetic", "aesthetic".
 
-    FileNotFoundError or ValueError for weights that are not there.
+    FileNotFoundError or UserError for weights that are not there or damaged; UserError for an inception score of other weights
+    than TensorFlow's.
     """
     inception = "inception_pytorch" if protocol.inception == "legacy_pytorch" else "inception"
     names = {"clip": protocol.clip_model, "clip_336": CLIP_336, "clip_aesthetic": CLIP_L14, "dinov2": DINOV2}
@@ -98,7 +100,9 @@ def plan(protocol: Protocol, given: dict[str, str | None], folder: Path) -> Plan
 
 
 def build(plan: Plan, device: torch.device | str = "cpu") -> dict[str, Extractor]:
-    """The extractors themselves. Metrics that read one network the same way share it."""
+    """The extractors themselves, by name. Metrics that read one network the same way share it. UserError for weights that do not
+    fit.
+    """
     from ..networks.extractors import Clip, DinoV2, Inception
 
     protocol = plan.protocol

@@ -43,7 +43,9 @@ class Gathered:
         self.inception = {key: InceptionScore(n, size) for (key, name), size in outputs.items() if name == "logits"}
 
     def update(self, rows: Rows) -> None:
-        """The next images' rows. ValueError names the first image whose features are not finite."""
+        """rows: extractor -> output -> (b, columns) of the next b images. UserError names the first image whose features are not
+        finite.
+        """
         b = 0
         for key, outputs in rows.items():
             for name, values in outputs.items():
@@ -79,6 +81,7 @@ def one_pass(
     """All images through all extractors. images: items {view: uint8 (3, h, w)}; captions: one an image where they are needed.
 
     On processes other than the main one the result stays empty. start_method: of the workers (fork, spawn, forkserver).
+    UserError: an image that cannot be read, or features that are not finite.
     """
     main = accelerator is None or accelerator.is_main_process
     gathered = Gathered(len(images), extractors, keep if main else ())

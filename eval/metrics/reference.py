@@ -62,7 +62,9 @@ def load_or_measure(
     start_method: str | None = None,
 ) -> Reference:
     """source: statistics, checked against what they are used for, or images to be measured now (by all processes; only the main
-    one gets their statistics). option: what the user calls it. ValueError for another number of images than the protocol's.
+    one gets their statistics). option: what the user calls it.
+
+    UserError for another number of images than the protocol's, statistics of something else, or a column that is not there.
     """
     protocol, wanted = made.protocol, made.reference_extractors
     described = {key: extractors[key].describe() for key in wanted}
@@ -97,7 +99,7 @@ def require_size(protocol: Protocol, n: int | None, option: str, force: bool) ->
 
 
 def of_images(gathered: Gathered, protocol: Protocol, images: ImageSetFacts, extractors: dict[str, ExtractorFacts]) -> Reference:
-    """images: ImageFiles.identity(); extractors: their describe()."""
+    """What one pass over real images left. images: ImageFiles.identity(); extractors: describe() of each."""
     facts: ReferenceFacts = {
         "format": FORMAT,
         "protocol": protocol.name,
@@ -110,7 +112,10 @@ def of_images(gathered: Gathered, protocol: Protocol, images: ImageSetFacts, ext
 
 
 def save(reference: Reference, folder: Path) -> None:
-    """reference.json is written last: where it is, all is. That of an earlier reference goes first, since its statistics do."""
+    """reference.json is written last: where it is, all is. That of an earlier reference goes first, since its statistics do.
+
+    ValueError for published statistics, whose number of images is not known; WriteError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reference.json").unlink(missing_ok=True)
     for key, (mean, cov) in reference.moments.items():
@@ -128,6 +133,7 @@ def save(reference: Reference, folder: Path) -> None:
 
 
 def is_statistics(source: str) -> bool:
+    """Whether a source is statistics, a .npz or a folder with a reference.json, and no images."""
     path = Path(source)
     return path.suffix == ".npz" or (path / "reference.json").is_file()
 
@@ -137,7 +143,7 @@ def load(
 ) -> Reference:
     """extractors: describe() of each that is needed, dims: its columns, raw: those whose feature rows are needed.
 
-    FileNotFoundError or ValueError name the file and what of it belongs to another protocol or extractor.
+    FileNotFoundError or UserError name the file and what of it belongs to another protocol or extractor.
     """
     path = Path(source)
     if path.suffix == ".npz":

@@ -21,6 +21,8 @@ BLOCK = 1024  # rows a block: 1024 x 10,000 float64 distances are 80 MB
 def class_balance(labels: Tensor, num_classes: int) -> Tensor:
     """Share of each class among labels (n,), as float64 (num_classes,) that sum to 1.
 
+    ValueError for no labels, or others than 0 .. num_classes - 1.
+
     >>> class_balance(torch.tensor([0, 2, 2, 0]), 3).tolist()
     [0.5, 0.0, 0.5]
     """
@@ -48,9 +50,9 @@ def pixel_std(pixels: Tensor) -> float:
 def energy_distance(x: Tensor, y: Tensor, block: int = BLOCK) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'|: zero for equal distributions and only for them (Szekely & Rizzo 2013).
 
-    x (n, d) and y (m, d), n, m >= 2, any float type. The unbiased U-statistic (pairs i != j), so unlike the Frechet
-    distance it does not grow for small sets and may come out slightly below zero.
-    ValueError: shapes that do not match, too few rows, values that are not finite.
+    x (n, d) and y (m, d), n, m >= 2, any float type. The unbiased U-statistic (pairs i != j), so unlike the Frechet distance it
+    does not grow for small sets and may come out slightly below zero. ValueError: shapes that do not match, too few rows.
+    UserError: values that are not finite.
 
     >>> x = torch.tensor([[0.0], [2.0]])
     >>> energy_distance(x, x + 10)  # 2 * 10 - 2 - 2
@@ -76,7 +78,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(n, d), (m, d) float64 -> (n, m); exact for integers (up to 2^53)."""
+    """(n, d), (m, d) float64 -> (n, m) squared Euclidean distances, at least 0; exact for integers (up to 2^53)."""
     squares = a.square().sum(1, keepdim=True) + b.square().sum(1)
     return squares.addmm_(a, b.T, alpha=-2).clamp_(min=0)
 
@@ -116,9 +118,10 @@ class NeighbourCheck:
 
 
 def nearest_neighbour_check(generated: Tensor, real: Tensor, block: int = BLOCK) -> NeighbourCheck:
-    """Look for copies of real images among generated ones; both uint8 (., c, h, w) of one image size, at least 2 real.
+    """Look for copies of real images among generated ones: uint8 (n, c, h, w) and (m, c, h, w), m at least 2.
 
-    Real-to-real distances leave out the image itself, not its possible duplicates.
+    Real-to-real distances leave out the image itself, not its possible duplicates. ValueError: another type or shape, too few.
+    UserError: image sizes differ.
     """
     for name, pixels, least in (("generated", generated, 1), ("real", real, 2)):
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or len(pixels) < least:
@@ -155,7 +158,7 @@ def _nearest(queries: Tensor, keys: Tensor, block: int, skip_self: bool) -> tupl
 
 
 def random_halves(n: int, splits: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """`splits` times the indices of two random halves of n items (of n // 2 and n - n // 2)."""
+    """`splits` times the indices of two random halves of n items: (n // 2,) and (n - n // 2,)."""
     for _ in range(splits):
         order = torch.randperm(n, generator=generator)
         yield order[: n // 2], order[n // 2 :]
@@ -164,8 +167,8 @@ def random_halves(n: int, splits: int, generator: torch.Generator) -> Iterator[t
 def halves_floor(features: Tensor, generator: torch.Generator, splits: int = 10) -> tuple[float, float]:
     """Mean and standard deviation, over random splits, of the Frechet distance between two halves of real images.
 
-    features (n, d), n >= 4, splits >= 2. The distance is zero between distributions and biased upwards between sets, so
-    this is what "no difference" reads as at half the size of the reference.
+    features (n, d); ValueError unless n >= 4, splits >= 2. The distance is zero between distributions and biased upwards between
+    sets, so this is what "no difference" reads as at half the size of the reference.
     """
     if len(features) < 4 or splits < 2:
         raise ValueError(f"need at least 4 images and 2 splits, got {len(features)} and {splits}")

@@ -69,7 +69,7 @@ def clean_resize(images: Tensor, side: int = SIDE) -> Tensor:
 class Inception:
     """2048 (or as many as the file has) features, and logits without bias where asked for. mode: a key of INPUTS.
 
-    ValueError for a file that is not TorchScript in this format: `layers` from normalised 299-pixel images to features, and
+    UserError for a file that is not TorchScript in this format: `layers` from normalised 299-pixel images to features, and
     forward(images, return_features=, no_output_bias=) with the resize inside.
     """
 
@@ -102,6 +102,7 @@ class Inception:
             return {"features": features} | ({"logits": features @ self.output.T} if "logits" in self.outputs else {})
 
     def describe(self) -> ExtractorFacts:
+        """What identifies its features: the file, how images reach 299 pixels, and which view of them."""
         return {"network": "inception", "input": f"{INPUTS[self.mode]} of the {self.view}", **self.weights.describe()}
 
     @torch.inference_mode()
@@ -129,7 +130,9 @@ class Inception:
 
 
 def inception_blocks() -> tuple[nn.Module, nn.Sequential]:
-    """The network of pytorch-fid's weights, from blocks of torchvision and clean-fid: whole, and as far as its features."""
+    """The network of pytorch-fid's weights (1008 classes), from blocks of torchvision and clean-fid: whole, and as far as its
+    features, (b, 3, 299, 299) in [-1, 1] -> (b, 2048).
+    """
     from cleanfid import inception_pytorch as blocks
     from torchvision.models import inception_v3
 
@@ -159,7 +162,9 @@ def _tensors(weights: Found) -> dict[str, Tensor]:
 
 
 class DinoV2:
-    """The class token of DINOv2 (1024 columns for ViT-L/14), images resized to 224 by antialiased bicubic (FD-DINOv2)."""
+    """The class token of DINOv2 (1024 columns for ViT-L/14), images resized to 224 by antialiased bicubic (FD-DINOv2). UserError
+    for weights that do not fit.
+    """
 
     view = "image"
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -181,6 +186,7 @@ class DinoV2:
             return {"features": self.net((x - mean) / std).pooler_output}
 
     def describe(self) -> ExtractorFacts:
+        """What identifies its features: the file, the resize, the network's configuration."""
         return {
             "network": "dinov2",
             "input": "bicubic with antialiasing to 224, rounded",
@@ -201,10 +207,12 @@ class Aesthetic(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, embeddings: Tensor) -> Tensor:
+        """Unit embeddings (b, 768) -> scores (b, 1)."""
         return self.layers(embeddings)
 
     @classmethod
     def load(cls, weights: Found) -> Aesthetic:
+        """With the weights of a file, in evaluation mode, without gradients. UserError for a file of something else."""
         net = cls()
         with loading(f"{weights.path} is no aesthetic predictor of this kind", COPY):
             net.load_state_dict(_tensors(weights))
@@ -215,7 +223,8 @@ class Clip:
     """CLIP with what is wanted of it: "features" (unit image embeddings), "cosine" (with the captions), "aesthetic".
 
     name: a hub id (through transformers) or open_clip:model:tag. Captions longer than the text encoder takes are cut before their
-    end token, which stays: its position is where the text embedding is read.
+    end token, which stays: its position is where the text embedding is read. UserError for weights that do not fit, and for an
+    aesthetic head on another network than ViT-L/14; ValueError where the head's weights are missing.
     """
 
     def __init__(
@@ -262,6 +271,7 @@ class Clip:
         return F.normalize(self.net.texts([self.prefix + c for c in captions]).float(), dim=1)
 
     def describe(self) -> ExtractorFacts:
+        """What identifies its numbers: the file, the images' way, settings; of texts prefix, longest one and tokenizer."""
         facts: ExtractorFacts = {
             "network": self.name,
             "input": f"{self.net.input} of the {self.view}",

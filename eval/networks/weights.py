@@ -89,10 +89,12 @@ class Found:
     published: bool
 
     def describe(self) -> WeightsFacts:
+        """file (its name alone), sha256, published."""
         return {"file": self.path.name, "sha256": self.sha256, "published": self.published}
 
 
 def offline() -> bool:
+    """Whether HF_HUB_OFFLINE says that nothing may be downloaded."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
@@ -106,7 +108,7 @@ def find(key: str, given: str | None, folder: Path) -> Found:
     """Weights of extractor `key` ("inception", "inception_pytorch", "aesthetic", a hub id, or open_clip:model:tag).
 
     given: a file or folder named by the user instead, taken as it is. FileNotFoundError names what is missing, where it is looked
-    for and where it comes from; ValueError a file whose content is not the published one.
+    for and where it comes from; UserError a file whose content is not the published one.
     """
     if given is not None:
         path = Path(given)
@@ -211,5 +213,6 @@ def _from_hub(repository: str, files: list[str], settings: tuple[str, ...], loca
 
 
 def sha256(file: Path) -> str:
+    """Hex digest of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,7 +14,9 @@ Row = dict[str, Any]  # {"name", "metrics": {metric: value}, "steps", "source", 
 
 
 def read_baselines(file: str | None, protocol: str) -> list[Row]:
-    """Published rows for a protocol. ValueError for a file that is not such a list."""
+    """Published rows for a protocol. file: default docs/baselines.yaml. FileNotFoundError; UserError for a file that is not such
+    a list.
+    """
     path = Path(file) if file else BASELINES
     if not path.is_file():
         raise FileNotFoundError(f"--baselines: no such file {str(path)!r}")

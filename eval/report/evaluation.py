@@ -28,7 +28,10 @@ SAMPLES, TILE = 64, 128
 
 
 def write_report(content: Content, images: Images, folder: Path, baselines: str | None = None) -> None:
-    """content: results.results; images: an ImageFiles. metrics.json comes last: where it is, all is."""
+    """report.html, samples.png, metrics.png and metrics.json in `folder`, the last one last: where it is, all is.
+
+    content: results.results; images: an ImageFiles; baselines: see read_baselines, as for errors. WriteError.
+    """
     published = read_baselines(baselines, content["protocol"]["name"])
     published = published if content["beside_published"] else []
     samples = figures.png(figures.grid(thumbnails(images)))
@@ -44,7 +47,10 @@ def write_report(content: Content, images: Images, folder: Path, baselines: str 
 def write_comparison(
     contents: Sequence[tuple[str, Content]], folder: Path, samples: dict[str, bytes], baselines: str | None = None
 ) -> str:
-    """comparison.json, metrics.png and report.html of several evaluations; returns the table as text. samples: PNG by name."""
+    """comparison.json, metrics.png and report.html of several evaluations; returns the table as text. samples: PNG by name.
+
+    contents: (name, metrics.json's content), one at least; baselines: see read_baselines, as for errors. WriteError.
+    """
     faults = comparable(contents)
     published = read_baselines(baselines, contents[0][1]["protocol"]["name"])
     published = published if not faults and all(c["beside_published"] for _, c in contents) else []
@@ -67,10 +73,14 @@ def write_comparison(
 
 
 def to_json(content: Mapping[str, object]) -> bytes:
+    """Indented, in UTF-8. ValueError for NaN and infinities, which are no JSON."""
     return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def own_row(name: str, content: Content) -> Row:
+    """An evaluation as a row: value and spread of its metrics, steps of its model's call (None without a model), seconds an image
+    where it was timed.
+    """
     call = (content["model"] or {}).get("call", {})
     steps = call.get("num_inference_steps") or (len(call["timesteps"]) if "timesteps" in call else None)
     values = {key: numbers["value"] for key, numbers in content["metrics"].items()}
@@ -136,6 +146,7 @@ def table(rows: Sequence[Row], published: Sequence[Row]) -> dict[str, Any]:
 
 
 def text_table(rows: Sequence[Row], faults: Sequence[str]) -> str:
+    """The numbers of the runs for a terminal: a line a run, a column a metric; below, why they must not be compared."""
     names = [m for m in TITLES if any(m in row["metrics"] for row in rows)]
     lines = [["", *(TITLES[m] for m in names)]]
     lines += [[r["name"], *(f"{r['metrics'][m]:.5g}" if m in r["metrics"] else "-" for m in names)] for r in rows]
@@ -145,6 +156,7 @@ def text_table(rows: Sequence[Row], faults: Sequence[str]) -> str:
 
 
 def page(content: Content, name: str, samples: bytes, plot: bytes, published: Sequence[Row]) -> str:
+    """The HTML of one evaluation. samples, plot: PNG; the plot is shown where there are published rows."""
     return render(
         "evaluation.html",
         name=name,

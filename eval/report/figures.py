@@ -30,7 +30,9 @@ def student_colour(index: int) -> str:
 
 
 def grid(pixels: Tensor, columns: int = 8, gap: int = 2) -> Image.Image:
-    """uint8 (n, c, h, w), c 1 or 3 -> RGB grid in reading order, enlarged by a whole factor without smoothing."""
+    """uint8 (n, c, h, w), c 1 or 3 -> RGB grid in reading order, enlarged by a whole factor without smoothing. gap: white pixels
+    between. ValueError for another type or shape, or no image.
+    """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not len(pixels):
         raise ValueError(f"a grid takes uint8 (n, 1 or 3, h, w) with n > 0, got {pixels.dtype} {tuple(pixels.shape)}")
     factor = max(1, math.ceil(TILE / pixels.shape[3]))
@@ -45,7 +47,7 @@ def grid(pixels: Tensor, columns: int = 8, gap: int = 2) -> Image.Image:
 
 
 def panels(titled: Sequence[tuple[str, str, Tensor]], columns: int = 6) -> Image.Image:
-    """(title, subtitle, pixels (n, c, h, w)) side by side, `columns` of them a row."""
+    """(title, subtitle, pixels uint8 (n, c, h, w)) side by side, `columns` of them a row."""
     margin, title_height, size = 20, 52, 18
     bold, plain = (ImageFont.truetype(FONTS / name, size) for name in ("DejaVuSans-Bold.ttf", "DejaVuSans.ttf"))
     plain = plain.font_variant(size=size - 4)
@@ -131,6 +133,7 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -264,7 +267,7 @@ def balance_chart(shares: Sequence[tuple[str, str, list[float]]], class_names: S
 
 
 def distance_chart(series: Sequence[tuple[str, str, Tensor]], threshold: float) -> Figure:
-    """(label, colour, nearest-neighbour distances) as outlined histograms of equal area, with the copy threshold."""
+    """(label, colour, nearest-neighbour distances (n,)) as outlined histograms of equal area, with the copy threshold."""
     figure = Figure(figsize=(7.2, 2.8), layout="constrained")
     axes = figure.add_subplot()
     top = max(float(values.quantile(0.999)) for _, _, values in series)
@@ -289,6 +292,7 @@ def _small_multiples(n: int, height: float) -> tuple[Figure, int, int]:
 
 
 def style_axes(axes: Axes, title: str, xlabel: str) -> None:
+    """The look of every chart: a small title at the left, faint lines across, no frame."""
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.set_xlabel(xlabel, fontsize=8, color=REAL)
     axes.tick_params(which="both", labelsize=8, colors=REAL, length=0)

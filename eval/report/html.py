@@ -18,6 +18,7 @@ class Picture(NamedTuple):
 
     @property
     def uri(self) -> str:
+        """A data: URI, which holds the picture itself."""
         return f"data:{self.media_type};base64,{base64.b64encode(self.content).decode()}"
 
 

@@ -68,7 +68,9 @@ def write_page(folder: Path, state: str, step: int, health: Sequence[HealthCheck
 
 
 def read_run(folder: Path, step: int) -> RunFiles:
-    """Lines and pictures of later steps are those of an earlier start, which this one has still to come to."""
+    """What the folder of a run holds up to `step`: lines and pictures of later steps are those of an earlier start, which this
+    one has still to come to. UserError or OSError for a file that cannot be read.
+    """
 
     def rows(name: str) -> list[dict[str, Any]]:
         file = folder / name
@@ -97,6 +99,7 @@ def _number(name: str) -> int | None:
 
 
 def finite_curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
+    """Rows of a log -> {key: (steps, values)}, of the values that are finite."""
     found = {}
     for key, (steps, values) in curves(rows, "").items():
         kept = [(s, v) for s, v in zip(steps, values, strict=True) if key != "step" and math.isfinite(v)]
@@ -150,7 +153,7 @@ class Measured:
 
 
 def best_snapshot(run: RunFiles) -> Measured | None:
-    """By the first metric that is measured in training; None where none is."""
+    """By the first metric that is measured in training; None where none is. ValueError where a metric has no point."""
     if not (measured := evaluations(run)):
         return None
     name, (steps, values) = next(iter(measured.items()))
@@ -164,6 +167,7 @@ def best_snapshot(run: RunFiles) -> Measured | None:
 
 
 def page(run: RunFiles, state: str, health: Sequence[HealthCheck], now: datetime) -> str:
+    """The HTML. state: see write_page; now: in UTC, as it is shown. UserError or OSError: config.yaml cannot be read."""
     said = verdicts(run, health)
     objective = run.config.get("objective", {})
     return render(
@@ -238,6 +242,11 @@ def speed(run: RunFiles, state: str) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
+    """In the unit, or the two, that suit it.
+
+    >>> duration(0.0421), duration(47.3), duration(754), duration(8000)
+    ('0.0421 s', '47.3 s', '12 min 34 s', '2 h 13 min')
+    """
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -41,6 +41,8 @@ Values = Sequence[float]
 
 @dataclass(frozen=True)
 class Verdict:
+    """kind: how bad it is; title: in a few words; text: the numbers behind it, and what to do."""
+
     kind: Kind
     title: str
     text: str

@@ -11,7 +11,7 @@ from pipelines.common.reading import read_text
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl. ValueError names the line that cannot be read; an unfinished last line is left out."""
+    """Rows of a metrics.jsonl. UserError names the line that cannot be read; an unfinished last line is left out."""
     rows, lines = [], read_text(file).splitlines()
     for number, line in enumerate(lines, start=1):
         try:

@@ -23,14 +23,16 @@ class Protocol:
 
     @property
     def standard_images(self) -> int:
+        """How many images the protocol of this name has."""
         return PROTOCOLS[self.name].num_images
 
     @property
     def is_standard(self) -> bool:
+        """Whether as many images are drawn as the protocol has."""
         return self.num_images == self.standard_images
 
     def adjusted(self, num_images: int | None = None, seed: int | None = None, force: bool = False) -> Protocol:
-        """A copy with another seed or number of images; the latter only by force, since FD depends on it."""
+        """A copy with another seed or number of images; the latter only by force, since FD depends on it (else a UserError)."""
         n = self.num_images if num_images is None else num_images
         check_number(n, self.standard_images, self.name, force)
         return replace(self, num_images=n, seed=self.seed if seed is None else seed)

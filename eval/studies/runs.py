@@ -29,7 +29,7 @@ class Run:
 def find_run(name: str, path: Path, role: Role) -> Run:
     """A run folder (with student/ or teacher/ in it) or a model folder itself -> Run.
 
-    FileNotFoundError or ValueError, naming the path, what was expected and how to get it.
+    FileNotFoundError or UserError, naming the path, what was expected and how to get it.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{role} {name!r}: no such folder: {path}")

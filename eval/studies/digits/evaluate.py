@@ -110,7 +110,7 @@ class Evaluation:
 
 
 def measure_reference(images: ImageSet, extractor: FeatureExtractor) -> Reference:
-    """Features and statistics of the real images, and what every metric reads between two halves of them."""
+    """Features and statistics of the real images, and what every metric reads between two halves of them (FLOOR_SPLITS times)."""
     features = extractor(images.pixels)
     fd, fd_std = halves_floor(features, torch.Generator().manual_seed(0), FLOOR_SPLITS)
     unit = to_unit(images.pixels).flatten(1)
@@ -128,7 +128,7 @@ def measure_reference(images: ImageSet, extractor: FeatureExtractor) -> Referenc
 
 
 def measure(run: Run, generated: Generated, reference: Reference, extractor: FeatureExtractor) -> Measured:
-    """All metrics of one model's images."""
+    """All metrics of one model's images, by the keys of report.json. ValueError, UserError: see the metrics."""
     pixels, real = generated.pixels, reference.images
     stats = GaussianStats(extractor.dim)
     predicted = []
@@ -161,7 +161,10 @@ def evaluate(
     load: Callable[[Path, Role], Any] | None = None,
     say: Callable[[str], None] = tqdm.write,
 ) -> Evaluation:
-    """Generate and measure. load: model folder and role -> pipeline; say: gets a line for each finished part."""
+    """Generate and measure. load: model folder and role -> pipeline; say: gets a line for each finished part.
+
+    Before minutes of work: FileNotFoundError or UserError for a model that cannot be loaded or makes images of another shape.
+    """
     if load is None:
         load = load_pipeline
         c, h, w = DATASETS[protocol.dataset]().pixels.shape[1:]
@@ -217,7 +220,9 @@ def check_fits(pipe: object, run: Run, role: Role, shape: tuple[int, int, int]) 
 
 
 def load_pipeline(folder: Path, role: Role) -> Any:
-    """The pipeline stored in a teacher's or a student's model folder, without its own progress bar."""
+    """The pipeline stored in a teacher's or a student's model folder, without its own progress bar. UserError where it cannot be
+    loaded.
+    """
     if role == "student":
         from pipelines.students import load_student
 

@@ -98,6 +98,7 @@ class DigitsExtractor:
         return self._forward(pixels)[1].argmax(dim=1)
 
     def describe(self) -> dict[str, Any]:
+        """name, dim, sha256 and accuracy."""
         return {"name": self.name, "dim": self.dim, "sha256": self.sha256, "accuracy": self.accuracy}
 
     @torch.no_grad()
@@ -114,9 +115,10 @@ class DigitsExtractor:
 def train_digits_extractor(seed: int = 0, epochs: int = 15) -> DigitsExtractor:
     """Train DigitsNet on four fifths of the digits, hold out the rest, and standardise its features over all of them.
 
-    The same on every machine: all draws come from generators of its own, training is float64 on one thread (where
-    machines differ by about 1e-14, against 1e-4 in float32) and the final weights are rounded to multiples of 2^-16,
-    which swallows that difference. Global random state and thread count are left as they were. Takes a few seconds.
+    The same on every machine: all draws come from generators of its own, training is float64 on one thread (where machines differ
+    by about 1e-14, against 1e-4 in float32) and the final weights are rounded to multiples of 2^-16, which swallows that
+    difference. Global random state and thread count are left as they were. Takes a few seconds. ValueError for digits without
+    labels.
     """
     digits = load_digits()
     x, y = to_unit(digits.pixels).double(), digits.labels
@@ -172,7 +174,10 @@ def _weights_sha256(net: nn.Module) -> str:
 
 
 class AreaDownsampled:
-    """Another extractor's features of images averaged down to size x size; images of that size go through unchanged."""
+    """Another extractor's features of images averaged down to size x size; images of that size go through unchanged.
+
+    ValueError for images that are no squares of a multiple of `size` pixels.
+    """
 
     def __init__(self, extractor: FeatureExtractor, size: int) -> None:
         self.extractor, self.size = extractor, size
@@ -182,9 +187,11 @@ class AreaDownsampled:
         return self.extractor(self._small(pixels))
 
     def classify(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, c, h, w) -> long (n,), the other extractor's verdict."""
         return self.extractor.classify(self._small(pixels))
 
     def describe(self) -> dict[str, Any]:
+        """The other extractor's, under this one's name."""
         return self.extractor.describe() | {"name": self.name}
 
     def _small(self, pixels: Tensor) -> Tensor:
@@ -197,8 +204,9 @@ class AreaDownsampled:
 class PcaPixels:
     """Pixels on the leading principal axes of the real images, each axis scaled to unit variance there: no network to trust.
 
-    What a classifier is blind to, background noise for one, counts here. Axes beyond `dim` are left out because whitening
-    would blow up what the real images hardly have. sha256: of the axes, rounded to 1e-6.
+    What a classifier is blind to, background noise for one, counts here. Axes beyond `dim` are left out because whitening would
+    blow up what the real images hardly have. sha256: of the axes, rounded to 1e-6. real uint8 (m, c, h, w): ValueError unless it
+    has more than `dim` images of at least `dim` values.
     """
 
     name = "pca-pixels"
@@ -224,6 +232,7 @@ class PcaPixels:
         return (to_unit(pixels).flatten(1).double() - self.mean) @ self.axes
 
     def describe(self) -> dict[str, Any]:
+        """name, dim and the sha256 of the axes."""
         digest = hashlib.sha256((self.axes * 1e6).round().numpy().astype("<f8").tobytes()).hexdigest()
         return {"name": self.name, "dim": self.dim, "sha256": digest}
 

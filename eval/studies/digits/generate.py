@@ -28,6 +28,7 @@ class Generated:
 
     @property
     def seconds_per_image(self) -> float:
+        """The mean over the set."""
         return self.seconds / len(self.pixels)
 
 
@@ -35,7 +36,8 @@ class Draws(Protocol):
     """What draws images: EDMPipeline, or anything that is called like it."""
 
     @property
-    def unet(self) -> nn.Module: ...
+    def unet(self) -> nn.Module:
+        """The network whose evaluations are counted."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -10,8 +10,8 @@ NOTHING = "–"  # in a cell without a value; a column of nothing else is left o
 
 
 def page(report: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
-    """report: what report.json holds. pictures: those of each section (samples, fd, loss, ess, balance, neighbours); one without
-    any is left out.
+    """The HTML. report: what report.json holds; pictures: those of each section (samples, fd, loss, ess, balance, neighbours), of
+    which an empty one is left out.
     """
     floor, students, protocol = report["floor"], report["students"], report["protocol"]
     real = {"Method": "Real images, two halves", "FD": f"{floor['fd']:.3f} ± {floor['fd_std']:.3f}"}

@@ -103,6 +103,11 @@ def clip_score(units: Tensor, texts: Tensor) -> float:
 
 
 def blocks(first: int, last: int, size: int) -> list[range]:
+    """first .. last - 1 in ranges of `size` or, at the end, less.
+
+    >>> blocks(0, 5, 2)
+    [range(0, 2), range(2, 4), range(4, 5)]
+    """
     return [range(i, min(i + size, last)) for i in range(first, last, size)]
 
 
@@ -114,7 +119,7 @@ def twin(pipe: StockPipeline) -> StockPipeline:
 
 
 def encode(pipe: StockPipeline, captions: Sequence[str], units: Tensor, batch_size: int, workers: Workers) -> Texts:
-    """All prompts once, for all models that share the text encoder. units: CLIP's of them."""
+    """All n prompts once, for all models that share the text encoder. units (n, d): CLIP's of them."""
     parts = blocks(0, len(captions), batch_size)
 
     def embed(part: range) -> Tensor:
@@ -147,7 +152,9 @@ def is_guided(sampler: Sampler) -> bool:
 def draw(
     sampler: Sampler, batches: Sequence[range], seed: int, texts: Texts, clip: Clip, workers: Workers, label: str | None = None
 ) -> Drawn:
-    """The pictures of the numbers in `batches`, by a stock call of the pipeline for each batch, and CLIP's view of them."""
+    """The pictures of the numbers in `batches`, by a stock call of the pipeline for each batch, and CLIP's view of them. Picture
+    i depends on the seed, its batch and row i of `texts`. UserError for NaN.
+    """
     guided = is_guided(sampler)
 
     def one(batch: range) -> tuple[Tensor, Tensor]:

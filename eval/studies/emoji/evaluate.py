@@ -71,6 +71,7 @@ class Evaluation:
 
     @property
     def models(self) -> tuple[Measured, ...]:
+        """Teacher, teacher with one step, students: the order of rows and colours."""
         return (self.teacher, self.one_step, *self.students)
 
     def report(self) -> dict[str, Any]:
@@ -125,6 +126,9 @@ def evaluate(
     """Load all, draw, measure. kept_in: the file in which the teacher's numbers are looked for after assets/measured.json, and
     into which they are written where they had to be measured; pictures: default: those of assets/emoji; steps: the teacher's;
     started: time.perf_counter() at the start of the command (default: now).
+
+    FileNotFoundError or UserError for a model that cannot be loaded or is of something else, and for a damaged file of kept
+    numbers.
     """
     started = time.perf_counter() if started is None else started
     many, one = load_teacher(teacher_path, steps)
@@ -181,7 +185,9 @@ def make_judge(
     pictures: emoji.Pictures | None = None,
     say: Callable[[str], None] = tqdm.write,
 ) -> Judge:
-    """pictures: default: those of assets/emoji."""
+    """Read the pictures and CLIP, encode the prompts, measure the real pictures. pictures: default: those of assets/emoji; say:
+    gets a line on it. UserError for more prompts than there are captions.
+    """
     pictures = pictures or emoji.load()
     real = prompts.reference(pictures)
     captions = prompts.prompts(real, protocol.num_images)
@@ -197,7 +203,8 @@ def make_judge(
 def load_student(run: Run, base_model: str) -> Sampler:
     """The stock pipeline of the teacher with the student's LoRA and scheduler, called as the student's card says.
 
-    The LoRA is fused into the weights, as one does who draws many pictures: a call then takes what the teacher's takes.
+    The LoRA is fused into the weights, as one does who draws many pictures: a call then takes what the teacher's takes. UserError
+    for a student of something else.
     """
     if run.info.get("family") != "sd":
         raise UserError(f"student {run.name!r}: {run.model} is no student of a StableDiffusionPipeline, which this study is of")
@@ -212,8 +219,9 @@ def load_student(run: Run, base_model: str) -> Sampler:
 def measure_real(
     real: prompts.Captioned, texts: Tensor, held_out: prompts.Captioned, clip: Clip, size: int, workers: Workers
 ) -> Real:
-    """What a perfect model could read: two halves of the real pictures against each other, real pictures with their captions;
-    and pictures of the same kind that nothing was trained on against the reference. texts: CLIP's of the real captions.
+    """What a perfect model could read: two halves of the real pictures against each other, real pictures with their captions; and
+    pictures of the same kind that nothing was trained on against the reference. texts (n, d): CLIP's of the real captions; size:
+    of a batch.
     """
     units = of_images(clip, torch.cat([real.pixels, held_out.pixels]), size, workers)
     mine, others = units.split([len(real), len(held_out)])
@@ -232,7 +240,9 @@ def measure_real(
 
 
 def teacher_numbers(many: Sampler, judge: Judge, kept_in: Path, say: Callable[[str], None]) -> Kept:
-    """fd and clip_score of the teacher with all its steps, kept ones where they fit."""
+    """fd and clip_score of the teacher with all its steps, kept ones where they fit; else they are measured and kept in
+    `kept_in`. UserError for a file of kept numbers that is damaged.
+    """
     protocol, texts, workers = judge.protocol, judge.texts, judge.workers
     found = identity(many, judge)
     kept, why = teacher.look_up(found, (SHIPPED, kept_in))

@@ -24,7 +24,9 @@ python -m eval run --config configs/eval/coco30k.yaml --model outputs/sd15_vardi
 
 
 def page(report: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
-    """report: what report.json holds. pictures: those of each section (samples, time, loss); one without any is left out."""
+    """The HTML. report: what report.json holds; pictures: those of each section (samples, time, loss), of which an empty one is
+    left out.
+    """
     real, teacher, students = report["real"], report["teacher"], report["students"]
     rows = [
         [title, f"{numbers['fd']:.4f}", "", f"{numbers['clip_score']:.3f}", "", "", "", ""]

@@ -40,6 +40,7 @@ def samples_image(evaluation: Evaluation) -> Image.Image:
 
 
 def note(numbers: dict[str, Any]) -> str:
+    """What stands below the name of a model in samples.png."""
     return f"FD {numbers['fd']:.3f}, CLIP {numbers['clip_score']:.2f}"
 
 

@@ -90,5 +90,6 @@ def look_up(identity: dict[str, Any], files: Sequence[Path]) -> tuple[Kept | Non
 
 
 def keep(file: Path, identity: dict[str, Any], numbers: dict[str, float], seconds: float) -> None:
+    """Write fd and clip_score with what they depend on. seconds: that measuring them took. WriteError."""
     made = {"seconds": seconds, "versions": versions(PACKAGES), "git_commit": git_commit()}
     write_text(file, json.dumps(numbers | made | {"identity": identity}, indent=1) + "\n")

@@ -31,7 +31,7 @@ def evaluate(x: Tensor, mixture: GaussianMixture, seed: int = 0) -> dict[str, fl
 
     log_density: mean, in nats. mmd: as in the paper (squared, biased, mean over BANDWIDTHS), and mmd_unbiased. modes: with at
     least COVERED of the samples within WITHIN standard deviations; in_mode: the share of samples so near to any. weight_kl: KL of
-    the shares of the nearest modes to the true ones, nats. energy: energy distance. ValueError for points that are not finite.
+    the shares of the nearest modes to the true ones, nats. energy: energy distance. UserError for points that are not finite.
     """
     if not bool(torch.isfinite(x).all()):
         raise UserError("points hold NaN or infinite values; the network that made them has diverged")
@@ -49,7 +49,7 @@ def evaluate(x: Tensor, mixture: GaussianMixture, seed: int = 0) -> dict[str, fl
 
 
 def log_density(x: Tensor, mixture: GaussianMixture) -> float:
-    """Mean log p(x), nats."""
+    """Mean log p(x) of points x (n, d), nats."""
     total = 0.0
     for rows in x.split(BLOCK):
         level = NO_NOISE.level(rows.new_zeros(len(rows)))
@@ -58,7 +58,7 @@ def log_density(x: Tensor, mixture: GaussianMixture) -> float:
 
 
 def mode_numbers(x: Tensor, mixture: GaussianMixture) -> dict[str, float]:
-    """modes, in_mode and weight_kl of `evaluate`."""
+    """modes, in_mode and weight_kl of `evaluate`, for x (n, d)."""
     k = len(mixture.means)
     nearest, inside = torch.zeros(k), torch.zeros(k)
     for rows in x.split(BLOCK):

@@ -24,7 +24,7 @@ from .numbers import BLOCK, evaluate
 
 def measure_points(model: str, num_points: int, seed: int, law: str | None, output: Path) -> dict[str, Any]:
     """Write <output>/points.json and points.png; law: a configuration whose `data` is the mixture (default: the run's own, else
-    the forty modes). ValueError for a model of something else, or a mixture of other dimensions.
+    the forty modes). UserError for a model of something else, or a mixture of other dimensions; FileNotFoundError.
     """
     mixture = read_law(law, Path(model))
     sampler = load_sampler(model)
@@ -45,12 +45,15 @@ def measure_points(model: str, num_points: int, seed: int, law: str | None, outp
 
 
 def draw(pipe: EDMPipeline, n: int, seed: int) -> Tensor:
-    """(n, d), in blocks, which change nothing."""
+    """n points (n, d), in blocks, which change nothing."""
     z = torch.randn(n, pipe.unet.config["in_channels"], 1, 1, generator=torch.Generator().manual_seed(seed))
     return torch.cat([tensors(pipe(latents=rows, output_type="latent")).flatten(1) for rows in z.split(BLOCK)])
 
 
 def read_law(law: str | None, model: Path) -> GaussianMixture:
+    """The mixture in `law`; without one that of the run's config.yaml, else the forty modes. FileNotFoundError; UserError for a
+    file without a mixture.
+    """
     file = Path(law) if law else next((f for f in (model / "config.yaml", model.parent / "config.yaml") if f.is_file()), None)
     if file is None:
         return make_mixture()
@@ -67,6 +70,7 @@ def read_law(law: str | None, model: Path) -> GaussianMixture:
 
 
 def table(found: dict[str, Any]) -> str:
+    """The numbers of points.json for a terminal: a line each, those of true samples beside them."""
     rows = [f"{'':14} {'model':>12} {'true samples':>14}"]
     rows += [f"{key:14} {value:12.6g} {found['true_samples'][key]:14.6g}" for key, value in found["metrics"].items()]
     return "\n".join(rows)
