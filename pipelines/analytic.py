@@ -56,6 +56,7 @@ class GaussianMixture(nn.Module):
         return self.posterior_mean(x_t, self.schedule.level(t))
 
     def posterior_mean(self, x_t: Tensor, level: Level) -> Tensor:
+        """E[x0 | x_t], (b, c, h, w), in closed form."""
         x, alpha = x_t.flatten(1).double(), level.alpha.flatten().double()[:, None]
         log_joint, variances = self._log_joint(x, level)
         share = log_joint.softmax(1)
@@ -187,6 +188,7 @@ class EmpiricalPosterior(nn.Module):
 
 
 def with_ones(p: Tensor) -> Tensor:
+    """[1, p]: p (..., d) -> (..., d + 1)."""
     return torch.cat([torch.ones_like(p[..., :1]), p], -1)
 
 

@@ -132,6 +132,7 @@ class FeatureMaps(nn.Module):
         self.denoiser, self._layers = denoiser, tuple(layers)
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> list[Tensor]:
+        """x_t (b, c, h, w) -> what each layer put out, in their order; under guidance there would be two."""
         seen: dict[nn.Module, Tensor] = {}
         handles = [layer.register_forward_hook(lambda layer, args, out: seen.update({layer: out})) for layer in self._layers]
         try:
@@ -189,10 +190,12 @@ class FewStepGenerator(nn.Module):
 
     @property
     def calls_per_sample(self) -> int:
+        """How often the network is evaluated for each sample of one step."""
         return self.denoiser.calls_per_sample
 
     @property
     def steps(self) -> int:
+        """How many network calls an image takes."""
         return len(self.levels)
 
     @property

@@ -45,6 +45,7 @@ class Pictures:
         return len(self.names)
 
     def only(self, rows: list[int]) -> Pictures:
+        """Those of these rows."""
         names, styles, groups, codes = ([v[i] for i in rows] for v in (self.names, self.styles, self.groups, self.codes))
         return Pictures(self.rgba[rows], names, styles, groups, [self.keywords[i] for i in rows], codes)
 

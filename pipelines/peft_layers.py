@@ -32,6 +32,7 @@ def of_adapters(key: str) -> bool:
 
 
 def of_adapter(key: str, name: str) -> bool:
+    """Whether a parameter, by its name in the network, belongs to the adapter of this name."""
     return f".{name}." in key
 
 

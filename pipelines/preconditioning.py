@@ -46,6 +46,7 @@ class Continuous:
         return ALL_LEVELS
 
     def nearest(self, sigma: Tensor) -> Tensor:
+        """Any sigma is known."""
         return sigma
 
 
@@ -56,9 +57,11 @@ class Prediction(Continuous):
     prediction_type: PredictionType
 
     def inputs(self, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """x_t (b, c, h, w) and its level as they are: (network's input, network's time (b,))."""
         return x_t, level.t
 
     def x0(self, out: Tensor, x_t: Tensor, level: Level) -> Tensor:
+        """The network's output (b, c, h, w) -> x0, by its prediction type."""
         return to_x0(out, x_t, level, self.prediction_type)
 
 

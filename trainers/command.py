@@ -53,6 +53,7 @@ def arguments(description: str, argv: list[str] | None) -> tuple[str, list[str]]
 
 
 def make_accelerator(run: Run) -> Accelerator:
+    """As the launcher and the configuration say; UserError for what they cannot do together."""
     check_launch(TRAINING)
     check_trackers(run.trackers)
     project = ProjectConfiguration(project_dir=run.output_dir)

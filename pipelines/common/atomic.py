@@ -58,6 +58,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """A whole UTF-8 file or none; WriteError says why not."""
     write_atomically(path, text.encode())
 
 

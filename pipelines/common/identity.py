@@ -97,6 +97,7 @@ def network_identity(name: str, module: nn.Module, left_out: tuple[str, ...] = (
 
 
 def scheduler_identity(scheduler: Any) -> dict[str, Any]:
+    """What images depend on of a scheduler: its class and all of its settings."""
     return _under("scheduler", settings_of(scheduler))
 
 

@@ -55,6 +55,7 @@ class FolderLock:
         self.stream = stream
 
     def release(self) -> None:
+        """Let others use the folder; a second time nothing happens."""
         if self.stream is not None:
             self.file.unlink(missing_ok=True)
             self.stream.close()
@@ -72,6 +73,7 @@ def check_unlocked(folder: Path) -> None:
 
 
 def in_use(key: str, folder: Path, holder: str) -> UserError:
+    """The error of a folder, named by this key, that another process holds."""
     return UserError(
         f"{key} {str(folder)!r} is in use by another run ({holder}); wait until it has ended, stop it, or name another folder"
     )

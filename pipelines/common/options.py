@@ -53,6 +53,11 @@ def option(metavar: str | None, help: str, default: Any = None, **limits: Any) -
 
 
 def flag(key: str) -> str:
+    """How an option of this key is written.
+
+    >>> flag("image_size")
+    '--image-size'
+    """
     return f"--{key.replace('_', '-')}"
 
 

@@ -93,6 +93,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_yaml(file: str | Path, source: str | None = None) -> Any:
+    """What a YAML file holds, plain values; UserError says what is wrong with it. source: the file in that message."""
     source = source or repr(str(file))
     return parse_yaml(read_text(file, source), source)
 

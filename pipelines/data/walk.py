@@ -55,6 +55,7 @@ def _runs(text: str) -> tuple:
 
 
 def is_picture(name: str) -> bool:
+    """By its name: the endings of image files that are read."""
     return os.path.splitext(name)[1].lower() in suffixes()
 
 
@@ -132,6 +133,7 @@ class Pictures:
         return self.read(name) if self.zipped else Path(self.source, name)
 
     def read(self, name: str) -> bytes:
+        """The content of one of its files."""
         if not self.zipped:
             return Path(self.source, name).read_bytes()
         try:

@@ -128,6 +128,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def refuse_augment_labels(augment_labels: Tensor | None) -> None:
+    """ValueError for labels of augmentations, of a network that is not told of them."""
     if augment_labels is not None:
         raise ValueError("augment_labels were given to a network without them (augment_dim=0)")
 

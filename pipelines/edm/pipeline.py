@@ -43,6 +43,7 @@ class Churn:
             raise UserError(f"S_churn and S_noise must be 0 or more, and S_min at most S_max; got {self}")
 
     def gamma(self, sigma: Tensor, steps: int) -> float:
+        """By how much sigma is raised before a step, as a share of it, of so many steps in all."""
         return min(self.S_churn / steps, math.sqrt(2) - 1) if self.S_min <= sigma <= self.S_max else 0.0
 
 
@@ -116,6 +117,7 @@ class EDMPipeline(LoraBaseMixin, DiffusionPipeline):
             self.scheduler = EDMScheduler.from_pretrained(lora.scheduler)
 
     def unload_lora_weights(self) -> None:
+        """Take adapters off; the scheduler that came with a student's goes too."""
         super().unload_lora_weights()
         if self._teacher_scheduler is not None:
             self.scheduler, self._teacher_scheduler = self._teacher_scheduler, None

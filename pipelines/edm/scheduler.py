@@ -64,6 +64,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # of the
             raise UserError(f"scheduler.network_sigma_min {low:g} is not below network_sigma_max {high:g}")
 
     def preconditioner(self) -> Preconditioner:
+        """What the network is wrapped in, with the levels that it was made for."""
         c = self.config
         made = PRECONDITIONERS[c["preconditioning"]](**{key: c[key] for key in PRECONDITIONING[c["preconditioning"]]})
         low, high = c["network_sigma_min"], c["network_sigma_max"]

@@ -21,6 +21,7 @@ from .layout import STYLES, Layer, Style, check_layout, decoder_layers, encoder_
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """With the groups that NVlabs' networks have (layout.groups)."""
     return nn.GroupNorm(groups(channels), channels, eps)
 
 

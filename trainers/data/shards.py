@@ -40,6 +40,7 @@ class CacheError(UserError):
 
 
 def shard_file(folder: Path, shard: int) -> Path:
+    """The file of the shard of this number."""
     return folder / f"shard_{shard:05d}.safetensors"
 
 
@@ -99,6 +100,7 @@ def _encode_missing(
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """UserError where a cache was made of something else, naming what differs."""
     file = folder / "identity.json"
     if not file.is_file():
         if folder.is_dir() and any(folder.glob("shard_*")):

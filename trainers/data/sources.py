@@ -160,5 +160,6 @@ def _caption_table(rows: Any, data: Captions, source: str) -> CaptionRows:
 
 
 def image_batch(rows: CaptionRows, index: range, size: int) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
+    """Images (b, 3, size, size) in [-1, 1] of these rows, and where each was cut out: (height, width, top, left)."""
     images = [rows.image(i, size) for i in index]
     return torch.stack([i.pixels for i in images]), [i.original_and_crop for i in images]

@@ -219,6 +219,7 @@ def optimizer_tensors(optimizers: dict[str, Optimizer], networks: dict[str, nn.M
 def restore_optimizers(
     optimizers: dict[str, Optimizer], networks: dict[str, nn.Module], saved: dict[str, Tensor], source: str
 ) -> None:
+    """Moments and step counters of each optimizer; UserError where they are of other parameters."""
     parameters = {f"{role}/{n}": (role, p) for role in optimizers for n, p in trained_parameters(networks[role]).items()}
     for key, value in saved.items():
         name, moment = key.rsplit("/", 1)

@@ -34,6 +34,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """After an update of the network: average <- decay average + (1 - decay) weights."""
         self.updates += 1
         if self.decay is None or not self.average:
             return
@@ -61,4 +62,5 @@ class Ema:
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that require a gradient, by name."""
     return {n: p for n, p in module.named_parameters() if p.requires_grad}

@@ -77,6 +77,7 @@ class RunLog:
                 atomic.write_text(file, "".join(f"{line}\n" for line in _until(source, step)))
 
     def add(self, values: dict[str, float]) -> None:
+        """Values of one update by name; they are averaged until the next line of the log."""
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value, count + 1)
@@ -121,10 +122,12 @@ class RunLog:
         atomic.append_line(self.folder / name, json.dumps(row))
 
     def warn(self, message: str) -> None:
+        """On the terminal of the main process, above its progress bar."""
         if self.accelerator.is_main_process:
             self.bar.write(f"WARNING: {message}", file=self.terminal)
 
     def say(self, message: str) -> None:
+        """On the terminal of the main process, above its progress bar."""
         if self.accelerator.is_main_process:
             self.bar.write(message, file=self.terminal)
 

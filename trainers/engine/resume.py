@@ -145,12 +145,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[A
 
 
 def may_change(key: str) -> bool:
+    """Whether a setting may differ between the starts of one run."""
     *sections, last = key.split(".")
     of_optimizer = "optimizer" in sections and last != "bits"
     return key in FREE or last in FREE_LAST or of_optimizer or key.partition(".")[0] == "evaluation"
 
 
 def lines(changed: dict[str, list[Any]]) -> list[str]:
+    """How a change is said, one line a key."""
     return [f"{key}: {_shown(before)} -> {_shown(now)}" for key, (before, now) in changed.items()]
 
 

@@ -44,6 +44,8 @@ class Pool(NamedTuple):
 
 
 class AmortizedScore(VarDiU):
+    """See the module."""
+
     def __init__(
         self,
         *args: Any,
@@ -85,6 +87,7 @@ class AmortizedScore(VarDiU):
             yield terms
 
     def joint_loss(self, draw: Draw, context: Pool | None = None) -> Iterator[LossTerms]:
+        """phi on the first noised copy of each sample, theta on all of them: in parts, each (b,)."""
         x0 = generate(self.student, draw)
         direction = torch.zeros_like(x0)  # d loss / d x0
         for rows, terms, gradient in self.learn_from_first_copy(draw, x0.detach(), context):
@@ -158,6 +161,7 @@ def halves(b: int) -> list[slice]:
 
 
 def share_of(terms: LossTerms, share: float) -> LossTerms:
+    """Terms of some rows as a share of the batch's."""
     return LossTerms(terms.loss * share, {name: value * share for name, value in terms.metrics.items()})
 
 

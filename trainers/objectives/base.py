@@ -45,6 +45,8 @@ class Draw(Protocol):
 
 
 class LossTerms(NamedTuple):
+    """A loss for each row and what is logged beside it."""
+
     loss: Tensor  # (b,)
     metrics: dict[str, Tensor]  # scalars for the log
 
@@ -68,6 +70,8 @@ class Phase:
 
 
 class Objective(Protocol):
+    """What the loop is given: networks, phases and what a checkpoint must keep."""
+
     networks: dict[str, nn.Module]  # everything that is trained, by role
     frozen: dict[str, nn.Module]  # everything that is only called, by role
     warmup: tuple[Phase, ...]  # run once before the first step
@@ -119,6 +123,8 @@ class Parts(Protocol):
 
 
 class LeastBatch(NamedTuple):
+    """The smallest batch that a loss is defined for, and why."""
+
     size: int
     reason: str
 
@@ -143,6 +149,7 @@ class ObjectiveConfig(Strict):
         return [Use("objective.levels", self.levels, {"objective.weighting": self.weighting})]
 
     def needs(self) -> list[Need]:
+        """What it asks of the teacher's family."""
         return []
 
     def few_steps_refusal(self) -> str | None:

@@ -33,6 +33,8 @@ from .importance import bound_loss, effective_sample_size, log_importance, log_s
 
 
 class Noised(NamedTuple):
+    """Student samples x0 = g(z) and their x_t = alpha x0 + sigma eps, rows of one length."""
+
     z: Tensor
     x0: Tensor
     eps: Tensor
@@ -81,12 +83,15 @@ class VarDiU:
         return self.statistics.state
 
     def posterior_phase(self, repeats: int) -> Phase:
+        """phi alone."""
         return Phase("posterior", ("posterior",), self.posterior_loss, repeats)
 
     def joint_phase(self) -> Phase:
+        """theta and phi on one batch."""
         return Phase("joint", ("student", "posterior"), self.joint_loss)
 
     def sample_level(self, draw: Draw) -> Level:
+        """A level for each row."""
         return sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
 
     def noised(self, draw: Draw) -> Noised:

@@ -25,6 +25,7 @@ class Denoising:
         self.phases: tuple[Phase, ...] = (Phase("teacher", ("teacher",), self.loss),)
 
     def loss(self, draw: Draw, context: None = None) -> LossTerms:
+        """w |D(x0 + n) - x0|^2 of each row of data, (b,)."""
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
         x0 = data_of(draw)
         x0_hat = self.teacher(add_noise(x0, draw.eps, level), level, draw.condition)

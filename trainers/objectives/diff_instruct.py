@@ -74,6 +74,7 @@ class DiffInstruct:
         self.warmup: tuple[Phase, ...] = (Phase("fake_score", ("fake_score",), self.fake_score_loss, warmup_updates),)
 
     def fake_score_loss(self, draw: Draw, context: None = None) -> LossTerms:
+        """Denoising of the student's samples, (b,), at levels of its own."""
         with torch.no_grad():
             x0 = generate(self.student, draw)
         condition = draw.condition
@@ -85,6 +86,7 @@ class DiffInstruct:
         return LossTerms(self.fake_loss(x0_hat, x0, level), {})
 
     def fake_loss(self, x0_hat: Tensor, x0: Tensor, level: Level) -> Tensor:
+        """Its error against x0, weighted, (b,)."""
         return denoising_loss(x0_hat, x0, weight(self.fake_weighting, level, x0, x0_hat, self.teacher.sigma_data))
 
     def joint_loss(self, draw: Draw, context: None = None) -> Iterator[LossTerms]:
@@ -97,6 +99,7 @@ class DiffInstruct:
         yield self.follow(draw, x0, x_t, level, x0_fake.detach())
 
     def student_loss(self, draw: Draw, context: None = None) -> LossTerms:
+        """The student follows the difference of the scores, (b,)."""
         x0 = generate(self.student, draw)
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
         x_t = add_noise(x0, draw.eps, level)
@@ -105,6 +108,7 @@ class DiffInstruct:
         return self.follow(draw, x0, x_t, level, x0_fake)
 
     def follow(self, draw: Draw, x0: Tensor, x_t: Tensor, level: Level, x0_fake: Tensor) -> LossTerms:
+        """A loss whose gradient is w (s_fake - s_teacher) at x_t, which has a graph, (b,)."""
         x0_teacher, s_teacher = teacher_score(self.teacher, x_t, level, draw.condition)
         s_fake = score(x0_fake, x_t.detach(), level)
         w = weight(self.weighting, level, x0, x0_teacher, self.teacher.sigma_data)

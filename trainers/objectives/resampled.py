@@ -27,6 +27,8 @@ from .importance import effective_sample_size, log_importance, resampling_move, 
 
 
 class ResampledScore(VarDiU):
+    """See the module."""
+
     def __init__(
         self,
         *args: Any,
