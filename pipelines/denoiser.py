@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -58,6 +58,12 @@ class Denoiser(nn.Module):
     def calls_per_sample(self) -> int:
         """How often the network is evaluated for each x_t."""
         return 1 if self.guidance_scale == 1.0 else 2
+
+    @property
+    def collective(self) -> bool:
+        """Whether its network is sharded: all processes call it together, and each call runs to its end."""
+        shared = getattr(self.network, "shared", None)
+        return shared is not None and shared.sharded
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition = None, return_features: bool = False) -> Any:
         """x_t (b, c, h, w) -> x0 (b, c, h, w) in float32 or x_t's dtype if wider.
@@ -119,10 +125,15 @@ class ClampToImageRange(torch.autograd.Function):
         return gradient.masked_fill(outward, 0)
 
 
+class AllSeen(Exception):  # noqa: N818  # no error
+    """Ends a call of a network whose further layers nobody looks at."""
+
+
 class FeatureMaps(nn.Module):
     """x_t, level, condition -> what some layers of a denoiser's network put out on the way, each (b, c, h, w), float32 or wider.
 
-    layers: modules inside the network; they stay the network's own, and are no parameters of this module.
+    layers: modules inside the network; they stay the network's own, and are no parameters of this module. What comes after the
+    last of them is not run, unless the network is sharded.
     """
 
     def __init__(self, denoiser: Denoiser, layers: Sequence[nn.Module]) -> None:
@@ -134,9 +145,17 @@ class FeatureMaps(nn.Module):
     def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> list[Tensor]:
         """x_t (b, c, h, w) -> what each layer put out, in their order; under guidance there would be two."""
         seen: dict[nn.Module, Tensor] = {}
-        handles = [layer.register_forward_hook(lambda layer, args, out: seen.update({layer: out})) for layer in self._layers]
+        whole = self.denoiser.collective
+
+        def see(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            seen[layer] = out
+            if len(seen) == len(self._layers) and not whole:
+                raise AllSeen
+
+        handles = [layer.register_forward_hook(see) for layer in self._layers]
         try:
-            self.denoiser(x_t, level, condition)
+            with suppress(AllSeen):
+                self.denoiser(x_t, level, condition)
         finally:
             for handle in handles:
                 handle.remove()
@@ -197,12 +216,6 @@ class FewStepGenerator(nn.Module):
     def steps(self) -> int:
         """How many network calls an image takes."""
         return len(self.levels)
-
-    @property
-    def collective(self) -> bool:
-        """Whether its network is sharded: then no process can call it alone."""
-        shared = getattr(self.denoiser.network, "shared", None)
-        return shared is not None and shared.sharded
 
     def forward(self, z: Tensor, condition: Condition = None, start: Start | None = None, between: bool = False) -> Tensor:
         """One step: z ~ N(0, I) (b, c, h, w), the noise that it adds -> x0 (b, c, h, w). start: None for the first step.

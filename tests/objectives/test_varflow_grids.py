@@ -1,6 +1,7 @@
 """VarFlow on grids and feature maps: block by block what the whole-image loss is, and what it sees that the whole does not."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,24 @@ def test_feature_maps_are_what_layers_put_out(generator, randn):
     assert torch.autograd.grad(second.sum(), x)[0].abs().min() > 0
     assert not net.first._forward_hooks
     assert not net.second._forward_hooks
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_comes_after_the_last_map_is_not_run(sharded, generator, randn):
+    """But of sharded weights, which all processes gather in the same order, it is."""
+    net, x, text = Teacher(generator), randn(5, 2, 6, 9), randn(5, 3, 7)
+    net.shared = SimpleNamespace(sharded=sharded)
+    ran = []
+    for name in ("first", "second", "out"):
+        getattr(net, name).register_forward_hook(lambda module, args, out, name=name: ran.append(name))
+    level = RectifiedFlowSchedule().level(torch.full((5,), 0.25, dtype=torch.float64))
+    denoiser, condition = Denoiser(net, RectifiedFlowSchedule(), "flow"), {"encoder_hidden_states": text}
+    (first,) = FeatureMaps(denoiser, [net.first])(x, level, condition)
+    assert ran == (["first", "second", "out"] if sharded else ["first"])
+    assert_close(first, net.first(x + (0.25 + text.mean((1, 2)))[:, None, None, None]), rtol=1e-12, atol=1e-12)
+    ran.clear()
+    denoiser(x, level, condition)
+    assert ran == ["first", "second", "out"]
 
 
 def test_unit_channels(randn):

@@ -200,7 +200,7 @@ class Trainer:
         self.log.bar.set_description("")
 
     def one_step(self) -> None:
-        """All phases once, in their order, then what is due at this step: evaluation, a line of the log, pictures, a checkpoint."""
+        """All phases once, in order, then what is due at this step: evaluation, a line of the log, pictures, a checkpoint."""
         for phase in self.objective.phases:
             for repeat in range(phase.repeats):
                 values = self._timed_update(phase, ("step", self.step, phase.name, repeat))

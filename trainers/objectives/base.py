@@ -216,7 +216,7 @@ def start_of(student: nn.Module, draw: Draw, shared: bool = False) -> Start | No
         noise = draw.normal(f"step_{k}", *draw.z.shape[1:])
         called = rows
         if not len(rows):
-            if not student.collective:
+            if not student.denoiser.collective:
                 break
             called = rows.new_zeros(1)  # another process may have rows, and all gather the weights together
         with torch.no_grad():
