@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig
@@ -31,19 +32,22 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 @contextmanager
 def in_float32(layer: nn.Module) -> Iterator[None]:
-    """Inside, a last convolution computes in float32 (or wider) whatever the dtype of its weights, and under autocast.
+    """Inside, a last convolution or matrix product computes in float32 (or wider) whatever the dtype of its weights, and under
+    autocast.
 
     A student of Stable Diffusion reads out noise at t = 999, where alpha is .068: x0 = (x_t - sigma out) / alpha makes of the
     rounding of `out` to bfloat16 an error of .02 latents' standard deviations.
     """
-    if type(layer) is not nn.Conv2d:  # a network of points has a matrix product of its own
-        yield
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or type(layer) not in (nn.Conv2d, nn.Linear):
+        yield  # a network of points has a matrix product of its own
         return
 
     def forward(x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             bias = None if layer.bias is None else layer.bias.to(dtype)
+            if isinstance(layer, nn.Linear):
+                return F.linear(x.to(dtype), layer.weight.to(dtype), bias)
             return layer._conv_forward(x.to(dtype), layer.weight.to(dtype), bias)
 
     layer.forward = forward  # type: ignore[method-assign, assignment]  # of this layer alone, until the block ends
@@ -58,10 +62,17 @@ class Anatomy(NamedTuple):
 
     call(network, x, time, condition, **options) -> an object whose .sample is (b, c', h, w), from x (b, c, h, w), time (b,) and a
     flat condition; last(network): the layer that puts out its result, itself, without adapters.
+
+    blocks: names of the classes of blocks that it repeats, where diffusers does not say. Of transformers, whose last layer is
+    linear and puts out tokens: side, each stands for side^2 latents of every channel, and by_channel(network): that layer, with
+    its outputs in the order (channel, row, column).
     """
 
     call: Callable[..., Any]
     last: Callable[[ModelMixin], nn.Module]
+    blocks: tuple[str, ...] = ()
+    side: int = 1
+    by_channel: Callable[[ModelMixin], nn.Module] | None = None
 
 
 class SharedNetwork:
@@ -72,6 +83,7 @@ class SharedNetwork:
 
     def __init__(self, network: ModelMixin, anatomy: Anatomy | None = None) -> None:
         self.network, self.anatomy = network.requires_grad_(False).eval(), anatomy or UNET
+        name_blocks(network, self.anatomy)
         self.active: str | None = None
         self.sharded = self.checkpointing = False
         self._layers: list[LoraLayer] = []
@@ -181,6 +193,7 @@ class Whole(nn.Module):
     def __init__(self, network: ModelMixin, anatomy: Anatomy | None = None) -> None:
         super().__init__()
         self.network, self.anatomy = network, anatomy or UNET
+        name_blocks(network, self.anatomy)
 
     def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
         return self.anatomy.call(self.network, x, time, condition).sample
@@ -224,7 +237,7 @@ class Role(nn.Module):
         return self.shared.anatomy.last(self.shared.network)
 
     def features(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
-        """What the network's last layer reads, of a U-Net (b, channels, h, w)."""
+        """What the network's last layer reads: of a U-Net (b, channels, h, w), of a transformer tokens (b, n, channels)."""
         seen: list[Tensor] = []
         handle = self.last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
@@ -247,23 +260,53 @@ class Role(nn.Module):
 
 
 class AdapterHead(nn.Module):
-    """A U-Net's role with a last convolution of its own in its place: (b, out_channels, h, w) in float32, zero at first."""
+    """A role with a last layer of its own in the place of the network's: (b, out_channels, h, w) in float32, zero at first.
+
+    conv_out: a convolution for U-Nets; for transformers a linear layer on tokens, outputs in the order (channel, row, column).
+    """
 
     def __init__(self, role: Role, out_channels: int) -> None:
         super().__init__()
         self.role, self.out_channels = role, out_channels
-        last = role.last
-        if not isinstance(last, nn.Conv2d):
-            raise ValueError(f"the role's last layer is a {type(last).__name__}; a head takes the place of a convolution")
-        height, width = last.kernel_size
-        self.conv_out = nn.Conv2d(last.in_channels, out_channels, (height, width), padding=last.padding)  # type: ignore[arg-type]  # of any length
+        last, self.side = role.last, role.shared.anatomy.side
+        self.conv_out: nn.Conv2d | nn.Linear
+        if isinstance(last, nn.Conv2d):
+            height, width = last.kernel_size
+            self.conv_out = nn.Conv2d(last.in_channels, out_channels, (height, width), padding=last.padding)  # type: ignore[arg-type]  # of any length
+        elif isinstance(last, nn.Linear):
+            self.conv_out = nn.Linear(last.in_features, out_channels * self.side**2)
+        else:
+            raise ValueError(f"the role's last layer is a {type(last).__name__}; a head takes the place of another kind")
         for parameter in self.conv_out.parameters():
             nn.init.zeros_(parameter)
+
+    @property
+    def replaced(self) -> nn.Module:
+        """The layer in whose place conv_out is, its outputs in the same order."""
+        shared = self.role.shared
+        return shared.anatomy.by_channel(shared.network) if shared.anatomy.by_channel else self.role.last
 
     def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
         features = self.role.features(x, time, **condition).to(self.conv_out.weight.dtype)
         with in_float32(self.conv_out):
-            return self.conv_out(features)
+            out = self.conv_out(features)
+        return out if isinstance(self.conv_out, nn.Conv2d) else from_tokens(out, x.shape[2:], self.side)
+
+
+def to_tokens(x: Tensor, side: int) -> Tensor:
+    """(b, c, h, w) -> (b, n, c side^2): squares of side^2 latents, row by row, each in the order (channel, row, column).
+
+    >>> to_tokens(torch.arange(8.0).reshape(1, 2, 2, 2), 2).tolist()
+    [[[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]]]
+    """
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // side, side, w // side, side).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * side**2)
+
+
+def from_tokens(tokens: Tensor, size: Sequence[int], side: int) -> Tensor:
+    """The inverse of to_tokens: (b, n, c side^2) -> (b, c, h, w) of size (h, w)."""
+    b, (h, w) = len(tokens), size
+    return tokens.reshape(b, h // side, w // side, -1, side, side).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, h, w)
 
 
 def whole_copy(network: ModelMixin) -> ModelMixin:
@@ -280,6 +323,12 @@ def last_layer(network: ModelMixin) -> nn.Module:
 
 
 UNET = Anatomy(output, last_layer)
+
+
+def name_blocks(network: ModelMixin, anatomy: Anatomy) -> None:
+    """Tell diffusers which blocks to compile, and `SharedNetwork.shard` which to split, where the network's class does not."""
+    if anatomy.blocks and not getattr(network, "_repeated_blocks", None):
+        network._repeated_blocks = list(anatomy.blocks)
 
 
 def block_layers(network: ModelMixin) -> list[str]:

@@ -133,7 +133,8 @@ def load_lora(pipe: StockPipeline, lora: LoraSource, adapter_name: str | None = 
     try:
         with _diffusers_quiet():  # what it would warn of, text encoders without weights above all, is checked below
             pipe.load_lora_weights(lora.folder, adapter_name=adapter_name, **options)
-        config = {"unet_config": pipe.unet.config} if hasattr(pipe, "text_encoder_2") else {}  # as SDXL's own loader does
+        sdxl = {"unet", "text_encoder_2"} <= pipe.components.keys()
+        config = {"unet_config": pipe.unet.config} if sdxl else {}  # as SDXL's own loader does
         stored = pipe.lora_state_dict(lora.folder, **options, **config)
     except RuntimeError as error:
         raise UserError(f"{unfit}: {_first_lines(error, 2)}; it was made for another model") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from . import stable_diffusion
+from . import text_to_image
 from .common import atomic
 from .common.errors import UserError, shown
 from .common.identity import weights_sha256
 from .common.reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 from .edm import EDMPipeline, PointNet
 from .loras import LORA_FILE, LoraSource, load_lora
-from .stable_diffusion import levels_of, student_call
 from .stock import StockPipeline
+from .text_to_image import Kind, levels_of
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3
@@ -60,7 +61,7 @@ pipe.load_lora_weights("{folder}")  # with its scheduler: one step, at the noise
 
 IMAGES, POINTS = "images = pipe(batch_size=16).images", 'points = pipe(10_000, output_type="latent").images.flatten(1)'
 
-STABLE_DIFFUSION_CARD = """---
+TEXT_TO_IMAGE_CARD = """---
 library_name: diffusers
 base_model: {base_model}
 tags: [one-step, distillation, {tag}]
@@ -75,12 +76,14 @@ from diffusers import {pipeline}, {scheduler}{more_imports}
 pipe = {pipeline}.from_pretrained("{base_model}")
 {load}
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
-image = pipe("a prompt", {steps}, guidance_scale=1.0).images[0]
+image = pipe("a prompt", {call}).images[0]
 ```
 
-The scheduler matters: most others do not return x0 in {of_steps}. guidance_scale stays 1: guidance is distilled
-into the student.
+The scheduler matters: most others do not return x0 in {of_steps}. {guidance}
 """
+DISTILLED = """guidance_scale stays 1: guidance is distilled
+into the student."""
+TOLD = "guidance_scale stays {value}: the network\nis told it, and was trained with this value."
 
 
 def save_model(folder: Path, pipeline: StockPipeline | EDMPipeline, kind: str, info: dict[str, Any]) -> None:
@@ -118,16 +121,23 @@ def save_edm_student(folder: Path, pipeline: EDMPipeline, info: dict[str, Any], 
     return replace_folder(folder, write, "student", info, card)
 
 
-def save_lora(folder: Path, pipeline: type[StockPipeline] | type[EDMPipeline], network: ModelMixin, adapter: str) -> None:
+def save_lora(
+    folder: Path,
+    pipeline: type[StockPipeline] | type[EDMPipeline],
+    network: ModelMixin,
+    adapter: str,
+    component: str = "unet",
+) -> None:
     """pytorch_lora_weights.safetensors. The raw PEFT state dict with its metadata is the one form that keeps alpha, and all of
-    the layers (convolutions too).
+    the layers (convolutions too). component: what the pipeline calls the network.
     """
     layers = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(network, adapter_name=adapter).items()}
     metadata = network.peft_config[adapter].to_dict()
-    pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    given = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
+    pipeline.save_lora_weights(folder, **given)
 
 
-def save_stable_diffusion(
+def save_text_to_image(
     folder: Path,
     pipeline: type[StockPipeline],
     scheduler: Any,
@@ -135,37 +145,43 @@ def save_stable_diffusion(
     adapter: tuple[ModelMixin, str] | None = None,
     network: ModelMixin | None = None,
 ) -> None:
-    """A Stable Diffusion student: LoRA weights (adapter: the network and the name on it) or a whole network in unet/, beside the
-    scheduler that makes the steps of a stock pipeline its own.
+    """A student of a text-to-image teacher: LoRA weights (adapter: the network and the name on it) or a whole network in unet/ or
+    transformer/, beside the scheduler that makes the steps of a stock pipeline its own.
     """
-
-    if adapter is None and network is None:
+    kind = text_to_image.kind_of(pipeline)
+    made = adapter[0] if adapter is not None else network
+    if made is None:
         raise ValueError("give the adapter or the network that is the student")
 
     def write(partial: Path) -> None:
         scheduler.save_pretrained(partial / "scheduler")
         if adapter is not None:
-            save_lora(partial, pipeline, *adapter)
+            save_lora(partial, pipeline, *adapter, kind.component)
         elif network is not None:
-            network.save_pretrained(partial / "unet")
+            network.save_pretrained(partial / kind.component)
 
-    call = student_call(info, scheduler)
-    card = STABLE_DIFFUSION_CARD.format(
+    call = text_to_image.student_call(kind, made.config, scheduler, info)
+    part, network_class = kind.component, kind.network.__name__
+    card = TEXT_TO_IMAGE_CARD.format(
         base_model=info["base_model"],
         tag="lora" if adapter else "full",
         facts=facts_list(info),
         pipeline=pipeline.__name__,
         scheduler=type(scheduler).__name__,
-        more_imports="" if adapter else ", UNet2DConditionModel",
+        more_imports="" if adapter else f", {network_class}",
         load=f'pipe.load_lora_weights("{folder.name}")'
         if adapter
-        else f'pipe.unet = UNet2DConditionModel.from_pretrained("{folder.name}", subfolder="unet")',
+        else f'pipe.{part} = {network_class}.from_pretrained("{folder.name}", subfolder="{part}")',
         folder=folder.name,
-        steps=", ".join(f"{key}={value}" for key, value in call.items()),
+        call=", ".join(f"{key}={value}" for key, value in call.items()),
+        guidance=DISTILLED if kind.guidance(made.config) != "input" else TOLD.format(value=call["guidance_scale"]),
         title=called(len(levels_of(info))),
         of_steps="a single step" if len(levels_of(info)) == 1 else "these steps",
     )
     replace_folder(folder, write, "student", info, card)
+
+
+save_stable_diffusion = save_text_to_image
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None], kind: str, info: dict[str, Any], card: str) -> None:
@@ -188,19 +204,14 @@ def load_student(
 ) -> StockPipeline | EDMPipeline:
     """The stock pipeline of a student, ready for its steps: of its folder, of a run's output_dir (student/ in it) or of a hub id.
 
-    A Stable Diffusion student is loaded on its base model, as the adapter "student"; base_model: where that lies, if not where it
-    did. Call it as its README.md says: num_inference_steps=1, guidance_scale=1. scheduler: another one than the student's own;
+    One of a text-to-image teacher is loaded on its base model, as the adapter "student"; base_model: where that lies, if not
+    where it did. Call it as its README.md says: num_inference_steps=1, and guidance_scale=1 but for networks that are told
+    their guidance (text_to_image.student_call). scheduler: another one than the student's own;
     UserWarning if its steps are not the student's. FileNotFoundError says which file is missing, ValueError which damaged.
     """
     folder = find_student(source)
     info = read_info(folder, "student")
-    needed = ("base_model", "weights", "readout_t") if info.get("family") in stable_diffusion.FAMILIES.values() else ()
-    for key in needed:
-        if key not in info:
-            raise UserError(f"{str(folder / 'student.json')!r} does not say {key!r}; {RESAVE}")
-    if needed:
-        check_levels_of(info, folder)
-    if info.get("family") not in stable_diffusion.FAMILIES.values():
+    if info.get("family") not in text_to_image.KINDS:
         if scheduler is not None:
             raise UserError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
         with loading(f"{str(folder)!r} is not complete or damaged", RESAVE):
@@ -209,61 +220,72 @@ def load_student(
             base = EDMPipeline.from_pretrained(base_model or info["base_model"], use_safetensors=True, dtype=dtype).unet
             check_base(base, info, folder)
         return edm
-    whole = info["weights"] == "unet"
-    stable_diffusion.check_weights(folder, ["unet" if whole else ""])
+    for key in ("base_model", "weights", "readout_t"):
+        if key not in info:
+            raise UserError(f"{str(folder / 'student.json')!r} does not say {key!r}; {RESAVE}")
+    kind = text_to_image.kind_named(info["family"])
+    check_levels_of(info, folder, kind)
+    whole = info["weights"] == kind.component
+    text_to_image.check_weights(folder, [kind.component if whole else ""])
     incomplete = f"{str(folder)!r} is not complete or does not fit its base model"
-    components = {}
+    components: dict[str, Any] = {}
     if whole:
         # given to the pipeline when it is made: of one that was made without, it would know no size, and would save none
         with loading(incomplete, RESAVE):
-            components["unet"] = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, dtype=dtype)
+            how = {"subfolder": kind.component, "use_safetensors": True, "dtype": dtype}
+            components[kind.component] = kind.network.from_pretrained(folder, **how)
     try:
-        pipe = stable_diffusion.load_pipeline(base_model or info["base_model"], dtype, **components)
+        pipe = text_to_image.load_pipeline(base_model or info["base_model"], dtype, **components)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the base model of {str(folder)!r}: {error}; give base_model=<where it lies now>") from error
-    prediction = stable_diffusion.denoiser(pipe, pipe.unet)
+    network = text_to_image.network_of(pipe)
+    prediction = text_to_image.denoiser(pipe, network)
     if not whole:
-        check_base(pipe.unet, info, folder)
+        check_base(network, info, folder, kind.component)
         with loading(incomplete, RESAVE):
             load_lora(pipe, LoraSource(str(folder), LORA_FILE), "student")
     if scheduler is None:
         if not (folder / "scheduler" / "scheduler_config.json").is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no scheduler/scheduler_config.json; save the student again")
         with loading(incomplete, RESAVE):
-            scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+            scheduler = kind.scheduler.from_pretrained(folder, subfolder="scheduler")
     pipe.scheduler = scheduler
-    last = int(prediction.schedule.t_range[1])
-    if info["readout_t"] > last:
+    levels, last = levels_of(info), prediction.schedule.t_range[1]
+    if levels[0] > last:
         raise UserError(
-            f"the student in {str(folder)!r} reads out at timestep {info['readout_t']}, its base model has none after {last}; "
+            f"the student in {str(folder)!r} reads out at timestep {levels[0]}, its base model has none after {last:g}; "
             "give base_model=<the one that it was distilled from>"
         )
-    levels = stable_diffusion.levels_of(info)
-    off = stable_diffusion.steps_error(scheduler, prediction, levels)
+    off = text_to_image.steps_error(kind, scheduler, prediction, levels)
     if off > ONE_STEP_TOLERANCE:
         warnings.warn(
             f"{'one step' if len(levels) == 1 else f'{len(levels)} steps'} of {type(scheduler).__name__} "
-            f"{'is' if len(levels) == 1 else 'are'} not the x0 that the student was trained for (off by {off:.2g}); "
-            f"use the scheduler stored in {str(folder / 'scheduler')!r}",
+            f"{'is' if len(levels) == 1 else 'are'} not the x0 that the student was trained for (off by {off:.2g}"
+            f"{kind.why_not(scheduler)}); use the scheduler stored in {str(folder / 'scheduler')!r}",
             stacklevel=2,
         )
     return pipe
 
 
-def check_levels_of(info: dict[str, Any], folder: Path) -> None:
+def check_levels_of(info: dict[str, Any], folder: Path, kind: Kind) -> None:
     """UserError where what student.json says of the steps cannot be."""
     where, first, levels = repr(str(folder / "student.json")), info["readout_t"], info.get("levels")
-    if not (type(first) is int and first >= 0):
+    known = (int,) if kind.whole_levels else (int, float)
+
+    def possible(t: Any) -> bool:
+        return type(t) in known and t >= 0 and math.isfinite(t)
+
+    if not possible(first):
         raise UserError(f"{where}: readout_t is {shown(first)}, no timestep; {RESAVE}")
     if levels is None:
         return
-    whole = isinstance(levels, list) and all(type(t) is int and t >= 0 for t in levels)
+    whole = isinstance(levels, list) and all(map(possible, levels))
     if not (whole and levels[:1] == [first] and all(t > following for t, following in pairwise(levels))):
         raise UserError(f"{where}: levels are {shown(levels)}, expected descending timesteps from readout_t={first}; {RESAVE}")
 
 
-def check_base(network: nn.Module, info: dict[str, Any], folder: Path) -> None:
-    """UserWarning where a LoRA is put on other weights than it was trained on.
+def check_base(network: nn.Module, info: dict[str, Any], folder: Path, component: str = "unet") -> None:
+    """UserWarning where a LoRA is put on other weights than it was trained on. component: what its pipeline calls the network.
 
     Students of earlier versions do not say theirs, and of weights in lower precision than at training it cannot be told.
     """
@@ -271,7 +293,7 @@ def check_base(network: nn.Module, info: dict[str, Any], folder: Path) -> None:
     mine = next(network.parameters()).dtype
     if "base_weights" not in info or trained is None or torch.promote_types(mine, trained) != mine:
         return
-    if weights_sha256({"unet": network}, dtype=trained) != info["base_weights"]:
+    if weights_sha256({component: network}, dtype=trained) != info["base_weights"]:
         warnings.warn(
             f"the student in {str(folder)!r} was trained on other weights than those now at its base model "
             f"({shown(info['base_model'])} then); its images will be others",

@@ -31,8 +31,8 @@ from pipelines.common.errors import USER_ERRORS, UserError, message, shown
 from pipelines.common.launch import user_errors
 from pipelines.common.options import finite, path_option, whole
 from pipelines.edm import PointNet
-from pipelines.stable_diffusion import overlong
 from pipelines.students import find_student, read_info
+from pipelines.text_to_image import network_of, overlong
 
 HOST = "127.0.0.1"
 LAST_PORT = 2**16 - 1
@@ -105,7 +105,7 @@ class Pair:
     @property
     def has_scale(self) -> bool:
         """Whether the student is a LoRA, which can be put on by more or less than as it was trained."""
-        return "student" in getattr(self.student.pipe.unet, "peft_config", {})
+        return "student" in getattr(network_of(self.student.pipe), "peft_config", {})
 
     @property
     def num_classes(self) -> int:
@@ -123,7 +123,7 @@ class Pair:
         if self.num_classes and not (isinstance(label, int) and 0 <= label < self.num_classes):
             raise UserError(f"class: {shown(label)}, expected a whole number from 0 to {self.num_classes - 1}")
         if self.has_scale:
-            self.student.pipe.unet.set_adapters("student", lora_scale(scale))
+            network_of(self.student.pipe).set_adapters("student", lora_scale(scale))
         note = self._note(prompt) if self.takes_prompt else ""
         for sampler in (self.student, self.teacher):
             yield *timed(sampler, prompt, label, seed), note
@@ -189,7 +189,7 @@ def load_pair(args: argparse.Namespace) -> Pair:
     own_network = info.get("family") == "edm" and info.get("weights") != "lora"
     how = {"dtype": args.dtype, "device": args.device}
     student = load_sampler(str(folder), base_model=None if own_network else args.base_model, **how)
-    if isinstance(student.pipe.unet, PointNet):
+    if isinstance(getattr(student.pipe, "unet", None), PointNet):
         raise UserError(f"{str(folder)!r} makes points, not pictures; `python -m eval points` draws them")
     guidance, why = teacher_guidance(args.teacher_guidance, info)
     if args.teacher_guidance is not None and not (student.num_classes or student.takes == "prompt"):

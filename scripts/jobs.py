@@ -60,7 +60,7 @@ class Job:
             return False
         # seconds to import: only where there is a run that may be done
         from pipelines.common.config import load_config
-        from pipelines.stable_diffusion import DTYPES
+        from pipelines.text_to_image import DTYPES
         from trainers.config.run import DistillConfig
         from trainers.families import base_weights
 

@@ -21,8 +21,8 @@ from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
 from pipelines.common.options import path, path_option, typed, whole
 from pipelines.common.strict import StockGuidance
-from pipelines.stable_diffusion import DTYPES, levels_of, load_pipeline, student_call
 from pipelines.students import find_student, load_student, read_info
+from pipelines.text_to_image import DTYPES, kind_of, levels_of, load_pipeline, network_of, student_call
 
 
 def timed(pipe: DiffusionPipeline, prompts: list[str], z: Tensor, **call) -> tuple[list[Image.Image], float]:
@@ -74,18 +74,17 @@ def draw(args: argparse.Namespace) -> None:
     teacher = load_pipeline(args.base_model or info["base_model"], DTYPES[args.dtype]).to(args.device)
     student.set_progress_bar_config(disable=True)
     size = info["image_size"]
-    side = size // student.vae_scale_factor
-    z = torch.randn(
-        len(args.prompt), student.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(args.seed)
-    )
-    z = z.to(args.device, DTYPES[args.dtype])
+    kind, config = kind_of(student), network_of(student).config
+    latents = kind.latent_shape(config, student.vae_scale_factor, size)
+    z = torch.randn(len(args.prompt), *latents, generator=torch.Generator().manual_seed(args.seed))
+    z = kind.packed(z).to(args.device, DTYPES[args.dtype])
     shape = {"height": size, "width": size}
     many = {"num_inference_steps": args.teacher_steps, "guidance_scale": args.teacher_guidance}
     columns = {}
-    own, n = student_call(info, student.scheduler), len(levels_of(info))
+    one, n = student_call(kind, config, student.scheduler, info), len(levels_of(info))
     cases = {
         f"teacher, {args.teacher_steps} steps": (teacher, many),
-        f"student, {n} step{'s' * (n > 1)}": (student, own | {"guidance_scale": 1.0}),
+        f"student, {n} step{'s' * (n > 1)}": (student, one),
     }
     for title, (pipe, call) in cases.items():
         images, seconds = timed(pipe, args.prompt, z, **shape, **call)

@@ -18,9 +18,9 @@ from pipelines.common.identity import pipeline_identity, tokens_identity
 from pipelines.common.reading import loading
 from pipelines.edm import EDMPipeline, PointNet
 from pipelines.loras import LoraSource, find_lora, load_lora, load_scheduler
-from pipelines.stable_diffusion import UNUSED, check_weights, levels_of, only_variant, read_index, student_call
 from pipelines.stock import StockPipeline
 from pipelines.students import load_student, read_info
+from pipelines.text_to_image import UNUSED, check_weights, kind_of, levels_of, network_of, only_variant, read_index, student_call
 
 from ..content import Speed
 from .seeds import image_generator, image_label
@@ -184,7 +184,7 @@ def _add_lora(pipe: StockPipeline | EDMPipeline, added: LoraSource, lora: str, s
         load_lora(pipe, added, "added")
     if student is None and added.scheduler is not None:
         pipe.scheduler = load_scheduler(added.scheduler)
-    if student is not None and "student" in getattr(pipe.unet, "peft_config", {}):
+    if student is not None and "student" in getattr(network_of(pipe), "peft_config", {}):
         pipe.set_adapters(["student", "added"])  # the second to be loaded would be the only one that acts
 
 
@@ -201,13 +201,14 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     """Keyword arguments of every call: written out even where they are the pipeline's defaults, so that reports tell them."""
     known = inspect.signature(pipe.__call__).parameters
     call: dict[str, Any] = {}
-    student_of_prompts = info and "prompt" in known
-    if student_of_prompts:
+    trained: dict[str, Any] = {}
+    if info and "prompt" in known and not isinstance(pipe, EDMPipeline):
         levels = levels_of(info)
         if steps not in (None, len(levels)):
             own = f"{len(levels)} step{'s' * (len(levels) > 1)} (timesteps {', '.join(map(str, levels))})"
             raise UserError(f"--steps: this student makes {own}, not {steps}; train one with student.steps={steps}")
-        call |= student_call(info, pipe.scheduler)
+        trained = student_call(kind_of(pipe), network_of(pipe).config, pipe.scheduler, info)
+        call |= {key: value for key, value in trained.items() if key != "guidance_scale"}
     elif steps is not None:
         call["num_inference_steps"] = steps
     elif isinstance(pipe, EDMPipeline):
@@ -215,7 +216,7 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     else:
         call["num_inference_steps"] = known["num_inference_steps"].default
     if "guidance_scale" in known:
-        call["guidance_scale"] = 1.0 if student_of_prompts and guidance_scale is None else guidance_scale
+        call["guidance_scale"] = trained.get("guidance_scale") if guidance_scale is None else guidance_scale
         if call["guidance_scale"] is None:
             call["guidance_scale"] = known["guidance_scale"].default
         elif call["guidance_scale"] < 1 and hasattr(type(pipe), "do_classifier_free_guidance"):

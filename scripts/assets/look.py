@@ -26,7 +26,7 @@ from pipelines import emoji
 from pipelines.common.launch import user_errors
 from pipelines.common.options import path, typed, whole
 from pipelines.common.strict import StockGuidance
-from pipelines.stable_diffusion import load_pipeline
+from pipelines.text_to_image import load_pipeline
 
 from .assemble import load_clip
 from .clip import embed, plain_pairs, retrieval

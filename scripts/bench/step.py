@@ -41,12 +41,12 @@ from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.noise import VPSchedule
+from pipelines.stable_diffusion import KIND
 from trainers.config.networks import Lora
 from trainers.config.run import DistillConfig
 from trainers.data.examples import Tensors
 from trainers.engine.draws import DrawSource
 from trainers.engine.loop import Trainer
-from trainers.families.stable_diffusion import ALL_LAYERS
 from trainers.posteriors import COVARIANCES, UNetPosterior
 
 from ..jobs import cores, exit_cleanly
@@ -88,7 +88,7 @@ class RandomModels:
 
     def _role(self, name: str) -> Role:
         base = SharedNetwork(copy.deepcopy(self.base.network)) if self.copies else self.base
-        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.rank, target_modules=list(self.lora.targets or ALL_LAYERS))
+        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.rank, target_modules=list(self.lora.targets or KIND.layers))
         return base.add_adapter(name, config)
 
     def _denoiser(self, network: nn.Module) -> Denoiser:
@@ -161,7 +161,7 @@ def lcm_step(shape: dict[str, Any], device: torch.device) -> Callable[[], None]:
     """The update of diffusers' LCM-LoRA example (Luo et al. 2023): consistency between t and the teacher's DDIM step from t."""
     teacher = random_unet(shape, device)
     student = SharedNetwork(copy.deepcopy(teacher))
-    role = student.add_adapter("student", LoraConfig(r=shape["rank"], target_modules=list(ALL_LAYERS)))
+    role = student.add_adapter("student", LoraConfig(r=shape["rank"], target_modules=list(KIND.layers)))
     student.network.enable_gradient_checkpointing(student.checkpointed)
     optimizer = torch.optim.AdamW(role.parameters(), lr=1e-5)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -17,8 +17,9 @@ from pipelines.common.errors import UserError
 from pipelines.students import load_student
 from trainers.config.run import DistillConfig
 from trainers.engine import checkpoint
-from trainers.families.stable_diffusion import Family
+from trainers.families import load_family
 
+Family = load_family("stable_diffusion")
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 
 PROMPTS = ["a cat", "a dog on a mat", "a red house"]  # conftest's prompt_file

@@ -38,8 +38,9 @@ from trainers import distill
 from trainers.config.run import DistillConfig
 from trainers.engine import checkpoint
 from trainers.engine.ema import Ema, constant_decay
-from trainers.families.stable_diffusion import Family as StableDiffusionModels
+from trainers.families import load_family
 
+StableDiffusionModels = load_family("stable_diffusion")
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 
 PROMPTS = ["a cat", "a dog on a mat", "a red house"]  # conftest's prompt_file

@@ -14,7 +14,7 @@ import torch
 from pipelines.common.errors import UserError
 from pipelines.common.identity import weights_sha256
 from pipelines.common.reading import refuse_single_file
-from pipelines.stable_diffusion import read_index
+from pipelines.text_to_image import KINDS, read_index
 
 from ..config.run import DistillConfig, TeacherConfig
 
@@ -22,21 +22,23 @@ if TYPE_CHECKING:
     from .base import Family
 
 # the file -> what model_index.json calls the pipelines of that family; an exact teacher has none
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "exact": (),
-    "edm": ("EDMPipeline",),
-    "stable_diffusion": ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
-}
+OWN: dict[str, tuple[str, ...]] = {"exact": (), "edm": ("EDMPipeline",)}
+# text-to-image teachers are one family, of as many kinds as there are files with one in pipelines/
+TEXT_TO_IMAGE = {e.module: tuple(o.pipeline for o in KINDS.values() if o.module == e.module) for e in KINDS.values()}
+FAMILIES = OWN | TEXT_TO_IMAGE
 
 
 def load_family(name: str) -> type[Family]:
-    return import_module(f".{name}", __name__).Family
+    """By its key in FAMILIES."""
+    if name in OWN:
+        return import_module(f".{name}", __name__).Family
+    return import_module(".text_to_image", __name__).of_kind(import_module(f"pipelines.{name}").KIND)
 
 
 def family_for(config: DistillConfig | TeacherConfig) -> type[Family]:
     """That of the teacher that is distilled, or trained."""
     if isinstance(config, TeacherConfig):
-        return load_family("edm" if config.pipeline is None else "stable_diffusion")
+        return load_family("edm" if config.pipeline is None else further_family(config.pipeline))
     return load_family("exact" if config.teacher.exact else family_of(config.teacher.source))
 
 
@@ -64,6 +66,16 @@ def family_of(path: str) -> str:
     return found[kind]
 
 
+def further_family(pipeline: str) -> str:
+    """The key in FAMILIES of a text-to-image pipeline that is trained further."""
+    kind = read_index(pipeline).get("_class_name")
+    found = next((name for name, kinds in TEXT_TO_IMAGE.items() if kind in kinds), None)
+    if found is None:
+        raise UserError(f"pipeline: {pipeline!r} holds a {kind}; expected one of {', '.join(e.pipeline for e in KINDS.values())}")
+    return found
+
+
 def base_weights(path: str, dtype: torch.dtype, variant: str | None) -> str:
     """The hash of a teacher's network that its students note as base_weights."""
-    return weights_sha256({"unet": load_family(family_of(path)).network_of(path, dtype, variant)})
+    family = load_family(family_of(path))
+    return weights_sha256({family.component: family.network_of(path, dtype, variant)})

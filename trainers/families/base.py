@@ -36,11 +36,13 @@ class Family(Parts):
     """A teacher that is distilled, and all that is made of it. Family(config, accelerator) refuses what does not fit, before
     anything is loaded where that can be told, and loads it. What is not overridden is that of a model of images without text.
 
-    called: in messages; teacher_keys, student_keys: of these sections, what it has; gives: what an objective may ask (Need.what).
+    called: in messages; component: what a pipeline calls the network; teacher_keys, student_keys: of these sections, what it has;
+    gives: what an objective may ask (Need.what).
     sampling_range: the lowest and the highest t at which the teacher is sampled; facts: of the student, for student.json.
     """
 
     called: ClassVar[str]
+    component: ClassVar[str] = "unet"
     teacher_keys: ClassVar[tuple[str, ...]]
     student_keys: ClassVar[tuple[str, ...]]
     gives: ClassVar[tuple[str, ...]]

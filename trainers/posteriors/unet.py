@@ -67,9 +67,11 @@ class UNetPosterior(nn.Module):
 
     @torch.no_grad()
     def start_mean(self, conv_out: nn.Module) -> None:
-        """Copy the teacher's last convolution into the rows that make x0_mean (further channels of its are no mean)."""
+        """Copy the teacher's last layer, its outputs channel by channel, into the rows that make x0_mean (further channels of its
+        are no mean).
+        """
         own = self.network.conv_out
-        if not isinstance(own, nn.Conv2d):
+        if not isinstance(own, nn.Conv2d | nn.Linear):
             raise ValueError(f"the posterior's last layer is a {type(own).__name__}, where a convolution makes x0_mean")
         rows = len(own.weight) * self.num_means // (self.covariance.num_maps + self.num_means)
         for mine, theirs in zip(own.parameters(), conv_out.parameters(), strict=True):

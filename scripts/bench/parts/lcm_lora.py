@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from pipelines.adapters import SharedNetwork
 from pipelines.common.launch import user_errors
 from pipelines.common.options import finite, path, whole
-from pipelines.stable_diffusion import load_pipeline
+from pipelines.stable_diffusion import KIND
 from pipelines.students import save_lora
+from pipelines.text_to_image import load_pipeline
 from trainers.config.data import Captions
-from trainers.families.stable_diffusion import ALL_LAYERS, encode
+from trainers.families.text_to_image import encode
 
 SOLVER_STEPS = 50  # of the DDIM grid between whose points the student is made consistent
 SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # of the boundary condition: f(x, 0) = x
@@ -122,7 +123,7 @@ def train(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.teacher)
     shared = SharedNetwork(pipe.unet.requires_grad_(False).eval())
     torch.manual_seed(args.seed)
-    student = shared.add_adapter("student", LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(ALL_LAYERS)))
+    student = shared.add_adapter("student", LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(KIND.layers)))
     teacher = shared.teacher()
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-2)

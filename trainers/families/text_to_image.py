@@ -1,24 +1,26 @@
-"""Stable Diffusion teachers: one frozen network, adapters for every other role, text and images encoded once."""
+"""Text-to-image teachers of any kind (pipelines.text_to_image): one frozen network, adapters for every other role, text and
+images encoded once.
+"""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from pipelines import stable_diffusion as sd
-from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, in_float32, last_layer, whole_copy
+from pipelines import text_to_image as t2i
+from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, in_float32, whole_copy
 from pipelines.common.errors import UserError
 from pipelines.common.identity import network_identity, pipeline_identity, tokens_identity, weights_sha256
-from pipelines.common.reading import loading
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, check_readout
 from pipelines.stock import StockPipeline
-from pipelines.students import save_stable_diffusion
+from pipelines.students import save_text_to_image
+from pipelines.text_to_image import Kind
 
 from ..cache import Encoded
 from ..command import sharded
@@ -36,55 +38,51 @@ from ..posteriors.section import Posterior
 from . import base, teacher_folder
 from .base import Learner, add_role, build_covariance, refuse, unit_noise
 
-# Every layer that the published one-step and few-step LoRAs of Stable Diffusion adapt (the LCM-LoRA set).
-ALL_LAYERS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut"),
-    *("downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
-
-TEXT_AND_IMAGES = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-NO_TEXT = "data: a Stable Diffusion teacher needs data.name prompts, captions or teacher_samples"
 TextData = Prompts | Captions | TeacherSamples
 FORMAT = 2  # of what is encoded and how: a change of the rules below that changes the rows needs another number
 
 
 class Family(base.Family):
-    """See base.Family."""
+    """See base.Family. kind: what the teacher is; of_kind makes the class of one."""
 
-    called = "a Stable Diffusion teacher"
+    kind: ClassVar[Kind]
     teacher_keys = ("path", "guidance_scale", "negative_prompt", "dtype", "variant")
-    student_keys = ("readout_t", "steps", "inputs", "lora")
     gives = ("lora", "posterior", "condition_vector")
     examples: Cached
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        t = config.teacher
+        t, kind = config.teacher, self.kind
         path = teacher_folder(t.source)
-        index = sd.read_index(path)
-        sd.check_parts(path)  # before its text encoders work, which may take hours
-        schedule = sd.load_schedule(path)
+        index = t2i.read_index(path)
+        self.network_config = t2i.network_config(path, kind)
+        self.check_guidance(config, self.network_config)
+        t2i.check_parts(path)  # before its text encoders work, which may take hours
+        scheduler = t2i.load_scheduler(path)
+        schedule = kind.schedule(scheduler)
         check_levels(config, schedule)
         self.sampling_range = schedule.t_range
-        self.levels = self._levels(config, int(schedule.t_range[1]) + 1)
+        self.levels = self._levels(config, scheduler)
         for timestep in self.levels:
             check_readout(schedule, timestep)
         encoded = self.encoded(config, accelerator)
         self.examples, self.latent_shape, null = encoded.examples, encoded.shape, encoded.null
-        kept = {"unet", "scheduler"} | ({"vae"} if config.sample_every or config.evaluation else set())
+        kept = {kind.component, "scheduler"} | ({"vae"} if config.sample_every or config.evaluation else set())
         left_out = [k for k in index if not k.startswith("_") and k not in kept]
-        self.pipe = sd.load_pipeline(path, sd.DTYPES[t.dtype], left_out, t.variant)
-        base_weights = weights_sha256({"unet": self.pipe.unet})
-        self.base = SharedNetwork(self.pipe.unet)
-        self.teacher = sd.denoiser(self.pipe, self.base.teacher(), t.guidance_scale, null)
+        self.pipe = t2i.load_pipeline(path, t2i.DTYPES[t.dtype], left_out, t.variant)
+        network = t2i.network_of(self.pipe)
+        base_weights = weights_sha256({kind.component: network})
+        self.base = SharedNetwork(network, kind.anatomy(t.guidance_scale))
+        guided = kind.guidance(self.network_config) == "null"
+        self.teacher = t2i.denoiser(self.pipe, self.base.teacher(), t.guidance_scale if guided else 1.0, null)
         role = self._role("student", config.student.lora)
         self.trained = role.network if isinstance(role, Whole) else None
-        self.student = FewStepGenerator(sd.denoiser(self.pipe, role), self.levels, inputs=config.inputs)
+        self.student = FewStepGenerator(t2i.denoiser(self.pipe, role), self.levels, inputs=config.inputs)
         if getattr(self.pipe, "vae", None) is not None:
             self.pipe.vae.to(self.device)  # type: ignore[arg-type]  # diffusers' wrapper of it hides its arguments
         self.facts = {
-            "family": sd.FAMILIES[type(self.pipe).__name__],
-            "weights": "lora" if config.student.lora else "unet",
+            "family": t2i.family_name(self.pipe),
+            "weights": "lora" if config.student.lora else kind.component,
             "readout_t": self.levels[0],
             **({"levels": self.levels} if len(self.levels) > 1 else {}),
             "guidance_scale": t.guidance_scale,
@@ -102,7 +100,25 @@ class Family(base.Family):
             unguided = "a teacher without guidance (guidance_scale 1)"
             refuse(unguided, {"teacher.negative_prompt": config.teacher.negative_prompt})
         if not isinstance(config.data, TEXT_DATA):
-            raise UserError(NO_TEXT)
+            raise UserError(cls.no_text())
+        if getattr(config.objective, "features", None) and not cls.kind.has_features:
+            raise UserError(f"objective.features: {cls.called} has no feature maps; remove it")
+
+    @classmethod
+    def no_text(cls) -> str:
+        return f"data: {cls.called} needs data.name prompts, captions or teacher_samples"
+
+    @classmethod
+    def check_guidance(cls, config: DistillConfig, network: Mapping[str, Any]) -> None:
+        """UserError for guidance that a network of these settings does not have."""
+        t, guidance = config.teacher, cls.kind.guidance(network)
+        if guidance == "none" and t.guidance_scale != 1:
+            raise UserError(
+                f"teacher.guidance_scale: {t.guidance_scale:g}, and this teacher has no guidance: its {cls.kind.component} is "
+                "not told one (guidance_embeds is false); remove it"
+            )
+        if guidance != "null":
+            refuse("a teacher without a null condition", {"teacher.negative_prompt": t.negative_prompt})
 
     @classmethod
     def refusal(cls, need: Need) -> str | None:
@@ -119,12 +135,14 @@ class Family(base.Family):
                 return f"{need.key}.{key} has no effect for {cls.called}; remove it"
         return None
 
-    @staticmethod
-    def _levels(config: DistillConfig, num_train_timesteps: int) -> list[int]:
-        """The timesteps of the student's steps."""
+    @classmethod
+    def _levels(cls, config: DistillConfig, scheduler: Any) -> list[float]:
+        """Those of the student's steps. scheduler: the teacher's."""
         steps, readout_t = config.student.steps, config.student.readout_t
         if isinstance(steps, int):
-            return [readout_t] if readout_t is not None else sd.student_levels(num_train_timesteps, steps)
+            return [readout_t] if readout_t is not None else cls.kind.student_levels(scheduler, steps)
+        if not cls.kind.whole_levels:
+            return list(steps)
         if odd := [t for t in steps if t != int(t)]:
             raise UserError(f"student.steps: {odd[0]:g} is no timestep; {config.teacher.path!r} knows whole ones")
         return [int(t) for t in steps]
@@ -132,31 +150,31 @@ class Family(base.Family):
     def _role(self, name: str, lora: Lora | None) -> Role | Whole:
         """An adapter on the teacher's weights, or a network of its own in float32."""
         if lora is None:
-            return Whole(whole_copy(self.base.network))
-        return add_role(self.base, name, lora, ALL_LAYERS, self.config.seed)
+            return Whole(whole_copy(self.base.network), self.base.anatomy)
+        return add_role(self.base, name, lora, self.kind.layers, self.config.seed)
 
     def fake_score(self, section: Any) -> Denoiser:
-        return sd.denoiser(self.pipe, self._role("aux", section.lora))
+        return t2i.denoiser(self.pipe, self._role("aux", section.lora))
 
     def features(self) -> FeatureMaps:
         """Without guidance: x_t of either side is compared under its own condition."""
-        network = self.base.network
-        return FeatureMaps(sd.denoiser(self.pipe, self.base.teacher()), (network.mid_block, network.up_blocks[0]))
+        layers = self.kind.feature_layers(self.base.network)
+        return FeatureMaps(t2i.denoiser(self.pipe, self.base.teacher()), layers)
 
     def posterior(self, section: Posterior, with_mean: bool) -> UNetPosterior:
-        p, own = section, self.base.network
+        p = section
         covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         network: AdapterHead | TextUNet
         if isinstance(p.network, Network):
-            network = small_unet(
-                p.network, own, self.latent_shape, out_channels, derive_seed(self.config.seed, "init", "posterior")
-            )
+            width = self.kind.text_width(self.network_config)
+            seed = derive_seed(self.config.seed, "init", "posterior")
+            network = small_unet(p.network, width, self.latent_shape, out_channels, seed, self.kind.time_scale)
         else:
-            network = AdapterHead(add_role(self.base, "aux", p.lora, ALL_LAYERS, self.config.seed), out_channels)
+            network = AdapterHead(add_role(self.base, "aux", p.lora, self.kind.layers, self.config.seed), out_channels)
         posterior = UNetPosterior(network, covariance, self.teacher.sigma_data, with_mean, self.teacher.parameterization)
-        if with_mean and p.network == "adapter":
-            posterior.start_mean(last_layer(own))
+        if with_mean and isinstance(network, AdapterHead):
+            posterior.start_mean(network.replaced)
         return posterior
 
     @torch.no_grad()
@@ -176,7 +194,7 @@ class Family(base.Family):
         return {k: v.to(self.device) for k, v in self.examples.rows(rows % len(self.examples))[1].items()}
 
     def decode(self, x0: Tensor) -> Tensor:
-        return sd.decode_latents(self.pipe.vae, x0) / 2 + 0.5
+        return t2i.decode_latents(self.pipe.vae, x0) / 2 + 0.5
 
     @torch.no_grad()
     def images(self, index: range) -> Tensor:
@@ -185,41 +203,48 @@ class Family(base.Family):
 
     @classmethod
     def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:
-        return FurtherTeacher(config, accelerator)
+        return FurtherTeacher(cls, config, accelerator)
 
     @classmethod
     def network_of(cls, path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
-        return sd.load_pipeline(teacher_folder(path), dtype, TEXT_AND_IMAGES, variant).unet
+        return t2i.network_of(t2i.load_pipeline(teacher_folder(path), dtype, t2i.TEXT_AND_IMAGES, variant))
 
     @classmethod
     def encoded(cls, config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
         data = config.data
         if not isinstance(data, TEXT_DATA):
-            raise UserError(NO_TEXT)
+            raise UserError(cls.no_text())
         folder = Path(data.cache or f"{config.output_dir}/cache")
         if isinstance(config, TeacherConfig):
             return encode(pipeline_of(config), data, folder, accelerator, torch.float32, seed=config.seed)
         t = config.teacher
         options = {"negative_prompt": t.negative_prompt, "variant": t.variant, "seed": config.seed}
-        return encode(teacher_folder(t.source), data, folder, accelerator, sd.DTYPES[t.dtype], **options)
+        return encode(teacher_folder(t.source), data, folder, accelerator, t2i.DTYPES[t.dtype], **options)
 
     def shard(self) -> None:
         self.base.shard()
 
     def export(self, folder: Path, info: dict[str, Any]) -> None:
-        scheduler = sd.one_step_scheduler(self.pipe.scheduler)
+        scheduler = self.kind.student_scheduler(self.pipe.scheduler, self.levels)
         if self.config.student.lora:
-            save_stable_diffusion(folder, type(self.pipe), scheduler, info, adapter=(self.base.network, "student"))
+            save_text_to_image(folder, type(self.pipe), scheduler, info, adapter=(self.base.network, "student"))
         else:
-            save_stable_diffusion(folder, type(self.pipe), scheduler, info, network=self.trained)
+            save_text_to_image(folder, type(self.pipe), scheduler, info, network=self.trained)
+
+
+def of_kind(kind: Kind) -> type[Family]:
+    """The family of a kind of teachers."""
+    keys = (*(("readout_t",) if kind.any_readout else ()), "steps", "inputs", "lora")
+    own = {"kind": kind, "called": kind.called, "component": kind.component, "student_keys": keys}
+    return type(f"{type(kind).__name__}Family", (Family,), own)
 
 
 class TextUNet(nn.Module):
-    """A small U-Net of its own that reads x_t, t and the prompt's tokens; SDXL's further conditions are left to the teacher."""
+    """A small U-Net of its own that reads x_t, t and the prompt's tokens; further conditions are left to the teacher."""
 
-    def __init__(self, network: UNet2DConditionModel) -> None:
+    def __init__(self, network: UNet2DConditionModel, time_scale: float) -> None:
         super().__init__()
-        self.network, self.out_channels = network, network.config["out_channels"]
+        self.network, self.out_channels, self.time_scale = network, network.config["out_channels"], time_scale
 
     @property
     def conv_out(self) -> nn.Conv2d:
@@ -230,10 +255,12 @@ class TextUNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor, **condition: Tensor) -> Tensor:
         with in_float32(self.network.conv_out):
-            return self.network(x_t, t, encoder_hidden_states.to(x_t.dtype)).sample
+            return self.network(x_t, self.time_scale * t, encoder_hidden_states.to(x_t.dtype)).sample
 
 
-def small_unet(network: Network, base: ModelMixin, shape: tuple[int, int, int], out_channels: int, seed: int) -> TextUNet:
+def small_unet(
+    network: Network, text_width: int, shape: tuple[int, int, int], out_channels: int, seed: int, time_scale: float
+) -> TextUNet:
     """UNet2DConditionModel with the widths of a `network` section; its last layer starts at zero."""
     levels = range(len(network.channel_mult))
     down = tuple("CrossAttnDownBlock2D" if i in network.attention_levels else "DownBlock2D" for i in levels)
@@ -249,39 +276,40 @@ def small_unet(network: Network, base: ModelMixin, shape: tuple[int, int, int], 
             up_block_types=up,
             block_out_channels=widths,
             layers_per_block=network.num_blocks,
-            cross_attention_dim=base.config["cross_attention_dim"],
+            cross_attention_dim=text_width,
             norm_num_groups=next(g for g in (32, 16, 8, 4, 2, 1) if all(w % g == 0 for w in widths)),
         )
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
-    return TextUNet(unet)
+    return TextUNet(unet, time_scale)
 
 
 class FurtherTeacher:
-    """The network of a Stable Diffusion pipeline, all of its weights, on encoded images and captions. See base.Learner."""
+    """The network of a text-to-image pipeline, all of its weights, on encoded images and captions. See base.Learner."""
 
-    def __init__(self, config: TeacherConfig, accelerator: Accelerator) -> None:
+    def __init__(self, family: type[Family], config: TeacherConfig, accelerator: Accelerator) -> None:
         self.config, self.device = config, accelerator.device
         source = pipeline_of(config)
-        sd.check_parts(source)  # before its text encoders work, which may take hours
-        check_levels(config, sd.load_schedule(source))
-        encoded = Family.encoded(config, accelerator)
+        t2i.check_parts(source)  # before its text encoders work, which may take hours
+        check_levels(config, family.kind.schedule(t2i.load_scheduler(source)))
+        encoded = family.encoded(config, accelerator)
         self.examples, self.latent_shape, self.null_condition = encoded.examples, encoded.shape, encoded.null
-        self.pipeline = sd.load_pipeline(source)
-        unet = self.pipeline.unet.requires_grad_(True).train()
-        self.denoiser = sd.denoiser(self.pipeline, Whole(unet))
+        self.pipeline = t2i.load_pipeline(source)
+        self.network = t2i.network_of(self.pipeline).requires_grad_(True).train()
+        self.denoiser = t2i.denoiser(self.pipeline, Whole(self.network, family.kind.anatomy(1.0)))
         self.prompts = [encoded.prompts[i] for i in evenly(config.num_samples, len(encoded.prompts))]
         self.image_size = encoded.image_size
         self.facts = {"image_size": encoded.image_size, "base_model": config.pipeline}
 
     @torch.no_grad()
     def preview(self) -> Tensor:
-        self.pipeline.to(self.device).unet.eval()
+        self.pipeline.to(self.device)
+        self.network.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
         options = {"height": self.image_size, "width": self.image_size, "num_inference_steps": 25, "output_type": "pt"}
         options |= {} if self.config.guidance_scale is None else {"guidance_scale": self.config.guidance_scale}
         drawn = self.pipeline(self.prompts, generator=generator, **options).images
-        self.pipeline.unet.train()
+        self.network.train()
         return drawn.float()
 
 
@@ -316,36 +344,37 @@ class Encoder:
         seed: int = 0,
     ) -> None:
         self.rows, self.data, self.device, self.seed, self.negative_prompt = rows, data, device, seed, negative_prompt
-        left_out = ("unet",) if not isinstance(data, TeacherSamples) else ()
-        self.pipe = pipe = sd.load_pipeline(
+        index = t2i.read_index(source)
+        self.kind = kind = t2i.kind_named(t2i.family_in(index, source))
+        left_out = (kind.component,) if not isinstance(data, TeacherSamples) else ()
+        self.pipe = pipe = t2i.load_pipeline(
             source, dtype, left_out if isinstance(data, Captions) else (*left_out, "vae"), variant
         )
         # sizes come from the network and the VAE, whose configurations are at hand without their weights
-        with loading(f"{source!r}: the settings of unet/ cannot be read"):
-            config = with_defaults(UNet2DConditionModel, UNet2DConditionModel.load_config(source, subfolder="unet"))
-        factor = vae_factor(source)
-        self.shape = latent_shape(config, factor, data.image_size)
+        self.config = t2i.network_config(source, kind)
+        factor = t2i.vae_factor(source)
+        self.shape = kind.latent_shape(self.config, factor, data.image_size)
         self.image_size = self.shape[1] * factor
         self.size = (self.image_size, self.image_size)
-        self.overlong, self.most_tokens = sd.overlong(pipe, rows.prompts), pipe.tokenizer.model_max_length
+        self.overlong, self.most_tokens = t2i.overlong(pipe, rows.prompts), kind.most_tokens(pipe)[1]
         self.identity = identity_of(pipe, data, rows.prompts, self.image_size, dtype, seed)
         pipe.to(device)
 
     def null(self) -> Condition:
-        return {k: v.cpu() for k, v in sd.null_condition(self.pipe, self.negative_prompt, self.device).items()}
+        null = self.kind.null_condition(self.pipe, self.negative_prompt, self.device, self.config)
+        return {k: v.cpu() for k, v in null.items()}
 
     def __call__(self, index: range) -> dict[str, Tensor]:
         prompts = [self.rows.prompts[i] for i in index]
-        condition = sd.encode_prompts(self.pipe, prompts, self.size, self.device)
+        condition = self.kind.encode_prompts(self.pipe, prompts, self.size, self.device, self.config)
         data = self.data
         if isinstance(data, Prompts):
             return condition
         noise = torch.stack([self._noise(i) for i in index]).to(self.device)
         if isinstance(self.rows, CaptionRows):
             images, places = image_batch(self.rows, index, self.size[0])
-            if "time_ids" in condition:
-                condition["time_ids"] = sd.time_ids(places, self.size)
-            return condition | {"latents": sd.encode_images(self.pipe.vae, images.to(self.device), noise)}
+            condition = self.kind.placed(condition, places, self.size)
+            return condition | {"latents": t2i.encode_images(self.pipe.vae, images.to(self.device), noise)}
         if not isinstance(data, TeacherSamples):
             raise ValueError(f"data: {data.name!r} comes with images, and these rows have none")
         latents = self.pipe(
@@ -354,10 +383,10 @@ class Encoder:
             width=self.size[1],
             num_inference_steps=data.num_inference_steps,
             guidance_scale=data.guidance_scale,
-            latents=noise.to(self.pipe.unet.dtype),
+            latents=self.kind.packed(noise).to(t2i.network_of(self.pipe).dtype),
             output_type="latent",
         ).images
-        return condition | {"latents": latents.float()}
+        return condition | {"latents": self.kind.unpacked(latents, self.shape).float()}
 
     def _noise(self, row: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "cache", row))
@@ -371,41 +400,16 @@ def identity_of(
     encoder, and only where there are images. The negative prompt is no part: the null condition is not in the cache.
     """
     images, samples = isinstance(data, Captions), isinstance(data, TeacherSamples)
-    encoders = ("text_encoder", "text_encoder_2")
+    kind, encoders = t2i.kind_of(pipe), t2i.TEXT_ENCODERS
     found: dict[str, Any] = {"format": FORMAT, "kind": data.name, "dtype": str(dtype).removeprefix("torch.")}
-    found |= pipeline_identity(pipe, (*encoders, "unet") if samples else encoders, scheduler=samples, call=samples)
+    found |= pipeline_identity(pipe, (*encoders, kind.component) if samples else encoders, scheduler=samples, call=samples)
     found |= tokens_identity(pipe, prompts)
     if images:
         found |= network_identity("vae", pipe.vae, left_out=("decoder.", "post_quant_conv."))
-    if images or samples or sd.FAMILIES[type(pipe).__name__] == "sdxl":  # it is in SDXL's time_ids
+    if images or samples or kind.reads_size(pipe):
         found["image_size"] = image_size
     if images or samples:
         found["seed"] = seed
     if isinstance(data, TeacherSamples):
         found |= {"steps": data.num_inference_steps, "guidance_scale": data.guidance_scale}
     return found
-
-
-def vae_factor(source: str) -> int:
-    """Pixels a latent, on a side."""
-    if sd.read_index(source).get("vae", [None])[0] is None:
-        return 1
-    with loading(f"{source!r}: the settings of vae/ cannot be read"):
-        config = with_defaults(AutoencoderKL, AutoencoderKL.load_config(source, subfolder="vae"))
-        return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def with_defaults(kind: type[ModelMixin], config: dict[str, Any]) -> dict[str, Any]:
-    """A network's settings, those that its file leaves out as diffusers would take them."""
-    return {name: config.get(name, p.default) for name, p in inspect.signature(kind).parameters.items()}
-
-
-def latent_shape(config: dict[str, Any], factor: int, image_size: int | None) -> tuple[int, int, int]:
-    """(c, h, w) of the latents of square images, by default of the network's own size; ValueError for one that does not fit."""
-    channels, side = config["in_channels"], config["sample_size"]
-    if image_size is not None:
-        side, rest = divmod(image_size, factor)
-        steps = 2 ** (len(config["block_out_channels"]) - 1)
-        if rest or side % steps:
-            raise UserError(f"data.image_size={image_size} must be a multiple of {factor * steps} for this teacher")
-    return channels, side, side

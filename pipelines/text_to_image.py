@@ -1,0 +1,471 @@
+"""Stock text-to-image pipelines: what one family of them is to this project (`Kind`), their registry, and loading with checks.
+
+A new family is a file with a Kind, and a line of KINDS; nothing else asks which one it is. Conditions are dicts of tensors with
+the batch first, as everywhere; their keys are the kind's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .adapters import Anatomy
+from .common.errors import UserError, shown
+from .common.reading import BY_FILES, damaged_weights, loading, read_json, reason_of, refuse_single_file
+from .data.walk import examples
+from .denoiser import Condition, Denoiser
+from .noise import PredictionType, Schedule, add_noise, from_x0, widen
+from .preconditioning import Prediction
+from .stock import StockPipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+MOST_LEVELS = 1_000_000  # a thousand times what published models have
+# never needed to distil; a safety checker would blacken images of an untrained student
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_AND_IMAGES = ("vae", *TEXT_ENCODERS, *TOKENIZERS)
+
+# null: two calls, with and without the prompt; input: a number that the network is told; none: it knows no guidance
+Guidance = Literal["null", "input", "none"]
+
+
+class Entry(NamedTuple):
+    """module: of this package, with a KIND; pipeline: the class of diffusers, as model_index.json has it."""
+
+    module: str
+    pipeline: str
+
+
+# what student.json calls the family of a base model -> where it is
+KINDS: dict[str, Entry] = {
+    "sd": Entry("stable_diffusion", "StableDiffusionPipeline"),
+    "sdxl": Entry("stable_diffusion", "StableDiffusionXLPipeline"),
+}
+
+
+class Kind:
+    """What a family of stock pipelines is: its network, its noise, its text, its latents and its one step.
+
+    called: in messages; component, network: the pipeline's part that is distilled, and its class; layers: those that LoRA adapts
+    by default, as in published LoRAs; scheduler: the stock class whose steps are x0; optional: text encoders that a folder may do
+    without; time_scale: a schedule's t times this is what a network of sinusoids is told; any_readout: whether a student of one
+    step may read out elsewhere than at the schedule's last level (student.readout_t); whole_levels: whether levels are whole
+    numbers; noise_dtype: in which the scheduler draws noise between steps for a network's output in float64.
+    """
+
+    called: str
+    component: str
+    network: type[ModelMixin]
+    layers: tuple[str, ...]
+    scheduler: type[Any]
+    optional: tuple[str, ...] = ()
+    time_scale = 1.0
+    any_readout = whole_levels = False
+    noise_dtype = torch.float64
+    has_features = False
+
+    # The network
+
+    def anatomy(self, guidance_scale: float) -> Anatomy:
+        """How the network is called. guidance_scale: what it is told, where that is an input of it."""
+        raise NotImplementedError
+
+    def guidance(self, config: Mapping[str, Any]) -> Guidance:
+        """How a network of these settings is guided."""
+        return "null"
+
+    def feature_layers(self, network: Any) -> tuple[nn.Module, ...]:
+        """Layers whose outputs are maps (b, c, h, w), at the lowest resolution and the next, where has_features says so."""
+        raise NotImplementedError
+
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        """Of encoder_hidden_states (b, l, width)."""
+        raise NotImplementedError
+
+    # Noise
+
+    def check_folder(self, folder: Path, index: Mapping[str, Any], left_out: Iterable[str]) -> None:
+        """What can be told of a pipeline's folder before anything of it is loaded."""
+
+    def check_scheduler(self, scheduler: Any, source: str) -> None:
+        """UserError for a noise schedule that has no exact single step."""
+        raise NotImplementedError
+
+    def schedule(self, scheduler: Any) -> Schedule:
+        raise NotImplementedError
+
+    def prediction(self, scheduler: Any) -> PredictionType:
+        raise NotImplementedError
+
+    def student_levels(self, scheduler: Any, steps: int) -> list[Any]:
+        """The levels of so many steps: those at which the stock scheduler calls the network. UserError for more than it has."""
+        raise NotImplementedError
+
+    def student_scheduler(self, scheduler: Any, levels: Sequence[float]) -> Any:
+        """The stock scheduler, made of the teacher's, whose steps are x0 and fresh noise, at these levels."""
+        raise NotImplementedError
+
+    def call(self, levels: Sequence[float], scheduler: Any) -> dict[str, Any]:
+        """The arguments of a stock pipeline's call that make it those steps."""
+        raise NotImplementedError
+
+    def start(self, scheduler: Any, levels: Sequence[float]) -> bool:
+        """Set a scheduler's timesteps as a stock pipeline does for these steps; whether they are then those of the levels."""
+        raise NotImplementedError
+
+    def why_not(self, scheduler: Any) -> str:
+        """What makes a scheduler's step another one, where that can be said: ends a message."""
+        return ""
+
+    # Text
+
+    def encode_prompts(
+        self,
+        pipe: StockPipeline,
+        prompts: Sequence[str],
+        size: tuple[int, int],
+        device: torch.device,
+        config: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """The condition of each prompt, without guidance, as the stock pipeline makes it for images of `size` (h, w).
+
+        config: the network's settings, of a pipeline that is without it.
+        """
+        raise NotImplementedError
+
+    def null_condition(
+        self, pipe: StockPipeline, negative_prompt: str | None, device: torch.device, config: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """What guidance leads away from, unbatched. None means what the stock pipeline takes for no prompt."""
+        raise NotImplementedError
+
+    def reads_size(self, pipe: StockPipeline) -> bool:
+        """Whether conditions depend on the size of the images."""
+        return False
+
+    def placed(
+        self, condition: dict[str, Tensor], places: Sequence[tuple[int, int, int, int]], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The condition of images that were cut out of others at places (height, width, top, left)."""
+        return condition
+
+    def most_tokens(self, pipe: StockPipeline) -> tuple[Any, int]:
+        """The tokenizer that keeps most of a prompt, and how many tokens it keeps."""
+        return pipe.tokenizer, pipe.tokenizer.model_max_length
+
+    # Latents
+
+    def latent_shape(self, config: Mapping[str, Any], factor: int, image_size: int | None) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of square images, factor pixels to a side of one; image_size None: the network's own size.
+        UserError for a size that does not fit.
+        """
+        raise NotImplementedError
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """(b, c, h, w) -> the form in which the stock pipeline takes latents."""
+        return latents
+
+    def unpacked(self, latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """The stock pipeline's latents -> (b, c, h, w)."""
+        return latents
+
+
+def kind_named(family: str) -> Kind:
+    """By the name in KINDS."""
+    return import_module(f".{KINDS[family].module}", __package__).KIND
+
+
+def family_of(pipeline: str) -> str | None:
+    """The name in KINDS of a pipeline's class; None for one that is no text-to-image pipeline that this project knows."""
+    return next((name for name, entry in KINDS.items() if entry.pipeline == pipeline), None)
+
+
+def family_name(pipe: StockPipeline | type[StockPipeline]) -> str:
+    """The name in KINDS of a pipeline or its class; ValueError for one that has none."""
+    pipeline = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
+    family = family_of(pipeline)
+    if family is None:
+        raise ValueError(f"a {pipeline} is no text-to-image pipeline of KINDS")
+    return family
+
+
+def kind_of(pipe: StockPipeline | type[StockPipeline]) -> Kind:
+    return kind_named(family_name(pipe))
+
+
+def network_of(pipe: Any) -> Any:
+    """The part of a pipeline that is distilled, a ModelMixin; of one that is not of KINDS its U-Net."""
+    family = family_of(type(pipe).__name__)
+    return getattr(pipe, kind_named(family).component if family else "unet")
+
+
+# Loading ---------------------------------------------------------------------------------------------------------------
+
+
+def read_index(source: str) -> dict[str, Any]:
+    """model_index.json of a pipeline folder or hub id. ValueError or FileNotFoundError say what is wrong with the source."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"{source!r} is not a diffusers pipeline folder: it has no model_index.json")
+        return read_json(folder / "model_index.json", "copy it again")
+    refuse_single_file(folder, "the model")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"no such folder {source!r}, and a hub id looks like owner/name")
+    try:
+        return DiffusionPipeline.load_config(source)  # type: ignore[return-value]  # a pair only where that is asked for
+    except BY_FILES as error:
+        raise FileNotFoundError(
+            f"{source!r} is no folder here, and the hub could not be asked for it: {reason_of(error)} "
+            "Check the name and the connection (HF_HUB_OFFLINE must be unset), or give the path of a downloaded pipeline folder"
+        ) from error
+
+
+def family_in(index: Mapping[str, Any], source: str) -> str:
+    """The name in KINDS of what a model_index.json tells of; UserError for another pipeline."""
+    family = family_of(str(index.get("_class_name")))
+    if family is None:
+        known = ", ".join(entry.pipeline for entry in KINDS.values())
+        raise UserError(f"{source!r} holds a {index.get('_class_name')}; expected one of {known} (or an EDMPipeline)")
+    return family
+
+
+def load_pipeline(
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    without: Iterable[str] = (),
+    variant: str | None = None,
+    **components: Any,
+) -> StockPipeline:
+    """The stock pipeline of a folder or hub id, safetensors only, in eval mode and without gradients.
+
+    without: components to leave out (None in the pipeline), e.g. "vae"; components: to use in place of its own. ValueError names
+    a family or configuration that cannot be a teacher, a damaged file, or a tokenizer whose files are missing.
+    """
+    index = read_index(source)
+    kind = kind_named(family_in(index, source))
+    left_out = {k: None for k in without if k in index} | components
+    if Path(source).is_dir():
+        check_schedule_file(Path(source))
+        kind.check_folder(Path(source), index, left_out)
+        parts = [k for k, v in index.items() if isinstance(v, list) and k not in (*left_out, *UNUSED)]
+        check_weights(Path(source), parts)
+        variant = variant or only_variant(Path(source), parts)
+    none = [k for k in kind.optional if index.get(k, [None])[0] is None]
+    options: dict[str, Any] = {k: None for k in (*UNUSED, *none) if k in index} | left_out
+    if "requires_safety_checker" in index:
+        options["requires_safety_checker"] = False
+    how = {"dtype": dtype, "use_safetensors": True, "variant": variant}
+    with loading(f"{source!r} cannot be loaded"):
+        for name, network in {kind.component: kind.network, "vae": AutoencoderKL}.items():
+            if name in index and name not in options:
+                options[name] = load_whole(network, source, name, **how | {"variant": variant_of(source, name, variant)})
+        pipe: StockPipeline = DiffusionPipeline.from_pretrained(source, **how, **options)  # type: ignore[assignment]  # see stock.py
+    for name in TOKENIZERS:
+        tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+        if tokenizer is not None and encoder is not None and not 3 <= len(tokenizer) <= encoder.config.vocab_size:
+            raise UserError(
+                f"{source!r}: {name} knows {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}; "
+                f"files of {name}/ are missing or of another model; copy that folder again"
+            )
+    kind.check_scheduler(pipe.scheduler, source)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_whole(kind: type[ModelMixin], source: str, subfolder: str, **how: Any) -> ModelMixin:
+    """A network of a pipeline. ValueError if its file lacks tensors, which diffusers would fill with random numbers."""
+    how |= {"subfolder": subfolder, "output_loading_info": True}
+    network, report = kind.from_pretrained(source, **how)  # type: ignore[attr-defined]  # a pair, with that information
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"{source!r}: the weights of {subfolder}/ lack {len(missing)} tensors of its config.json, the first {missing[0]!r}; "
+            "copy or download it again"
+        )
+    return network
+
+
+def check_parts(source: str) -> None:
+    """All weights of a pipeline folder can be read: asked before hours of work with some. Of a hub id nothing is known."""
+    if Path(source).is_dir():
+        check_weights(Path(source), [k for k, v in read_index(source).items() if isinstance(v, list) and k not in UNUSED])
+
+
+def variants_in(folder: Path) -> set[str | None]:
+    """Those of the weight files of a component, as diffusers names them: model.fp16.safetensors,
+    model.fp16-00001-of-00002.safetensors (older: model-00001-of-00002.fp16.safetensors); None: files without one.
+    """
+    stems = [SHARD.sub("", file.name.removesuffix(".safetensors")) for file in folder.glob("*.safetensors")]
+    return {stem.partition(".")[2] or None for stem in stems}
+
+
+def only_variant(folder: Path, components: Iterable[str]) -> str | None:
+    """The one variant in which some component has weights only, None where each has plain ones. UserError for several."""
+    found = [(c, variants_in(folder / c)) for c in components]
+    needed = {c: {n for n in names if n} for c, names in found if names and None not in names}
+    common = set.intersection(*needed.values()) if needed else set()
+    if len(common) == 1:
+        return common.pop()
+    if needed:
+        names = "; ".join(f"{c}: {', '.join(sorted(v))}" for c, v in needed.items())
+        raise UserError(f"{str(folder)!r} has its weights in variants only ({names}); name the one to use, as teacher.variant")
+    return None
+
+
+def variant_of(source: str, component: str, variant: str | None) -> str | None:
+    """What to ask of one component: as in diffusers, the plain weights where it has no such variant."""
+    folder = Path(source, component)
+    return None if folder.is_dir() and variant not in variants_in(folder) else variant
+
+
+def check_weights(folder: Path, components: Iterable[str]) -> None:
+    """Every component's safetensors can be read; those that should have weights have some in safetensors, all of their shards."""
+    for component in components:
+        files = sorted((folder / component).glob("*.safetensors"))
+        pickles = [f for f in (folder / component).glob("*") if f.suffix in (".bin", ".pt", ".ckpt", ".pth")]
+        if pickles and not files:
+            raise FileNotFoundError(
+                f"{str(folder / component)!r} has its weights as a pickle only ({pickles[0].name}), which could run any code; "
+                "load and save the pipeline once with safetensors"
+            )
+        for file in files:
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise damaged_weights(file, error) from error
+        for listed in (folder / component).glob("*.safetensors.index*.json"):
+            named = read_json(listed, "copy or download it again").get("weight_map")
+            names = set(map(str, named.values())) if isinstance(named, dict) else set()
+            if lost := sorted(name for name in names if not (folder / component / name).is_file()):
+                raise FileNotFoundError(
+                    f"{str(folder / component)!r} lacks {len(lost)} of the {len(names)} files that {listed.name} lists "
+                    f"({examples(lost)}); copy or download them"
+                )
+
+
+def check_schedule_file(folder: Path) -> None:
+    """Its number of levels can be held: a scheduler makes tables of as many when it is loaded, before it can be asked."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    steps = read_json(file, "copy it again").get("num_train_timesteps", 1000) if file.is_file() else 1000
+    if not (type(steps) is int and 1 <= steps <= MOST_LEVELS):
+        raise UserError(f"{str(file)!r}: num_train_timesteps is {shown(steps)}, expected 1 to {MOST_LEVELS:,}; mend it")
+
+
+def network_config(source: str, kind: Kind) -> dict[str, Any]:
+    """A network's settings without its weights, those that its file leaves out as diffusers would take them."""
+    with loading(f"{source!r}: the settings of {kind.component}/ cannot be read"):
+        load_config = kind.network.load_config  # type: ignore[attr-defined]  # of ConfigMixin, which they all are too
+        return with_defaults(kind.network, load_config(source, subfolder=kind.component))
+
+
+def vae_factor(source: str) -> int:
+    """Pixels a latent, on a side."""
+    if read_index(source).get("vae", [None])[0] is None:
+        return 1
+    with loading(f"{source!r}: the settings of vae/ cannot be read"):
+        config = with_defaults(AutoencoderKL, AutoencoderKL.load_config(source, subfolder="vae"))
+        return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def with_defaults(kind: type[ModelMixin], config: dict[str, Any]) -> dict[str, Any]:
+    """A network's settings, those that its file leaves out as diffusers would take them."""
+    return {name: config.get(name, p.default) for name, p in inspect.signature(kind).parameters.items()}
+
+
+def load_scheduler(source: str) -> Any:
+    """Of a pipeline of which nothing else is loaded."""
+    parts = [k for k, v in read_index(source).items() if isinstance(v, list) and k != "scheduler"]
+    return load_pipeline(source, without=parts).scheduler
+
+
+# What is made of one ---------------------------------------------------------------------------------------------------
+
+
+def denoiser(pipe: StockPipeline, network: nn.Module, guidance_scale: float = 1.0, null: Condition = None) -> Denoiser:
+    """`network` (the pipeline's, or a role of it) read out by the pipeline's schedule. Latents are scaled to variance 1."""
+    kind = kind_of(pipe)
+    return Denoiser(network, kind.schedule(pipe.scheduler), kind.prediction(pipe.scheduler), 1.0, guidance_scale, null)
+
+
+def overlong(pipe: StockPipeline, prompts: Sequence[str]) -> list[int]:
+    """Rows of prompts with more tokens than the tokenizer keeps, both ends counted (CLIP's 77)."""
+    tokenizer, most = kind_of(pipe).most_tokens(pipe)
+    tokens = tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids
+    return [i for i, ids in enumerate(tokens) if len(ids) > most]
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> Tensor:
+    """images (b, 3, H, W) in [-1, 1], noise (b, c, h, w) -> latents (b, c, h, w): a draw of its Gaussian, variance 1."""
+    gaussian = vae.encode(images.to(vae.dtype)).latent_dist
+    latents = gaussian.mean.float() + gaussian.std.float() * noise
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """latents (b, c, h, w) -> images (b, 3, H, W) in [-1, 1], float32."""
+    unscaled = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
+    return vae.decode(unscaled.to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def student_call(kind: Kind, config: Mapping[str, Any], scheduler: Any, info: Mapping[str, Any]) -> dict[str, Any]:
+    """How the student that student.json (`info`) tells of is called in its stock pipeline. guidance_scale is 1, since guidance is
+    distilled into it, but for a network that is told its guidance: then it is what it was trained with. config: the network's.
+    """
+    told = kind.guidance(config) == "input"
+    return kind.call(levels_of(info), scheduler) | {"guidance_scale": info["guidance_scale"] if told else 1.0}
+
+
+def levels_of(info: Mapping[str, Any]) -> list[Any]:
+    """The levels of a student's steps, by the facts in its student.json."""
+    return info.get("levels") or [info["readout_t"]]
+
+
+def steps_error(kind: Kind, scheduler: Any, denoiser: Denoiser, levels: Sequence[float]) -> float:
+    """How far the steps of a scheduler are from a student's (denoiser.FewStepGenerator), relative to x0; 0 for a fitting one.
+
+    Runs the scheduler as a stock pipeline does (`Kind.start`) on random numbers: z, and what a network puts out whose x0 has
+    variance 1, as latents have.
+    """
+    if not isinstance(denoiser.preconditioner, Prediction):
+        raise ValueError(f"a scheduler's step is that of a prediction type, not of {denoiser.preconditioner}")
+    generator = torch.Generator().manual_seed(0)
+    z, *x0 = torch.randn(1 + len(levels), 1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    ours, theirs = (torch.Generator().manual_seed(1) for _ in range(2))
+    probe, off = type(scheduler).from_config(scheduler.config), [torch.zeros(())]
+    drawn = {"generator": theirs} if "generator" in inspect.signature(probe.step).parameters else {}
+    try:
+        if not kind.start(probe, levels):
+            return float("inf")
+        x_t, sample = z, z * getattr(probe, "init_noise_sigma", 1.0)
+        for i, t in enumerate(probe.timesteps):
+            level = denoiser.schedule.level(torch.tensor([levels[i]]))
+            level = type(level)(widen(level.alpha.double().flatten()), widen(level.sigma.double().flatten()), level.t)
+            if i:
+                eps = torch.randn(z.shape, generator=ours, dtype=kind.noise_dtype)
+                x_t = add_noise(x0[i - 1], eps, level)
+            seen = probe.scale_model_input(sample, t) if hasattr(probe, "scale_model_input") else sample
+            off.append((seen - x_t).abs().max())
+            out = from_x0(x0[i], x_t, level, denoiser.preconditioner.prediction_type)
+            sample = probe.step(out, t, sample, return_dict=False, **drawn)[0]
+    except (ValueError, TypeError, IndexError):
+        return float("inf")
+    off.append((sample - x0[-1]).abs().max() / x0[-1].abs().max())
+    return float(max(off)) if all(bool(o.isfinite()) for o in off) else float("inf")
