@@ -277,6 +277,24 @@ def log_normal_t(u: Tensor, mean: float, std: float) -> Tensor:
     return torch.exp(mean + std * torch.special.ndtri(u))
 
 
+def logit_normal_t(u: Tensor, mean: float, std: float) -> Tensor:
+    """ln(t / (1 - t)) ~ N(mean, std^2), t in (0, 1).
+
+    >>> logit_normal_t(torch.tensor([0.5]), 0.0, 1.0).tolist()
+    [0.5]
+    """
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
+def shifted_t(t: Tensor, shift: float) -> Tensor:
+    """t in [0, 1] -> s t / (1 + (s - 1) t), the time shift of flow matching: towards noise for s > 1, and 0 and 1 stay.
+
+    >>> shifted_t(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist()
+    [0.0, 0.75, 1.0]
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def karras_t(u: Tensor, low: float, high: float, rho: float = 7.0) -> Tensor:
     """t = (low^(1/rho) + u (high^(1/rho) - low^(1/rho)))^rho, the density of EDM's sampling steps (Eq. 5)."""
     return (low ** (1 / rho) + u * (high ** (1 / rho) - low ** (1 / rho))) ** rho

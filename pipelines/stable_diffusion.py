@@ -48,7 +48,7 @@ class StableDiffusion(Kind):
     )
     any_readout = whole_levels = has_features = True
 
-    def anatomy(self, guidance_scale: float) -> Anatomy:
+    def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
         return UNET
 
     def feature_layers(self, network: Any) -> tuple[nn.Module, ...]:

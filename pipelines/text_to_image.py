@@ -51,6 +51,7 @@ class Entry(NamedTuple):
 KINDS: dict[str, Entry] = {
     "sd": Entry("stable_diffusion", "StableDiffusionPipeline"),
     "sdxl": Entry("stable_diffusion", "StableDiffusionXLPipeline"),
+    "sd3": Entry("stable_diffusion_3", "StableDiffusion3Pipeline"),
 }
 
 
@@ -77,8 +78,8 @@ class Kind:
 
     # The network
 
-    def anatomy(self, guidance_scale: float) -> Anatomy:
-        """How the network is called. guidance_scale: what it is told, where that is an input of it."""
+    def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
+        """How a network of these settings is called. guidance_scale: what it is told, where that is an input of it."""
         raise NotImplementedError
 
     def guidance(self, config: Mapping[str, Any]) -> Guidance:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from pipelines.common.errors import UserError
-from pipelines.noise import Schedule, VPSchedule, weight
+from pipelines.noise import RectifiedFlowSchedule, Schedule, VPSchedule, weight
 
 from .levels import Levels, LevelSampler, LogNormalLevels, Use
 
@@ -55,6 +55,7 @@ def check_levels(config: Levelled, schedule: Schedule, sampled: tuple[float, flo
     sampled: the sigmas at which an EDM teacher is sampled; levels mostly outside them are no sigmas.
     """
     for use in config.uses():
+        check_law(use, schedule)
         if isinstance(schedule, VPSchedule):
             check_timesteps(use, schedule)
         check_bounds(use, schedule)
@@ -65,6 +66,21 @@ def check_levels(config: Levelled, schedule: Schedule, sampled: tuple[float, flo
 
 def bounds(levels: Levels) -> dict[str, float]:
     return {key: getattr(levels, key) for key in ("low", "high") if hasattr(levels, key)}
+
+
+def check_law(use: Use, schedule: Schedule) -> None:
+    """Time shift and logit_normal are of flow matching, whose levels are 0 to 1, and karras, whose are sigmas of EDM, is not."""
+    flow = isinstance(schedule, RectifiedFlowSchedule)
+    known = "teachers of flow matching, whose levels are 0 to 1, and this is none"
+    if use.levels.shift is not None and not flow:
+        raise UserError(f"{use.key}.shift: {use.levels.shift:g} is for {known}; remove it")
+    if use.levels.name == "logit_normal" and not flow:
+        raise UserError(f"{use.key}.name: 'logit_normal' is for {known}; set another, e.g. uniform")
+    if use.levels.name == "karras" and flow:
+        raise UserError(
+            f"{use.key}.name: 'karras' draws noise levels sigma, for EDM teachers; this teacher's levels are 0 to 1; set "
+            f"{use.key}='{{name: logit_normal}}'"
+        )
 
 
 def check_timesteps(use: Use, schedule: VPSchedule) -> None:

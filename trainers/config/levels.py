@@ -18,7 +18,23 @@ from pipelines.common.strict import PositiveFloat, PositiveInt, Strict
 LevelSampler = Callable[[Tensor, float], Tensor]  # (u, progress) -> t
 
 
-class Range(Strict):
+class Law(Strict):
+    """shift: what is drawn, t in [0, 1], becomes s t / (1 + (s - 1) t), for flow matching (Esser et al. 2024, Eq. 23); 3 is SD3's
+    at 1024 pixels. None: none.
+    """
+
+    shift: PositiveFloat | None = None
+
+    def sampler(self, steps: int = 1) -> LevelSampler:
+        law, shift = self.law(steps), self.shift
+        return law if shift is None else lambda u, progress: noise.shifted_t(law(u, progress), shift)
+
+    def law(self, steps: int) -> LevelSampler:
+        """What is drawn before the shift."""
+        raise NotImplementedError
+
+
+class Range(Law):
     low: PositiveFloat
     high: PositiveFloat
 
@@ -32,33 +48,44 @@ class Range(Strict):
 class UniformLevels(Range):
     name: Literal["uniform"]
 
-    def sampler(self, steps: int = 1):
+    def law(self, steps: int) -> LevelSampler:
         return lambda u, progress: noise.uniform_t(u, self.low, self.high)
 
 
 class LogUniformLevels(Range):
     name: Literal["log_uniform"]
 
-    def sampler(self, steps: int = 1):
+    def law(self, steps: int) -> LevelSampler:
         return lambda u, progress: noise.log_uniform_t(u, self.low, self.high)
 
 
-class LogNormalLevels(Strict):
+class LogNormalLevels(Law):
     """ln sigma ~ N(mean, std^2), cut off where the network knows no more (level_range.py)."""
 
     name: Literal["log_normal"]
     mean: float = -1.2
     std: PositiveFloat = 1.2
 
-    def sampler(self, steps: int = 1):
+    def law(self, steps: int) -> LevelSampler:
         return lambda u, progress: noise.log_normal_t(u, self.mean, self.std)
+
+
+class LogitNormalLevels(Law):
+    """ln(t / (1 - t)) ~ N(mean, std^2), for flow matching; SD3 was trained at 0, 1 (Esser et al. 2024, Eq. 19)."""
+
+    name: Literal["logit_normal"]
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+
+    def law(self, steps: int) -> LevelSampler:
+        return lambda u, progress: noise.logit_normal_t(u, self.mean, self.std)
 
 
 class KarrasLevels(Range):
     name: Literal["karras"]
     rho: PositiveFloat = 7.0
 
-    def sampler(self, steps: int = 1):
+    def law(self, steps: int) -> LevelSampler:
         return lambda u, progress: noise.karras_t(u, self.low, self.high, self.rho)
 
 
@@ -79,13 +106,14 @@ class PowerLevels(Range):
             raise ValueError("until, until_steps: give one of them")
         return self
 
-    def sampler(self, steps: int = 1):
+    def law(self, steps: int) -> LevelSampler:
         until = self.until_steps / steps if self.until_steps else self.until
         exponent = partial(noise.annealed_power, start=self.start, end=self.end, until=until)
         return lambda u, progress: noise.power_t(u, self.low, self.high, exponent(progress))
 
 
-Levels = Annotated[UniformLevels | LogUniformLevels | LogNormalLevels | KarrasLevels | PowerLevels, Field(discriminator="name")]
+AnyLevels = UniformLevels | LogUniformLevels | LogNormalLevels | LogitNormalLevels | KarrasLevels | PowerLevels
+Levels = Annotated[AnyLevels, Field(discriminator="name")]
 
 
 class Use(NamedTuple):

@@ -72,7 +72,7 @@ class Family(base.Family):
         self.pipe = t2i.load_pipeline(path, t2i.DTYPES[t.dtype], left_out, t.variant)
         network = t2i.network_of(self.pipe)
         base_weights = weights_sha256({kind.component: network})
-        self.base = SharedNetwork(network, kind.anatomy(t.guidance_scale))
+        self.base = SharedNetwork(network, kind.anatomy(self.network_config, t.guidance_scale))
         guided = kind.guidance(self.network_config) == "null"
         self.teacher = t2i.denoiser(self.pipe, self.base.teacher(), t.guidance_scale if guided else 1.0, null)
         role = self._role("student", config.student.lora)
@@ -296,7 +296,7 @@ class FurtherTeacher:
         self.examples, self.latent_shape, self.null_condition = encoded.examples, encoded.shape, encoded.null
         self.pipeline = t2i.load_pipeline(source)
         self.network = t2i.network_of(self.pipeline).requires_grad_(True).train()
-        self.denoiser = t2i.denoiser(self.pipeline, Whole(self.network, family.kind.anatomy(1.0)))
+        self.denoiser = t2i.denoiser(self.pipeline, Whole(self.network, family.kind.anatomy(self.network.config, 1.0)))
         self.prompts = [encoded.prompts[i] for i in evenly(config.num_samples, len(encoded.prompts))]
         self.image_size = encoded.image_size
         self.facts = {"image_size": encoded.image_size, "base_model": config.pipeline}

@@ -1,0 +1,179 @@
+"""Tiny pipelines of flow matching, made from configurations and saved: diffusers' own classes, with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from scripts.bench.parts import random_networks
+from trainers import distill
+
+CHANNELS, T5_WIDTH, CLIP_WIDTH = 3, 40, 16  # of latents; of T5; of each CLIP
+KINDS = ("sd3", "sd35", "sd3 without t5")
+
+
+def clip(tokenizer, kind: type) -> CLIPTextModel:
+    shape = {"hidden_size": CLIP_WIDTH, "intermediate_size": 23, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return kind(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=77, projection_dim=11, **shape, **ends))
+
+
+def t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """Every printable character is a token."""
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0), *((chr(c), -3.0) for c in range(33, 127))]
+    tokenizer = T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=512)
+    shape = {"d_model": T5_WIDTH, "d_kv": 5, "d_ff": 29, "num_layers": 2, "num_heads": 4}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)), tokenizer
+
+
+def vae() -> AutoencoderKL:
+    """2 pixels a latent; scale and shift are SD3's."""
+    return AutoencoderKL(
+        block_out_channels=(16, 16),
+        norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=CHANNELS,
+        sample_size=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def tiny_sd3(kind: str, folder: Path) -> StableDiffusion3Pipeline:
+    """8x8 latents of 16x16 images. sd35: a second attention in its first block, normalised queries and keys."""
+    tokenizer = random_networks.tokenizer(folder / "vocabulary")
+    more = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if kind == "sd35" else {}
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * 11,
+        pos_embed_max_size=7,
+        **more,
+    )
+    encoders = [clip(tokenizer, CLIPTextModelWithProjection) for _ in range(2)]
+    words = (None, None) if kind == "sd3 without t5" else t5()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return StableDiffusion3Pipeline(transformer, scheduler, vae(), encoders[0], tokenizer, encoders[1], tokenizer, *words)
+
+
+MAKERS = {"sd3": tiny_sd3, "sd35": tiny_sd3, "sd3 without t5": tiny_sd3}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(kind): the folder of a saved pipeline, made when it is first asked for; tests must not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("tiny")
+            torch.manual_seed(sorted(MAKERS).index(kind))
+            MAKERS[kind](kind, folder).save_pretrained(folder / "pipeline")
+            made[kind] = folder / "pipeline"
+        return made[kind]
+
+    return get
+
+
+# Sections of a configuration by objective; a test adds teacher, data and output_dir.
+LORA = {"rank": 4, "alpha": 2.0}
+ADAM = {"lr": 1e-3}
+LEVELS = {"name": "logit_normal", "shift": 3.0}
+OBJECTIVES = {
+    "varflow": {"name": "varflow", "levels": LEVELS, "weighting": "sigma2"},
+    "diff_instruct": {
+        "name": "diff_instruct",
+        "levels": LEVELS,
+        "weighting": "dmd",
+        "joint": True,
+        "fake_score": {"optimizer": ADAM, "lora": LORA, "levels": LEVELS, "weighting": "snr"},
+    },
+    "vardiu": {
+        "name": "vardiu",
+        "levels": LEVELS,
+        "weighting": "dmd",
+        "pool": "own",
+        "posterior": {"network": "adapter", "lora": LORA, "covariance": "learned", "warmup_updates": 1, "optimizer": ADAM},
+    },
+}
+
+
+@pytest.fixture
+def prompt_file(tmp_path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog on a mat\na red house\n")
+    return file
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path, prompt_file):
+    """recipe(objective, kind, **more): a distillation of a tiny pipeline as a plain dict, ready to be written as YAML."""
+
+    def make(objective: str, kind: str, **more) -> dict:
+        data = {"name": "prompts", "file": str(prompt_file), "image_size": 16}
+        if objective == "varflow":
+            samples = {"name": "teacher_samples", "num_inference_steps": 2, "images_per_prompt": 2, "guidance_scale": 2.0}
+            data = data | samples
+        return {
+            "output_dir": str(tmp_path / f"{objective}_{kind.replace(' ', '_')}"),
+            "teacher": {"path": str(tiny(kind))},
+            "student": {"lora": LORA, "optimizer": ADAM},
+            "objective": OBJECTIVES[objective],
+            "data": data,
+            "steps": 2,
+            "batch_size": 4,
+            "log_every": 1,
+        } | more
+
+    return make
+
+
+@pytest.fixture
+def written():
+    """written(config): the arguments of a command, the configuration in a file beside its output_dir."""
+
+    def write(config: dict) -> list[str]:
+        file = Path(config["output_dir"]).with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(config))
+        return ["--config", str(file)]
+
+    return write
+
+
+@pytest.fixture
+def distil(written):
+    """distil(config, *overrides, **changes): trainers.distill in this process -> its output_dir."""
+
+    def run(config: dict, *overrides: str, **changes) -> Path:
+        config = config | changes
+        distill.main([*written(config), *overrides])
+        return Path(config["output_dir"])
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_networks(one_thread):
+    """Every test here is faster on one thread."""
