@@ -39,11 +39,10 @@ class FlowMatching(Kind):
         """T5, which is often left out: asked for, it must be there."""
         for name in (n for n in self.t5 if n not in left_out):
             asked, may_lack = index.get(name, [None])[0] is not None, name in self.optional
-            zeros = f', or write "{name}": [null, null] there for zeros in its place, as the stock pipeline has it'
             if asked and not (folder / name).is_dir():
-                raise FileNotFoundError(
-                    f"{str(folder)!r} has no {name}/ (T5), which its model_index.json asks for; copy it{zeros if may_lack else ''}"
-                )
+                zeros = f', or write "{name}": [null, null] there for zeros in its place, as in the stock pipeline'
+                mend = f"copy it{zeros if may_lack else ''}"
+                raise FileNotFoundError(f"{str(folder)!r} has no {name}/ (T5), which its model_index.json asks for; {mend}")
             if not asked and not may_lack:
                 raise UserError(f"{str(folder)!r}: model_index.json has no {name} (T5), without which it cannot read prompts")
 
@@ -108,9 +107,12 @@ class FlowMatching(Kind):
         return side
 
 
-def last_layer(network: ModelMixin) -> nn.Module:
+def last_layer(network: ModelMixin) -> nn.Linear:
     """A transformer's own last projection, also where an adapter sits on it."""
-    return own_layer(network.proj_out)
+    last = own_layer(network.proj_out)
+    if not isinstance(last, nn.Linear):
+        raise ValueError(f"a {type(network).__name__} ends with a {type(last).__name__}, not with a linear layer")
+    return last
 
 
 def to_dtype(condition: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -353,6 +353,7 @@ class Encoder:
         # sizes come from the network and the VAE, whose configurations are at hand without their weights
         self.config = t2i.network_config(source, kind)
         factor = t2i.vae_factor(source)
+        pipe.vae_scale_factor = factor  # without its VAE a pipeline takes it for 8
         self.shape = kind.latent_shape(self.config, factor, data.image_size)
         self.image_size = self.shape[1] * factor
         self.size = (self.image_size, self.image_size)
