@@ -52,6 +52,7 @@ KINDS: dict[str, Entry] = {
     "sd": Entry("stable_diffusion", "StableDiffusionPipeline"),
     "sdxl": Entry("stable_diffusion", "StableDiffusionXLPipeline"),
     "sd3": Entry("stable_diffusion_3", "StableDiffusion3Pipeline"),
+    "flux": Entry("flux", "FluxPipeline"),
 }
 
 

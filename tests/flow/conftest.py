@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -21,7 +28,6 @@ from scripts.bench.parts import random_networks
 from trainers import distill
 
 CHANNELS, T5_WIDTH, CLIP_WIDTH = 3, 40, 16  # of latents; of T5; of each CLIP
-KINDS = ("sd3", "sd35", "sd3 without t5")
 
 
 def clip(tokenizer, kind: type) -> CLIPTextModel:
@@ -78,7 +84,25 @@ def tiny_sd3(kind: str, folder: Path) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(transformer, scheduler, vae(), encoders[0], tokenizer, encoders[1], tokenizer, *words)
 
 
-MAKERS = {"sd3": tiny_sd3, "sd35": tiny_sd3, "sd3 without t5": tiny_sd3}
+def tiny_flux(kind: str, folder: Path) -> FluxPipeline:
+    """dev is told its guidance, schnell is not; both shift by the number of tokens, as dev does."""
+    tokenizer = random_networks.tokenizer(folder / "vocabulary")
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * CHANNELS,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=CLIP_WIDTH,
+        guidance_embeds=kind == "flux dev",
+        axes_dims_rope=(4, 4, 8),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return FluxPipeline(scheduler, vae(), clip(tokenizer, CLIPTextModel), tokenizer, *t5(), transformer)
+
+
+MAKERS = {"sd3": tiny_sd3, "sd35": tiny_sd3, "sd3 without t5": tiny_sd3, "flux dev": tiny_flux, "flux schnell": tiny_flux}
 
 
 @pytest.fixture(scope="session")
