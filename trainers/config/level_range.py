@@ -15,7 +15,7 @@ import torch
 from pipelines.common.errors import UserError
 from pipelines.noise import RectifiedFlowSchedule, Schedule, VPSchedule, weight
 
-from .levels import Levels, LevelSampler, LogNormalLevels, Use
+from .levels import Levels, LevelSampler, LogNormalLevels, Range, Use
 
 MOST_CUT = 0.05  # share of a log_normal that may lie outside what the network knows
 SAID = 0.001  # of which this much is not worth a word
@@ -122,10 +122,11 @@ def check_sigmas(use: Use, steps: int, sampled: tuple[float, float]) -> None:
 
 
 def check_weights(use: Use, steps: int, schedule: Schedule) -> None:
-    """At both ends of what can be drawn: at alpha = 0, the last level of a schedule of zero SNR, some weights are infinite."""
-    u = torch.tensor([2.0**-24, 1 - 2.0**-24])
+    """At both ends of what can be drawn: at alpha = 0, the last level of flow matching and of zero SNR, some are infinite."""
+    u = torch.tensor([2.0**-24, 1.0 if isinstance(use.levels, Range) else 1 - 2.0**-24])
     for progress in (0.0, 1.0):
-        level = schedule.level(schedule.nearest(sampler(use.levels, steps, schedule.t_range)(u, progress)))
+        drawn = sampler(use.levels, steps, schedule.t_range)(u, progress)
+        level = schedule.level(schedule.nearest(drawn.clamp(*schedule.t_range)))  # a bound of log_uniform may be rounded
         ones = torch.ones_like(level.sigma)
         for key, name in use.weightings.items():
             finite = weight(name, level, ones, 0 * ones, 1.0).isfinite().flatten()

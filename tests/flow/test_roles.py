@@ -1,0 +1,234 @@
+"""One transformer with adapters against networks of their own: outputs, gradients, and a head in the place of its last layer."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, from_tokens, to_tokens
+from pipelines.text_to_image import kind_named
+
+B, C, H, W, TOKENS = 2, 3, 6, 10, 11
+GUIDANCE = 3.5
+KINDS = {"sd3": "sd3", "sd35": "sd3", "flux dev": "flux", "flux schnell": "flux"}
+CLASSES = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+RANK = 2
+# same rank, other strength: a switch that is missed keeps every shape, so nothing but the numbers would tell
+ALPHA = {"student": 1.0, "aux": 3.0}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def base(tiny):
+    """base(kind): the network of a tiny pipeline in float64."""
+
+    def load(kind: str) -> nn.Module:
+        network = CLASSES[KINDS[kind]].from_pretrained(tiny(kind), subfolder="transformer")
+        return network.double().eval().requires_grad_(False)
+
+    return load
+
+
+@pytest.fixture
+def inputs(randn):
+    """inputs(kind) -> x (b, c, h, w), t (b,) in [0, 1], a flat condition."""
+
+    def make(kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        pooled = 22 if KINDS[kind] == "sd3" else 16
+        condition = {"encoder_hidden_states": randn(B, TOKENS, 40), "pooled_projections": randn(B, pooled)}
+        return randn(B, C, H, W), torch.tensor([1.0, 0.3], dtype=torch.float64), condition
+
+    return make
+
+
+@pytest.fixture
+def fill(generator):
+    def normal(role: Role) -> Role:
+        """N(0, 0.2^2) in every adapter weight, so that lora_B is not zero."""
+        with torch.no_grad():
+            for p in role.parameters():
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        return role
+
+    return normal
+
+
+def stock(network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """The network called as diffusers' own pipelines call it."""
+    if isinstance(network, SD3Transformer2DModel):
+        return network(x, timestep=1000 * t, **condition).sample
+    packed = FluxPipeline._pack_latents(x, *x.shape)
+    ids = FluxPipeline._prepare_latent_image_ids(B, H // 2, W // 2, x.device, x.dtype)
+    guidance = torch.full((B,), GUIDANCE) if network.config.guidance_embeds else None
+    options = {"txt_ids": torch.zeros(TOKENS, 3), "img_ids": ids, "guidance": guidance}
+    out = network(packed, timestep=1000 * t / 1000, **condition, **options).sample
+    return FluxPipeline._unpack_latents(out, 2 * H, 2 * W, 2)
+
+
+def shared_of(kind: str, network: nn.Module) -> SharedNetwork:
+    return SharedNetwork(network, kind_named(KINDS[kind]).anatomy(network.config, GUIDANCE))
+
+
+def config_of(kind: str, name: str) -> LoraConfig:
+    layers = list(kind_named(KINDS[kind]).layers)
+    return LoraConfig(r=RANK, lora_alpha=ALPHA[name], target_modules=layers)
+
+
+def separate(kind: str, network: nn.Module, role: Role) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A deep copy of the stock network with the role's adapter as its only one, and its parameters under the role's names."""
+    alone = copy.deepcopy(network).requires_grad_(False)
+    alone.add_adapter(config_of(kind, role.name), "own")
+    own = {"adapter." + n.replace(".own.", "."): p for n, p in alone.named_parameters() if ".own." in n}
+    weights = dict(role.named_parameters())
+    assert own.keys() == weights.keys()
+    with torch.no_grad():
+        for n, p in own.items():
+            p.data = p.data.double()
+            p.copy_(weights[n])
+    return alone, own
+
+
+@every_kind
+def test_roles_are_networks_of_their_own(kind, base, inputs, fill):
+    """Teacher bit for bit the stock network, adapters on or off; a fresh adapter too; trained ones those of plain peft."""
+    network, shared, (x, t, condition) = base(kind), shared_of(kind, base(kind)), inputs(kind)
+    expected = stock(network, x, t, condition)
+    assert torch.equal(shared.teacher()(x, t, **condition), expected)
+    student, aux = (shared.add_adapter(name, config_of(kind, name)) for name in ("student", "aux"))
+    assert torch.equal(student(x, t, **condition), expected)
+    fill(student), fill(aux)
+    assert torch.equal(shared.teacher()(x, t, **condition), expected)
+    for role in (student, aux, student):
+        alone = stock(separate(kind, network, role)[0], x, t, condition)
+        assert torch.equal(role(x, t, **condition), alone)
+        assert (alone - expected).abs().max() > 1e-2
+    assert torch.equal(Whole(network, shared.anatomy)(x, t, **condition), expected)
+
+
+def test_default_layers_are_attention_and_feed_forward(base):
+    """Of SD3.5 its second attention too; of every block, and nothing else."""
+    names = {
+        kind: {n for n, m in base(kind).named_modules() if isinstance(m, nn.Linear) and any(n.endswith(f".{t}") for t in layers)}
+        for kind in ("sd35", "flux dev")
+        for layers in [kind_named(KINDS[kind]).layers]
+    }
+    double = {
+        *(f"attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
+    }
+    double |= {f"{part}.{n}" for part in ("ff", "ff_context") for n in ("net.0.proj", "net.2")}
+    second = {f"attn2.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    last = double - {"attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"}  # the text ends there
+    expected = {f"transformer_blocks.0.{n}" for n in double | second} | {f"transformer_blocks.1.{n}" for n in last}
+    assert names["sd35"] == expected
+    single = {"attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"}
+    expected = {f"transformer_blocks.0.{n}" for n in double} | {f"single_transformer_blocks.0.{n}" for n in single}
+    assert names["flux dev"] == expected
+
+
+def losses(student, teacher, aux, z: Tensor, eps: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The student's, with gradients through teacher and aux, and the aux network's own. x0 = x_t - t v."""
+    last = torch.ones(B, dtype=torch.float64)
+    x0 = z - student(z, last, **condition)
+    wide = t[:, None, None, None]
+    x_t = (1 - wide) * x0 + wide * eps
+    real, fake = teacher(x_t, t, **condition), aux(x_t, t, **condition)
+    denoising = (aux((1 - wide) * x0.detach() + wide * eps, t, **condition) - (eps - x0.detach())).square().sum()
+    return {"student": ((fake - real) * (real - x0)).sum(), "aux": denoising}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@every_kind
+def test_gradients_are_those_of_separate_networks(kind, checkpointing, base, inputs, fill, randn):
+    """To 1e-9, whichever role runs between forward and backward and is active during it; each backward leaves the other's alone."""
+    network, shared, (z, _, condition) = base(kind), shared_of(kind, base(kind)), inputs(kind)
+    roles = {name: fill(shared.add_adapter(name, config_of(kind, name))) for name in ("student", "aux")}
+    roles[None] = shared.teacher()
+    alone = {name: separate(kind, network, roles[name]) for name in ("student", "aux")}
+    eps, t = randn(*z.shape), torch.tensor([0.7, 0.2], dtype=torch.float64)
+    wholes = {name: Whole(copied, shared.anatomy) for name, (copied, _) in alone.items()}
+    expected = {}
+    reference = losses(wholes["student"], Whole(network, shared.anatomy), wholes["aux"], z, eps, t, condition)
+    for name, value in reference.items():
+        own = alone[name][1]
+        expected[name] = dict(zip(own, torch.autograd.grad(value, list(own.values()), retain_graph=True), strict=True))
+    if checkpointing:
+        for name in ("student", "aux"):
+            roles[name].enable_gradient_checkpointing()
+    for active in roles:
+        computed = losses(roles["student"], roles[None], roles["aux"], z, eps, t, condition)
+        for name, other in (("student", "aux"), ("aux", "student")):
+            with torch.no_grad():
+                roles[active](z, t, **condition)
+            with shared.running(active):
+                computed[name].backward(inputs=list(roles[name].parameters()))
+            assert all(p.grad is None for p in roles[other].parameters())
+            for n, p in roles[name].named_parameters():
+                scale = max(1.0, float(expected[name][n].abs().max()))
+                assert_close(p.grad, expected[name][n], rtol=0, atol=1e-9 * scale)
+                p.grad = None
+
+
+def test_blocks_are_recomputed(base, inputs, fill):
+    """Every block, and no other module; SD3's class does not say which repeat, and they are told to diffusers' compiler too."""
+    for kind, count in (("sd35", 2), ("flux dev", 2)):
+        shared = shared_of(kind, base(kind))
+        student = fill(shared.add_adapter("student", config_of(kind, "student")))
+        calls, original = [], shared.checkpointed
+        shared.checkpointed = lambda *a, original=original, **k: (calls.append(type(a[0]).__name__), original(*a, **k))[1]
+        x, t, condition = inputs(kind)
+        student.enable_gradient_checkpointing()
+        student(x, t, **condition).sum().backward()
+        assert len(calls) == count
+        assert set(calls) == set(shared.network._repeated_blocks)
+        student.compile_repeated_blocks(backend="eager")
+
+
+@every_kind
+def test_head_in_the_place_of_the_last_layer(kind, base, inputs, fill, randn):
+    """With the rows that it replaces as its own last channels, those maps are the network's output; the first stay zero, and so
+    do all at first."""
+    shared, (x, t, condition) = shared_of(kind, base(kind)), inputs(kind)
+    aux = fill(shared.add_adapter("aux", config_of(kind, "aux")))
+    head = AdapterHead(aux, 5).double()
+    assert torch.equal(head(x, t, **condition), torch.zeros(B, 5, H, W).double())
+    with torch.no_grad():
+        for mine, theirs in zip(head.conv_out.parameters(), head.replaced.parameters(), strict=True):
+            mine[-len(theirs) :] = theirs
+    maps = head(x, t, **condition)
+    assert maps.shape == (B, 5, H, W)
+    assert torch.equal(maps[:, :2], torch.zeros(B, 2, H, W).double())
+    assert_close(maps[:, 2:], aux(x, t, **condition), rtol=1e-12, atol=1e-12)
+
+
+def test_tokens_are_flux_own(randn):
+    x = randn(2, 3, 6, 10)
+    assert torch.equal(to_tokens(x, 2), FluxPipeline._pack_latents(x, 2, 3, 6, 10))
+    assert torch.equal(from_tokens(to_tokens(x, 2), (6, 10), 2), x)
+
+
+@every_kind
+def test_half_precision(kind, base, inputs, fill):
+    """bfloat16 weights below float32 adapters: the read-out is float32, the product of the last layer not rounded; so is a
+    head's output, and gradients."""
+    shared, (x, t, condition) = shared_of(kind, base(kind).bfloat16()), inputs(kind)
+    student, aux = (shared.add_adapter(name, config_of(kind, name)) for name in ("student", "aux"))
+    assert student(x.float(), t.float(), **condition).dtype == torch.bfloat16
+    seen = []
+    handle = student.last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with student.reading_out():
+        out = student(x.float(), t.float(), **condition)
+    handle.remove()
+    assert out.dtype == torch.float32
+    last = student.last
+    tokens = seen[0].double() @ last.weight.double().T + last.bias.double()
+    exact = from_tokens(tokens, (H, W), 2)
+    if KINDS[kind] == "sd3":  # its squares are (row, column, channel)
+        exact = tokens.reshape(B, H // 2, W // 2, 2, 2, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+    assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+    assert AdapterHead(aux, 2)(x.float(), t.float(), **condition).dtype == torch.float32
+    out.square().sum().backward()
+    assert {p.grad.dtype for p in student.parameters()} == {torch.float32}
