@@ -143,7 +143,7 @@ def losses(student, teacher, aux, z: Tensor, eps: Tensor, t: Tensor, condition: 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @every_kind
 def test_gradients_are_those_of_separate_networks(kind, checkpointing, base, inputs, fill, randn):
-    """To 1e-9, whichever role runs between forward and backward and is active during it; each backward leaves the other's alone."""
+    """To 1e-9, whichever role runs between forward and backward and is active during it; each backward leaves the other's."""
     network, shared, (z, _, condition) = base(kind), shared_of(kind, base(kind)), inputs(kind)
     roles = {name: fill(shared.add_adapter(name, config_of(kind, name))) for name in ("student", "aux")}
     roles[None] = shared.teacher()
@@ -172,13 +172,19 @@ def test_gradients_are_those_of_separate_networks(kind, checkpointing, base, inp
                 p.grad = None
 
 
+def recomputed_by(shared: SharedNetwork) -> list[str]:
+    """The class of each block that it recomputes, from now on."""
+    calls, original = [], shared.checkpointed
+    shared.checkpointed = lambda *a, **k: (calls.append(type(a[0]).__name__), original(*a, **k))[1]
+    return calls
+
+
 def test_blocks_are_recomputed(base, inputs, fill):
     """Every block, and no other module; SD3's class does not say which repeat, and they are told to diffusers' compiler too."""
     for kind, count in (("sd35", 2), ("flux dev", 2)):
         shared = shared_of(kind, base(kind))
         student = fill(shared.add_adapter("student", config_of(kind, "student")))
-        calls, original = [], shared.checkpointed
-        shared.checkpointed = lambda *a, original=original, **k: (calls.append(type(a[0]).__name__), original(*a, **k))[1]
+        calls = recomputed_by(shared)
         x, t, condition = inputs(kind)
         student.enable_gradient_checkpointing()
         student(x, t, **condition).sum().backward()

@@ -1,0 +1,324 @@
+"""Students of flow-matching teachers as users meet them: trained by the command, loaded by diffusers alone, in another process.
+
+The reference is the trainer's own one-step readout of the averaged weights, rebuilt from the last checkpoint.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LCMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipelines.common.config import load_config
+from pipelines.students import load_student
+from trainers import distill
+from trainers.config.run import DistillConfig
+from trainers.engine import checkpoint
+from trainers.engine.ema import Ema, constant_decay
+from trainers.families import family_for
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+PROMPTS = ["a cat", "a dog on a mat", "a red house"]  # conftest's prompt_file
+RANK, ALPHA = 4, 2.0  # conftest's LORA
+LORA = "pytorch_lora_weights.safetensors"
+PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
+NETWORKS = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+# enough of a learning rate to be far from the teacher after a few steps
+FAST = {"optimizer": {"lr": 1e-2}}
+# name: (objective, teacher, guidance, settings of the student)
+RUNS = {
+    "sd3": ("diff_instruct", "sd3", 2.0, FAST),
+    "sd35": ("vardiu", "sd35", 2.0, FAST),
+    "sd3 without t5": ("varflow", "sd3 without t5", 1.0, FAST),
+    "flux dev": ("vardiu", "flux dev", 3.5, FAST),
+    "flux schnell": ("varflow", "flux schnell", 1.0, FAST),
+    "whole sd35": ("diff_instruct", "sd35", 2.0, {"optimizer": {"lr": 1e-3}, "lora": None}),
+    "whole flux": ("diff_instruct", "flux dev", 3.5, {"optimizer": {"lr": 1e-3}, "lora": None}),
+}
+LORAS = [name for name in RUNS if not name.startswith("whole")]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b).abs().max() / b.abs().max())
+
+
+# Runs and what the trainer's student makes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, SimpleNamespace]:
+    return {}
+
+
+@pytest.fixture
+def trained(runs, recipe, tmp_path_factory):
+    """trained(name): one of RUNS, trained when it is first asked for: its folder, teacher, z and the trainer's x0 there."""
+
+    def train(objective: str, kind: str, guidance: float, student: dict) -> SimpleNamespace:
+        folder = tmp_path_factory.mktemp("run")
+        config = recipe(objective, kind, output_dir=str(folder / "run"), checkpoint_every=3, steps=3)
+        config["teacher"]["guidance_scale"] = guidance
+        file = folder / "config.yaml"
+        file.write_text(yaml.safe_dump(config | {"student": config["student"] | student}))
+        distill.main(["--config", str(file)])
+        parsed = load_config(DistillConfig, str(file), [])
+        models = family_for(parsed)(parsed, Accelerator())
+        ema = Ema(models.student, constant_decay(0.5))
+        tensors, _ = checkpoint.load(folder / "run" / "checkpoints" / "step_00000003")
+        z = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        _, condition = models.examples.rows(torch.arange(3) * len(models.examples) // 3)  # perhaps several rows a prompt
+        with torch.no_grad():
+            before = models.student(z, condition)
+            checkpoint.restore_tensors(ema.average, tensors["ema"], "")
+            with ema.swapped():
+                x0 = models.student(z, condition)
+        assert relative(before, x0) > 1e-3
+        family = models.facts["family"]
+        latents = FluxPipeline._pack_latents(z, *z.shape) if family == "flux" else z
+        return SimpleNamespace(folder=folder / "run", teacher=config["teacher"]["path"], z=latents, x0=x0, family=family)
+
+    def get(name: str) -> SimpleNamespace:
+        if name not in runs:
+            runs[name] = train(*RUNS[name])
+        return runs[name]
+
+    return get
+
+
+def maps(latents: Tensor) -> Tensor:
+    """(b, c, h, w) of what a stock pipeline gives for output_type latent."""
+    return latents if latents.ndim == 4 else FluxPipeline._unpack_latents(latents, 16, 16, 2)
+
+
+# Another process ---------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, logging, os, sys, traceback, warnings
+import diffusers, peft, torch, transformers
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+said = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: said.append(record.getMessage())
+for library in ("diffusers", "transformers", "peft", "huggingface_hub"):
+    logging.getLogger(library).addHandler(handler)
+
+for line in sys.stdin:
+    job, failure = json.loads(line), None
+    said.clear()
+    os.chdir(job["cwd"])
+    names = {"torch": torch, "diffusers": diffusers, "out": {}, "z": load_file(job["tensors"])["z"]} | job["values"]
+    try:
+        exec(job["code"], names)
+        save_file({k: v.contiguous() for k, v in names["out"].items()}, job["tensors"])
+    except BaseException:
+        failure = traceback.format_exc()
+    ours = sorted({"pipelines", "trainers", "eval"} & {name.split(".")[0] for name in sys.modules})
+    print("reply", json.dumps({"failure": failure, "said": said, "ours": ours}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """A process that knows diffusers and nothing of this project."""
+    folder = tmp_path_factory.mktemp("worker")
+    with (folder / "stderr").open("w") as stderr:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
+        process = subprocess.Popen([sys.executable, "-c", WORKER], **pipes, text=True, cwd=folder)
+    yield SimpleNamespace(process=process, folder=folder)
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.fixture
+def elsewhere(worker):
+    """elsewhere(run, code, cwd): what `code` puts into `out` in the other process, where `teacher`, `student`, `prompts` and `z`
+    are known; a warning in a log there is an error, but for what allow matches."""
+
+    def execute(run: SimpleNamespace, code: str, cwd: Path | None = None, allow: str = "$^", **values) -> dict[str, Tensor]:
+        tensors = worker.folder / "tensors.safetensors"
+        save_file({"z": run.z.contiguous()}, tensors)
+        values |= {"teacher": run.teacher, "student": str(run.folder / "student"), "prompts": PROMPTS}
+        job = {"code": code, "values": values, "cwd": str(cwd or worker.folder), "tensors": str(tensors)}
+        print(json.dumps(job), file=worker.process.stdin, flush=True)
+        lines = iter(worker.process.stdout.readline, "")
+        reply = next((json.loads(line[6:]) for line in lines if line.startswith("reply ")), None)
+        assert reply, (worker.folder / "stderr").read_text()
+        assert reply["failure"] is None, reply["failure"]
+        assert not reply["ours"]
+        expected = re.compile(rf"No LoRA keys associated to CLIPTextModel|{allow}")  # said of every LoRA without text encoder
+        assert not [m for m in reply["said"] if not expected.search(m)]
+        return load_file(tensors)
+
+    return execute
+
+
+LOAD = """
+none = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}
+pipe = diffusers.DiffusionPipeline.from_pretrained(teacher, **none)
+pipe.load_lora_weights(student, adapter_name="student")
+pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(student, subfolder="scheduler")
+call = dict(num_inference_steps=1, guidance_scale=guidance, height=16, width=16, output_type="latent")
+step = lambda: pipe(prompts, latents=z, **call).images
+"""
+
+
+def told(name: str) -> dict:
+    """What the code in LOAD is told of a run: Flux dev's guidance is an input, all others run without."""
+    return {"guidance": 3.5 if name in ("flux dev", "whole flux") else 1.0, "without_t5": name.endswith("without t5")}
+
+
+@pytest.mark.parametrize("name", LORAS)
+@pytest.mark.slow
+def test_lora_in_the_stock_pipeline(name, trained, elsewhere):
+    """One step of diffusers alone is the trainer's x0, to 1e-5 of the largest; rank and alpha survive, and so does the image when
+    the LoRA is fused and unloaded, and beside a style LoRA that is switched off again."""
+    run = trained(name)
+    style = run.folder / "style"
+    make_style(run, style)
+    code = f"""{LOAD}
+out["x0"] = step()
+config = pipe.transformer.peft_config["student"]
+out["rank_alpha"] = torch.tensor([config.r, config.lora_alpha])
+pipe.load_lora_weights(style, adapter_name="style")
+pipe.set_adapters(["student", "style"], [1.0, 0.5])
+out["both"] = step()
+pipe.set_adapters(["student"])
+out["alone"] = step()
+pipe.delete_adapters("style")
+pipe.fuse_lora()
+out["fused"] = step()
+pipe.unload_lora_weights()
+out["unloaded"] = step()
+out["sigmas"] = pipe.scheduler.sigmas
+"""
+    out = elsewhere(run, code, style=str(style), allow="Already found a `peft_config`", **told(name))
+    assert out["rank_alpha"].tolist() == [RANK, ALPHA]
+    assert out["sigmas"].tolist() == [1.0, 0.0]
+    for key in ("x0", "alone", "fused", "unloaded"):
+        assert relative(maps(out[key]), run.x0) < 1e-5, key
+    assert relative(maps(out["both"]), run.x0) > 1e-4
+    assert relative(maps(out["both"]), with_style(run, style, name)) < 1e-5
+    stored = json.loads((run.folder / "student" / "scheduler" / "scheduler_config.json").read_text())
+    assert (stored["_class_name"], stored["shift_terminal"]) == ("FlowMatchEulerDiscreteScheduler", None)
+    tensors = load_file(run.folder / "student" / LORA)
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert all(key.startswith("transformer.") for key in tensors)
+
+
+def make_style(run: SimpleNamespace, folder: Path) -> None:
+    """A LoRA as others publish them: attention only, alpha = rank, no metadata."""
+    network = NETWORKS[run.family].from_pretrained(run.teacher, subfolder="transformer")
+    network.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    generator = torch.Generator().manual_seed(13)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    PIPELINES[run.family].save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(network))
+
+
+def with_style(run: SimpleNamespace, style: Path, name: str) -> Tensor:
+    """x0 of the teacher's network with W + weight alpha / rank B A for the tensors of both files."""
+    network = NETWORKS[run.family].from_pretrained(run.teacher, subfolder="transformer")
+    parameters = dict(network.named_parameters())
+    for file, scale in ((run.folder / "student" / LORA, ALPHA / RANK), (style / LORA, 0.5)):
+        tensors = load_file(file)
+        downs = {k: v for k, v in tensors.items() if "lora_A" in k}
+        assert 2 * len(downs) == len(tensors)
+        for key, down in downs.items():
+            target = parameters[key.removeprefix("transformer.").replace(".lora_A", "")]
+            target.data += scale * tensors[key.replace("lora_A", "lora_B")] @ down
+    none = {"text_encoder_3": None, "tokenizer_3": None} if told(name)["without_t5"] else {}
+    pipe = DiffusionPipeline.from_pretrained(run.teacher, transformer=network, **none)
+    options = {"num_inference_steps": 1, "guidance_scale": told(name)["guidance"], "height": 16, "width": 16}
+    return maps(pipe(PROMPTS, latents=run.z, output_type="latent", **options).images)
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux dev", "whole sd35", "whole flux"])
+@pytest.mark.slow
+def test_card_can_be_run(name, trained, elsewhere):
+    """The python block of README.md, run where the student lies, makes an image; its pipeline's latents are the trainer's x0."""
+    run = trained(name)
+    (block,) = re.findall(r"```python\n(.*?)```", (run.folder / "student" / "README.md").read_text(), re.DOTALL)
+    (how,) = re.findall(r'pipe\("a prompt", (.*)\)\.images\[0\]', block)
+    assert how == f"num_inference_steps=1, guidance_scale={told(name)['guidance']}"
+    block = block.replace(how, f"{how}, height=16, width=16")  # Flux draws 128 latents a side by default
+    code = f"{block}\nout['size'] = torch.tensor(image.size)\n"
+    code += f"out['x0'] = pipe(prompts, {how}, height=16, width=16, latents=z, output_type='latent').images"
+    out = elsewhere(run, code, cwd=run.folder)
+    assert out["size"].tolist() == [16, 16]
+    assert relative(maps(out["x0"]), run.x0) < 1e-5
+
+
+# load_student ------------------------------------------------------------------------------------------------------------------
+
+
+def one_step(pipe: DiffusionPipeline, run: SimpleNamespace, name: str) -> Tensor:
+    options = {"num_inference_steps": 1, "guidance_scale": told(name)["guidance"], "height": 16, "width": 16}
+    return maps(pipe(PROMPTS, latents=run.z, output_type="latent", **options).images)
+
+
+@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev", "whole flux"])
+def test_load_student(name, trained):
+    """The trainer's x0 in one step, without a warning, also in bfloat16 within its rounding."""
+    run = trained(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe = load_student(run.folder)
+    assert relative(one_step(pipe, run, name), run.x0) < 1e-5
+    info = json.loads((run.folder / "student" / "student.json").read_text())
+    weights = "transformer" if name.startswith("whole") else "lora"
+    assert (info["family"], info["weights"], info["readout_t"]) == (run.family, weights, 1.0)
+    half = load_student(run.folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
+    assert relative(one_step(half, SimpleNamespace(**vars(run) | {"z": run.z.bfloat16()}), name), run.x0) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_scheduler_that_does_not_fit(trained, tmp_path):
+    """Named, with what spoils it; also the stored one, if somebody has edited it."""
+    run = trained("sd35")
+    with pytest.warns(UserWarning, match=r"one step of LCMScheduler is not the x0 .*student/scheduler"):
+        load_student(run.folder, scheduler=LCMScheduler())
+    terminal = FlowMatchEulerDiscreteScheduler(shift_terminal=0.02)
+    with pytest.warns(UserWarning, match=r"not the x0 .*its shift_terminal=0\.02 leaves none; set it to null.*student/scheduler"):
+        load_student(run.folder, scheduler=terminal)
+    folder = Path(shutil.copytree(run.folder / "student", tmp_path / "student"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_terminal": 0.02}))
+    with pytest.warns(UserWarning, match=r"its shift_terminal=0\.02 leaves none; set it to null"):
+        load_student(folder)
+    (folder / "student.json").write_text(json.dumps(json.loads((folder / "student.json").read_text()) | {"readout_t": 999}))
+    with pytest.raises(ValueError, match=r"reads out at timestep 999, its base model has none after 1"):
+        load_student(folder)
+
+
+def test_a_student_of_another_model(trained, tiny):
+    """Its layers are not there, or its base is of another kind: said by name."""
+    with pytest.raises(ValueError, match="does not fit a FluxPipeline: .*it was made for another model"):
+        load_student(trained("sd35").folder, base_model=str(tiny("flux dev")))
+    with pytest.raises(ValueError, match="does not fit a StableDiffusion3Pipeline: .*it was made for another model"):
+        load_student(trained("sd35").folder, base_model=str(tiny("sd3")))  # without the second attention
