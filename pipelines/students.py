@@ -73,7 +73,7 @@ tags: [one-step, distillation, {tag}]
 ```python
 from diffusers import {pipeline}, {scheduler}{more_imports}
 
-pipe = {pipeline}.from_pretrained("{base_model}")
+pipe = {pipeline}.from_pretrained("{base_model}"{without})
 {load}
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
 image = pipe("a prompt", {call}).images[0]
@@ -146,7 +146,8 @@ def save_text_to_image(
     network: ModelMixin | None = None,
 ) -> None:
     """A student of a text-to-image teacher: LoRA weights (adapter: the network and the name on it) or a whole network in unet/ or
-    transformer/, beside the scheduler that makes the steps of a stock pipeline its own.
+    transformer/, beside the scheduler that makes the steps of a stock pipeline its own. info: facts for student.json; "without":
+    parts that the base model has not, where diffusers wants to be told.
     """
     kind = text_to_image.kind_of(pipeline)
     made = adapter[0] if adapter is not None else network
@@ -165,8 +166,9 @@ def save_text_to_image(
     card = TEXT_TO_IMAGE_CARD.format(
         base_model=info["base_model"],
         tag="lora" if adapter else "full",
-        facts=facts_list(info),
+        facts=facts_list({key: value for key, value in info.items() if key != "without"}),
         pipeline=pipeline.__name__,
+        without="".join(f", {part}=None" for part in info.get("without", ())),
         scheduler=type(scheduler).__name__,
         more_imports="" if adapter else f", {network_class}",
         load=f'pipe.load_lora_weights("{folder.name}")'

@@ -243,6 +243,11 @@ def family_in(index: Mapping[str, Any], source: str) -> str:
     return family
 
 
+def absent_text(index: Mapping[str, Any]) -> dict[str, None]:
+    """Text encoders and tokenizers that a model_index.json says are not there (T5 of SD3, often): diffusers wants to be told."""
+    return {k: None for k in (*TEXT_ENCODERS, *TOKENIZERS) if isinstance(index.get(k), list) and index[k][0] is None}
+
+
 def load_pipeline(
     source: str,
     dtype: torch.dtype = torch.float32,
@@ -264,8 +269,7 @@ def load_pipeline(
         parts = [k for k, v in index.items() if isinstance(v, list) and k not in (*left_out, *UNUSED)]
         check_weights(Path(source), parts)
         variant = variant or only_variant(Path(source), parts)
-    none = [k for k in kind.optional if index.get(k, [None])[0] is None]
-    options: dict[str, Any] = {k: None for k in (*UNUSED, *none) if k in index} | left_out
+    options: dict[str, Any] = {k: None for k in UNUSED if k in index} | absent_text(index) | left_out
     if "requires_safety_checker" in index:
         options["requires_safety_checker"] = False
     how = {"dtype": dtype, "use_safetensors": True, "variant": variant}

@@ -20,7 +20,17 @@ from pipelines.edm import EDMPipeline, PointNet
 from pipelines.loras import LoraSource, find_lora, load_lora, load_scheduler
 from pipelines.stock import StockPipeline
 from pipelines.students import load_student, read_info
-from pipelines.text_to_image import UNUSED, check_weights, kind_of, levels_of, network_of, only_variant, read_index, student_call
+from pipelines.text_to_image import (
+    UNUSED,
+    absent_text,
+    check_weights,
+    kind_of,
+    levels_of,
+    network_of,
+    only_variant,
+    read_index,
+    student_call,
+)
 
 from ..content import Speed
 from .seeds import image_generator, image_label
@@ -157,6 +167,7 @@ def _load_pipeline(folder: Path, model: str, kwargs: dict[str, Any]) -> StockPip
             return EDMPipeline.from_pretrained(source, use_safetensors=True, **kwargs)
         if "requires_safety_checker" in index:  # it would blacken images
             kwargs = kwargs | {"safety_checker": None, "requires_safety_checker": False}
+        kwargs = kwargs | absent_text(index)
         if folder.is_dir():
             parts = [k for k, v in index.items() if isinstance(v, list) and k not in UNUSED]
             check_weights(folder, parts)

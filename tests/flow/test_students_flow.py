@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,11 +27,15 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eval.__main__ import main
+from eval.images.seeds import image_generator
 from pipelines.common.config import load_config
 from pipelines.students import load_student
+from scripts import sample
 from trainers import distill
 from trainers.config.run import DistillConfig
 from trainers.engine import checkpoint
@@ -257,7 +262,7 @@ def with_style(run: SimpleNamespace, style: Path, name: str) -> Tensor:
     return maps(pipe(PROMPTS, latents=run.z, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("name", ["sd35", "flux dev", "whole sd35", "whole flux"])
+@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev", "whole sd35", "whole flux"])
 @pytest.mark.slow
 def test_card_can_be_run(name, trained, elsewhere):
     """The python block of README.md, run where the student lies, makes an image; its pipeline's latents are the trainer's x0."""
@@ -316,9 +321,56 @@ def test_scheduler_that_does_not_fit(trained, tmp_path):
         load_student(folder)
 
 
+def weights_differ():
+    return pytest.warns(UserWarning, match="was trained on other weights than those now at its base model")
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")
 def test_a_student_of_another_model(trained, tiny):
     """Its layers are not there, or its base is of another kind: said by name."""
-    with pytest.raises(ValueError, match="does not fit a FluxPipeline: .*it was made for another model"):
+    with pytest.raises(ValueError, match=r"does not fit a FluxPipeline: .*it was made for another model"), weights_differ():
         load_student(trained("sd35").folder, base_model=str(tiny("flux dev")))
-    with pytest.raises(ValueError, match="does not fit a StableDiffusion3Pipeline: .*it was made for another model"):
+    fits_not = r"does not fit a StableDiffusion3Pipeline: .*it was made for another model"
+    with pytest.raises(ValueError, match=fits_not), weights_differ():
         load_student(trained("sd35").folder, base_model=str(tiny("sd3")))  # without the second attention
+
+
+# The other commands ------------------------------------------------------------------------------------------------------------
+
+
+def generated(output: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(f)) for f in sorted(output.rglob("*.png")) if f.parent.name == "000000"])
+
+
+@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev"])
+def test_eval_draws_with_a_student(name, trained, tmp_path):
+    """By its run and as a LoRA of its base model: one step, no guidance or what the network is told, the same pictures."""
+    run, captions = trained(name), tmp_path / "captions.txt"
+    captions.write_text("\n".join(PROMPTS) + "\n")
+    pictures = []
+    for i, model in enumerate((["--model", str(run.folder)], ["--model", run.teacher, "--lora", str(run.folder / "student")])):
+        call = ["generate", "--protocol", "custom", "--num-images", "3", *model, "--captions", str(captions)]
+        assert main([*call, "--output", str(tmp_path / str(i))]) == 0
+        made = json.loads((tmp_path / str(i) / "images" / "draw0" / "generation.json").read_text())
+        expected = {"num_inference_steps": 1, "guidance_scale": told(name)["guidance"], "height": 16, "width": 16}
+        assert made["model"]["call"] == expected
+        pictures.append(generated(tmp_path / str(i)))
+    pipe, options = load_student(run.folder), expected | {"output_type": "np"}
+    drawn = [pipe([p], generator=[image_generator(0, i)], **options).images[0] for i, p in enumerate(PROMPTS)]
+    assert np.array_equal(pictures[0], (np.stack(drawn) * 255).round().astype(np.uint8))
+    assert np.array_equal(pictures[0], pictures[1])
+
+
+def test_eval_draws_with_a_teacher(tiny, tmp_path):
+    """SD3 without T5 too, of which diffusers wants to be told."""
+    (tmp_path / "captions.txt").write_text("a cat\na dog\n")
+    call = ["generate", "--protocol", "custom", "--num-images", "2", "--model", str(tiny("sd3 without t5")), "--steps", "2"]
+    assert main([*call, "--captions", str(tmp_path / "captions.txt"), "--output", str(tmp_path / "out")]) == 0
+    assert generated(tmp_path / "out").shape == (2, 16, 16, 3)
+
+
+def test_samples_beside_the_teacher(trained, tmp_path):
+    for name in ("sd35", "flux dev"):
+        output = tmp_path / f"{name}.png"
+        sample.main([str(trained(name).folder), "--prompt", "a cat", "--teacher-steps", "2", "--output", str(output)])
+        assert output.is_file()

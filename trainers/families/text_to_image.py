@@ -90,6 +90,8 @@ class Family(base.Family):
             "base_weights": base_weights,
             "base_dtype": t.dtype,
         }
+        if without := list(t2i.absent_text(index)):
+            self.facts["without"] = without
 
     @classmethod
     def check(cls, config: DistillConfig) -> None:
