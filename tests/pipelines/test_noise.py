@@ -339,6 +339,7 @@ SAMPLERS = {
     "uniform": ({"low": LOW, "high": HIGH}, lambda t: share(t, lambda v: v)),
     "log_uniform": ({"low": LOW, "high": HIGH}, lambda t: share(t, torch.log)),
     "log_normal": ({"mean": -0.4, "std": 1.6}, lambda t: normal_cdf((t.log() + 0.4) / 1.6)),
+    "logit_normal": ({"mean": 0.3, "std": 1.7}, lambda t: normal_cdf((torch.logit(t) - 0.3) / 1.7)),
     "karras": ({"low": LOW, "high": HIGH, "rho": 5.0}, lambda t: share(t, lambda v: v ** (1 / 5))),
     "power": (
         {"low": LOW, "high": HIGH, "start": 3.0, "end": 0.5, "until": 0.8},
@@ -370,7 +371,7 @@ def test_sampler_inverts_its_distribution_function(name):
     assert_close(SAMPLERS[name][1](t), u, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "log_normal"])
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in ("log_normal", "logit_normal")])
 def test_sampler_ends(name):
     ends = sampler_of(name)(torch.tensor([0.0, 1.0], dtype=torch.float64), 0.4)
     assert_close(ends, torch.tensor([LOW, HIGH], dtype=torch.float64), rtol=1e-12, atol=0)

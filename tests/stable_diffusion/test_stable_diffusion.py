@@ -122,8 +122,8 @@ WRONG = {
     "index cut": (lambda f: (f / INDEX).write_text("{"), r"model_index\.json' is not valid JSON .*copy it again"),
     "index a list": (lambda f: (f / INDEX).write_text("[]"), r"model_index\.json' holds a list.*copy it again"),
     "family": (
-        lambda f: edit(f / INDEX, _class_name="StableDiffusion3Pipeline"),
-        "holds a StableDiffusion3Pipeline; expected one of StableDiffusionPipeline, StableDiffusionXLPipeline",
+        lambda f: edit(f / INDEX, _class_name="PixArtSigmaPipeline"),
+        "holds a PixArtSigmaPipeline; expected one of StableDiffusionPipeline, StableDiffusionXLPipeline",
     ),
     "weights cut": (lambda f: truncate(f / "unet" / WEIGHTS), rf"unet/{WEIGHTS}' is damaged .*copy or download it again"),
     "no tokenizer files": (
