@@ -21,11 +21,8 @@ from .common.errors import UserError
 from .common.reading import loading
 from .noise import PredictionType, VPSchedule
 from .stock import StockPipeline
-from .text_to_image import DTYPES as DTYPES
-from .text_to_image import UNUSED as UNUSED
 from .text_to_image import Denoiser as Denoiser
 from .text_to_image import Kind, family_name
-from .text_to_image import check_weights as check_weights
 from .text_to_image import decode_latents as decode_latents
 from .text_to_image import denoiser as denoiser
 from .text_to_image import encode_images as encode_images

@@ -94,8 +94,8 @@ class MixtureData(Strict):
 
 
 class TextData(Strict):
-    """What Stable Diffusion is distilled on. It is encoded once, into `cache`: a folder that several runs may share, and that
-    another model or another image size may not use (default: <output_dir>/cache)."""
+    """What text-to-image teachers are distilled on. It is encoded once, into `cache`: a folder that several runs may share, and
+    that another model or another image size may not use (default: <output_dir>/cache)."""
 
     cache: UserPath | None = None
     image_size: PositiveInt | None = None  # side of the square images in pixels; None: the teacher's own

@@ -99,7 +99,7 @@ class Optimizer(Strict):
 class Lora(Strict):
     """Low-rank adapters, W + alpha/rank B A, on every layer whose name ends with a target.
 
-    targets None: the layers of the published LoRAs (Stable Diffusion), all layers of all blocks (EDM).
+    targets None: the layers of the published LoRAs (text-to-image), all layers of all blocks (EDM).
     """
 
     rank: PositiveInt = 64

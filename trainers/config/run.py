@@ -81,7 +81,7 @@ class TeacherConfig(Run):
     )
     data: Data
     network: NewNetwork | None = None  # a new network: small, by `architecture` one of the EDM paper's, by `width` one for points
-    pipeline: UserPath | None = None  # or: a Stable Diffusion pipeline whose network is trained further, on captioned images
+    pipeline: UserPath | None = None  # or: a text-to-image pipeline whose network is trained further, on captioned images
     guidance_scale: StockGuidance | None = None  # with pipeline: of the pictures of samples/; None: the stock pipeline's own
     sigma_data: PositiveFloat = 0.5
     levels: Levels
@@ -121,11 +121,11 @@ class TeacherConfig(Run):
 
 
 class Teacher(Strict):
-    path: UserPath | None = None  # a pipeline folder (EDM, Stable Diffusion), the output_dir of train_teacher, or a hub id
+    path: UserPath | None = None  # a pipeline folder (EDM, text-to-image), the output_dir of train_teacher, or a hub id
     # instead: nothing learned. density: the exact score of the mixture in `data`; samples: that of the noised data set itself
     exact: Literal["density", "samples"] | None = None
     guidance_scale: float = 1.0
-    negative_prompt: str | None = None  # Stable Diffusion only; None: what the stock pipeline takes for no prompt
+    negative_prompt: str | None = None  # with text and guidance; None: what the stock pipeline takes for no prompt
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters are float32
     variant: str | None = None  # of the weight files, e.g. fp16
 

@@ -27,7 +27,7 @@ PosteriorNetwork = Annotated[
 
 class Posterior(Strict):
     # shared: a decoder of its own on the teacher's frozen encoder (EDM); adapter: LoRA and a last layer of its own on the
-    # teacher's frozen weights (Stable Diffusion); copy: the teacher's network, copied; or a section: one from scratch
+    # teacher's frozen weights (text-to-image); copy: the teacher's network, copied; or a section: one from scratch
     network: PosteriorNetwork = "shared"
     lora: Lora = Lora()  # adapter only
     covariance: CovarianceName = "linear"
