@@ -6,7 +6,8 @@ A network is told 1000 t. One stock step from noise z, at t = 1, gives z - v(z, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from torch import Tensor, nn
 
 from .common.errors import UserError
-from .noise import PredictionType, RectifiedFlowSchedule
+from .noise import PredictionType, RectifiedFlowSchedule, shifted_t
 from .peft_layers import own_layer
 from .stock import StockPipeline
 from .text_to_image import Kind
 
 SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
-# of a sampler of several steps, and in the way of a single one
+# of a sampler of many steps, and in the way of a single one
 OFF = {"shift_terminal": None, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 
 
@@ -30,6 +31,8 @@ class FlowMatching(Kind):
 
     component, scheduler = "transformer", FlowMatchEulerDiscreteScheduler
     time_scale = 1000.0
+    step_dtype = torch.float32  # in which these schedulers draw noise
+    forgets_generator = True
     t5: tuple[str, str]
 
     def text_width(self, config: Mapping[str, Any]) -> int:
@@ -67,16 +70,33 @@ class FlowMatching(Kind):
     def prediction(self, scheduler: Any) -> PredictionType:
         return "flow"
 
-    def one_step_scheduler(self, scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
-        """The teacher's, without what spoils a single step. Its time shift leaves t = 1 where it is."""
+    def student_levels(self, scheduler: Any, steps: int) -> list[float]:
+        """1, 1 - 1/N, ..., 1/N under the teacher's own time shift: where it depends on the size of images, the largest."""
+        config = scheduler.config
+        shift = math.exp(config["max_shift"]) if config.get("use_dynamic_shifting") else config["shift"]
+        even = torch.tensor([1 - i / steps for i in range(steps)], dtype=torch.float64)
+        return [round(t, 6) for t in shifted_t(even, shift).tolist()]
+
+    def student_scheduler(self, scheduler: Any, levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
+        """The teacher's, without what spoils a step. Its time shift leaves a single step at t = 1 where it is; other levels are
+        given to the pipeline as they are, so that none is left, and noise is drawn anew between steps.
+        """
         known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-        config = dict(scheduler.config) | OFF | {"stochastic_sampling": False}
+        config = dict(scheduler.config) | OFF | {"stochastic_sampling": list(levels) != [1.0]}
+        if list(levels) != [1.0]:
+            config |= {"shift": 1.0, "use_dynamic_shifting": False}
         return FlowMatchEulerDiscreteScheduler.from_config({k: v for k, v in config.items() if k in known})
 
-    def start(self, scheduler: Any, readout_t: float, last: float) -> float:
-        shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
-        scheduler.set_timesteps(1, **shift)
-        return self.time_scale * readout_t
+    def call(self, levels: Sequence[float], scheduler: Any) -> dict[str, Any]:
+        """By sigmas, since a pipeline's own grid would be another."""
+        return {"num_inference_steps": 1} if list(levels) == [1.0] else {"sigmas": list(levels)}
+
+    def start(self, scheduler: Any, levels: Sequence[float]) -> bool:
+        call, shift = self.call(levels, scheduler), {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(call.pop("num_inference_steps", None), **call, **shift)
+        told = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
+        wanted = self.time_scale * torch.tensor(list(levels), dtype=torch.float64)
+        return told.shape == wanted.shape and torch.allclose(told, wanted, rtol=1e-5)
 
     def why_not(self, scheduler: Any) -> str:
         spoils = [f"{k}={scheduler.config.get(k)}" for k, v in OFF.items() if scheduler.config.get(k) not in (v, None)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -63,7 +65,8 @@ class Kind:
     by default, as in published LoRAs; scheduler: the stock class whose steps are x0; optional: text encoders that a folder may do
     without; time_scale: a schedule's t times this is what a network of sinusoids is told; any_readout: whether a student of one
     step may read out elsewhere than at the schedule's last level (student.readout_t); whole_levels: whether levels are whole
-    numbers; noise_dtype: in which the scheduler draws noise between steps for a network's output in float64.
+    numbers; step_dtype: in which schedulers are tried; forgets_generator:
+    the stock pipeline does not hand its generator to the scheduler, which draws that noise from torch's own.
     """
 
     called: str
@@ -74,7 +77,8 @@ class Kind:
     optional: tuple[str, ...] = ()
     time_scale = 1.0
     any_readout = whole_levels = False
-    noise_dtype = torch.float64
+    step_dtype = torch.float64
+    forgets_generator = False
     has_features = False
 
     # The network
@@ -439,6 +443,20 @@ def student_call(kind: Kind, config: Mapping[str, Any], scheduler: Any, info: Ma
     return kind.call(levels_of(info), scheduler) | {"guidance_scale": info["guidance_scale"] if told else 1.0}
 
 
+@contextmanager
+def own_noise(pipe: Any, generators: list[torch.Generator]) -> Iterator[None]:
+    """Inside, noise between steps comes from these generators, one an image, where the stock pipeline would not say so."""
+    family, scheduler = family_of(type(pipe).__name__), pipe.scheduler
+    if family is None or not kind_named(family).forgets_generator:
+        yield
+        return
+    scheduler.step = partial(scheduler.step, generator=generators)
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
 def levels_of(info: Mapping[str, Any]) -> list[Any]:
     """The levels of a student's steps, by the facts in its student.json."""
     return info.get("levels") or [info["readout_t"]]
@@ -453,7 +471,7 @@ def steps_error(kind: Kind, scheduler: Any, denoiser: Denoiser, levels: Sequence
     if not isinstance(denoiser.preconditioner, Prediction):
         raise ValueError(f"a scheduler's step is that of a prediction type, not of {denoiser.preconditioner}")
     generator = torch.Generator().manual_seed(0)
-    z, *x0 = torch.randn(1 + len(levels), 1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    z, *x0 = torch.randn(1 + len(levels), 1, 4, 8, 8, generator=generator, dtype=kind.step_dtype)
     ours, theirs = (torch.Generator().manual_seed(1) for _ in range(2))
     probe, off = type(scheduler).from_config(scheduler.config), [torch.zeros(())]
     drawn = {"generator": theirs} if "generator" in inspect.signature(probe.step).parameters else {}
@@ -463,9 +481,10 @@ def steps_error(kind: Kind, scheduler: Any, denoiser: Denoiser, levels: Sequence
         x_t, sample = z, z * getattr(probe, "init_noise_sigma", 1.0)
         for i, t in enumerate(probe.timesteps):
             level = denoiser.schedule.level(torch.tensor([levels[i]]))
-            level = type(level)(widen(level.alpha.double().flatten()), widen(level.sigma.double().flatten()), level.t)
+            alpha, sigma = (widen(v.to(kind.step_dtype).flatten()) for v in (level.alpha, level.sigma))
+            level = type(level)(alpha, sigma, level.t)
             if i:
-                eps = torch.randn(z.shape, generator=ours, dtype=kind.noise_dtype)
+                eps = torch.randn(z.shape, generator=ours, dtype=kind.step_dtype)
                 x_t = add_noise(x0[i - 1], eps, level)
             seen = probe.scale_model_input(sample, t) if hasattr(probe, "scale_model_input") else sample
             off.append((seen - x_t).abs().max())

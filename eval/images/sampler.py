@@ -28,6 +28,7 @@ from pipelines.text_to_image import (
     levels_of,
     network_of,
     only_variant,
+    own_noise,
     read_index,
     student_call,
 )
@@ -90,7 +91,8 @@ class Sampler:
             inputs["class_labels"] = drawn if labels is None else list(labels)
         if isinstance(getattr(self.pipe, "unet", None), PointNet):
             raise UserError(f"--model: {self.facts['model']!r} makes points, not images; use `python -m eval points`")
-        output = self.pipe(**inputs, **self.call, output_type="np")
+        with own_noise(self.pipe, inputs["generator"]):
+            output = self.pipe(**inputs, **self.call, output_type="np")
         images = torch.from_numpy(output[0] if isinstance(output, tuple) else output.images)
         if images.ndim != 4 or len(images) != len(indices):
             raise ValueError(f"the pipeline returned {tuple(images.shape)}, expected {len(indices)} images (h, w, c)")

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from pipelines import text_to_image as t2i
 from pipelines.adapters import Whole
 from pipelines.common.errors import UserError
-from pipelines.denoiser import Denoiser, OneStepGenerator
+from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.noise import EDMSchedule, RectifiedFlowSchedule, VPSchedule, add_noise, score, to_eps, to_x0
 from pipelines.students import ONE_STEP_TOLERANCE
 from trainers.config.level_range import check_levels
@@ -207,12 +207,12 @@ def test_one_step_of_the_stock_pipeline_is_x0(kind, w, ours, stock, randn):
     network = Whole(mine.transformer, own.anatomy(config, w))
     guided = own.guidance(config) == "null"
     null = own.null_condition(mine, None, CPU, config) if guided else None
-    student = OneStepGenerator(t2i.denoiser(mine, network, w if guided else 1.0, null), 1.0)
+    student = FewStepGenerator(t2i.denoiser(mine, network, w if guided else 1.0, null), [1.0])
     with torch.no_grad():
         x0 = student(z, own.encode_prompts(mine, PROMPTS, (16, 16), CPU))
     options = ONE_STEP | {"latents": own.packed(z), "guidance_scale": w}
     assert relative(own.unpacked(pipe(PROMPTS, **options).images, (3, 8, 8)), x0) < 1e-5
-    pipe.scheduler = own.one_step_scheduler(pipe.scheduler)
+    pipe.scheduler = own.student_scheduler(pipe.scheduler, [1.0])
     assert relative(own.unpacked(pipe(PROMPTS, **options).images, (3, 8, 8)), x0) < 1e-5
     images = pipe(PROMPTS, **options | {"output_type": "pt"}).images
     assert_close(t2i.decode_latents(mine.vae, x0) / 2 + 0.5, images, rtol=0, atol=1e-5)
@@ -250,15 +250,50 @@ def test_guidance_by_hand(ours, randn):
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_one_step_error(make, exact):
     own = t2i.kind_named("sd3")
-    error = t2i.one_step_error(own, make(), Denoiser(None, RectifiedFlowSchedule(), "flow", 1.0), 1.0)
+    error = t2i.steps_error(own, make(), Denoiser(None, RectifiedFlowSchedule(), "flow", 1.0), [1.0])
     assert error < 1e-6 if exact else error > 10 * ONE_STEP_TOLERANCE
+
+
+FOUR = [1.0, 0.9, 0.75, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("make", "exact"),
+    [
+        (lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), True),
+        (lambda: FlowMatchLCMScheduler(), True),
+        (lambda: FlowMatchEulerDiscreteScheduler(), False),  # goes on along the line
+        (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True), False),  # shifts what it is given
+        (lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, stochastic_sampling=True), False),
+        (lambda: FlowMatchHeunDiscreteScheduler(), False),
+        (lambda: LCMScheduler(), False),
+    ],
+)
+def test_error_of_four_steps(make, exact):
+    error = t2i.steps_error(t2i.kind_named("flux"), make(), Denoiser(None, RectifiedFlowSchedule(), "flow", 1.0), FOUR)
+    assert error < 1e-5 if exact else error > 10 * ONE_STEP_TOLERANCE
+
+
+def test_levels_of_students():
+    """Even steps under the teacher's shift, of 1024 pixels where it depends on them; the stored scheduler makes them."""
+    own = t2i.kind_named("sd3")
+    for options, expected in (
+        ({"shift": 3.0}, FOUR),
+        ({}, [1.0, 0.75, 0.5, 0.25]),
+        ({"use_dynamic_shifting": True, "max_shift": math.log(3)}, FOUR),
+    ):
+        teacher = FlowMatchEulerDiscreteScheduler(**options)
+        assert own.student_levels(teacher, 4) == expected
+        scheduler = own.student_scheduler(teacher, expected)
+        assert own.call(expected, scheduler) == {"sigmas": expected}
+        assert t2i.steps_error(own, scheduler, Denoiser(None, RectifiedFlowSchedule(), "flow", 1.0), expected) < 1e-5
 
 
 def test_scheduler_that_is_stored(tmp_path):
     """The teacher's shift is kept, what spoils a single step is not, also after a round trip to disk."""
     spoilt = {"shift": 3.0, "shift_terminal": 0.02, "use_karras_sigmas": True, "stochastic_sampling": True}
     teacher = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, **spoilt)
-    t2i.kind_named("sd3").one_step_scheduler(teacher).save_pretrained(tmp_path)
+    t2i.kind_named("sd3").student_scheduler(teacher, [1.0]).save_pretrained(tmp_path)
     stored = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
     assert stored.config.shift_terminal is None
     assert not stored.config.use_karras_sigmas
