@@ -21,7 +21,7 @@ from .common.errors import UserError
 from .common.reading import loading
 from .noise import PredictionType, VPSchedule
 from .stock import StockPipeline
-from .text_to_image import Denoiser as Denoiser
+from .text_to_image import Denoiser as Denoiser  # these and the functions below KIND: for what is about Stable Diffusion alone
 from .text_to_image import Kind, family_name
 from .text_to_image import decode_latents as decode_latents
 from .text_to_image import denoiser as denoiser

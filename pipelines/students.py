@@ -183,9 +183,6 @@ def save_text_to_image(
     replace_folder(folder, write, "student", info, card)
 
 
-save_stable_diffusion = save_text_to_image
-
-
 def replace_folder(folder: Path, write: Callable[[Path], None], kind: str, info: dict[str, Any], card: str) -> None:
     """Put what `write` makes, <kind>.json and README.md in place of `folder`, at once."""
     with atomic.new_folder(folder) as partial:

@@ -65,8 +65,8 @@ class Kind:
     by default, as in published LoRAs; scheduler: the stock class whose steps are x0; optional: text encoders that a folder may do
     without; time_scale: a schedule's t times this is what a network of sinusoids is told; any_readout: whether a student of one
     step may read out elsewhere than at the schedule's last level (student.readout_t); whole_levels: whether levels are whole
-    numbers; step_dtype: in which schedulers are tried; forgets_generator:
-    the stock pipeline does not hand its generator to the scheduler, which draws that noise from torch's own.
+    numbers; step_dtype: in which schedulers are tried; forgets_generator: the stock pipeline does not hand its generator to
+    the scheduler, which draws noise between steps from torch's own; has_features: whether it has feature_layers.
     """
 
     called: str
@@ -109,9 +109,11 @@ class Kind:
         raise NotImplementedError
 
     def schedule(self, scheduler: Any) -> Schedule:
+        """The noise levels of a teacher with that scheduler."""
         raise NotImplementedError
 
     def prediction(self, scheduler: Any) -> PredictionType:
+        """What its network puts out."""
         raise NotImplementedError
 
     def student_levels(self, scheduler: Any, steps: int) -> list[Any]:

@@ -43,6 +43,8 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], int, float]:
             weights = {key: stored.get_tensor(key) for key in stored.keys()}
     except (SafetensorError, ValueError) as error:
         raise damaged_weights(file, error) from error
+    if "transformer.r" in metadata:
+        raise UserError(f"{str(file)!r} is for a transformer (SD3, Flux); this export knows U-Nets only")
     if "unet.r" not in metadata:
         raise UserError(f"{str(file)!r} has no rank and alpha in its metadata; it was not written by trainers.distill")
     if metadata.get("unet.rank_pattern") or metadata.get("unet.alpha_pattern"):

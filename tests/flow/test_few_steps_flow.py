@@ -18,20 +18,21 @@ from pipelines.common.errors import UserError
 from pipelines.students import load_student
 from trainers.config.run import DistillConfig
 from trainers.families import family_for
+from trainers.families.base import unit_noise
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 PROMPTS = ["a cat", "a dog on a mat", "a red house"]  # conftest's prompt_file
-GUIDANCE = {"sd35": 1.0, "flux dev": 3.5, "flux schnell": 1.0}
+GUIDANCE = {"sd35": 1.0, "sd3 without t5": 1.0, "flux dev": 3.5, "flux schnell": 1.0}
 CASES = [("sd35", 2), ("sd35", [1.0, 0.8, 0.3]), ("flux dev", 4), ("flux schnell", 8), ("sd35", [0.9])]
 
 
 @pytest.fixture
 def student(recipe, tmp_path):
-    """student(kind, steps): one with random adapters, and its folder."""
+    """student(kind, steps, **more): one with random adapters, and its folder."""
 
-    def make(kind: str, steps) -> SimpleNamespace:
-        config = recipe("diff_instruct", kind)
+    def make(kind: str, steps, **more) -> SimpleNamespace:
+        config = recipe("diff_instruct", kind, **more)
         config["student"] = config["student"] | {"steps": steps}
         config["teacher"]["guidance_scale"] = GUIDANCE[kind]
         file = Path(config["output_dir"]).with_suffix(".yaml")
@@ -94,6 +95,20 @@ def test_evaluation_draws_each_image_from_its_own_seed(kind, student):
     assert not torch.equal(together[1], together[2])
     alone = sampler.pipe(PROMPTS[:1], generator=[image_generator(0, 0)], **sampler.call, output_type="np").images
     assert (torch.from_numpy(alone[0]).permute(2, 0, 1) * 255 - together[0]).abs().max() > 1  # the stock pipeline alone does not
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("sd3 without t5", 1), ("flux dev", 1), ("sd35", 2)])
+def test_pictures_of_a_run_are_the_stock_pipelines(kind, steps, student):
+    """Those that evaluations in a run measure, and its own, decoded; each from noise of its own, whatever the batch."""
+    run = student(kind, steps, sample_every=1)
+    whole = run.made.images(range(3))
+    assert (whole.shape, run.made.preview().shape) == ((3, 3, 16, 16), (3, 3, 16, 16))
+    assert torch.allclose(run.made.images(range(1, 3)), whole[1:], atol=1e-5)
+    if steps == 1:
+        z, pipe = unit_noise(run.made.config, range(3), (3, 8, 8))[0], load_student(run.folder)
+        options = {"num_inference_steps": 1, "guidance_scale": GUIDANCE[kind], "height": 16, "width": 16, "output_type": "pt"}
+        drawn = pipe(PROMPTS, latents=packed(kind, z), **options).images
+        assert torch.allclose(drawn, whole, atol=1e-5)
 
 
 def test_what_is_refused(student, tmp_path):

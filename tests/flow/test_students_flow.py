@@ -35,7 +35,7 @@ from eval.__main__ import main
 from eval.images.seeds import image_generator
 from pipelines.common.config import load_config
 from pipelines.students import load_student
-from scripts import sample
+from scripts import export_kohya, sample
 from trainers import distill
 from trainers.config.run import DistillConfig
 from trainers.engine import checkpoint
@@ -367,6 +367,13 @@ def test_eval_draws_with_a_teacher(tiny, tmp_path):
     call = ["generate", "--protocol", "custom", "--num-images", "2", "--model", str(tiny("sd3 without t5")), "--steps", "2"]
     assert main([*call, "--captions", str(tmp_path / "captions.txt"), "--output", str(tmp_path / "out")]) == 0
     assert generated(tmp_path / "out").shape == (2, 16, 16, 3)
+
+
+def test_export_knows_no_transformers(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export_kohya.main([str(trained("sd35").folder / "student"), str(tmp_path / "out.safetensors")])
+    assert "is for a transformer (SD3, Flux); this export knows U-Nets only" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_samples_beside_the_teacher(trained, tmp_path):

@@ -23,7 +23,7 @@ from eval.images.seeds import image_generator
 from pipelines.common.errors import UserError
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
 from pipelines.stable_diffusion import load_pipeline, one_step_scheduler
-from pipelines.students import load_student, save_edm_student, save_stable_diffusion
+from pipelines.students import load_student, save_edm_student, save_text_to_image
 from scripts import demo
 from trainers import distill
 
@@ -58,7 +58,7 @@ def whole_network(tmp_path_factory) -> Path:
     info = {"family": "sd", "weights": "unet", "readout_t": 999, "image_size": 32, "base_model": str(TEACHER)}
     info |= {"objective": "varflow", "guidance_scale": 1.0, "steps": 0}
     folder = tmp_path_factory.mktemp("whole") / "student"
-    save_stable_diffusion(folder, StableDiffusionPipeline, one_step_scheduler(pipe.scheduler), info, network=pipe.unet)
+    save_text_to_image(folder, StableDiffusionPipeline, one_step_scheduler(pipe.scheduler), info, network=pipe.unet)
     return folder
 
 

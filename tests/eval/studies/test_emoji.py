@@ -35,7 +35,7 @@ from pipelines import emoji
 from pipelines.assets import EMOJI_CLIP, EMOJI_SD
 from pipelines.common.errors import UserError
 from pipelines.stable_diffusion import load_pipeline, one_step_scheduler
-from pipelines.students import save_stable_diffusion
+from pipelines.students import save_text_to_image
 
 N, STEPS = 5, 2
 INFO = {"family": "sd", "weights": "lora", "readout_t": 999, "image_size": 32, "base_model": str(EMOJI_SD)}
@@ -67,7 +67,7 @@ def run(tmp_path_factory) -> Path:
             if "lora" in name:
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
     scheduler = one_step_scheduler(pipe.scheduler)
-    save_stable_diffusion(folder / "student", StableDiffusionPipeline, scheduler, INFO, adapter=(pipe.unet, "student"))
+    save_text_to_image(folder / "student", StableDiffusionPipeline, scheduler, INFO, adapter=(pipe.unet, "student"))
     rows = ({"step": step, "joint/loss": 1 / step} for step in range(1, 31))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
