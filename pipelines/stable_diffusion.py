@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from . import text_to_image
 from .adapters import UNET, Anatomy
 from .common.errors import UserError
 from .common.reading import loading
 from .noise import PredictionType, VPSchedule
 from .stock import StockPipeline
-from .text_to_image import Denoiser as Denoiser  # these and the functions below KIND: for what is about Stable Diffusion alone
 from .text_to_image import Kind, family_name
-from .text_to_image import decode_latents as decode_latents
-from .text_to_image import denoiser as denoiser
-from .text_to_image import encode_images as encode_images
-from .text_to_image import load_pipeline as load_pipeline
-from .text_to_image import overlong as overlong
-from .text_to_image import read_index as read_index
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -173,11 +164,3 @@ def student_levels(num_train_timesteps: int, steps: int) -> list[int]:
 
 
 KIND = StableDiffusion()
-
-encode_prompts, null_condition, prediction_type_of = KIND.encode_prompts, KIND.null_condition, KIND.prediction
-steps_error = partial(text_to_image.steps_error, KIND)
-
-
-def one_step_error(scheduler: Any, denoiser: Denoiser, readout_t: int) -> float:
-    """steps_error of the one step at readout_t."""
-    return steps_error(scheduler, denoiser, [readout_t])

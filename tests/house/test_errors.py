@@ -23,8 +23,8 @@ from pipelines.common.config import load_config
 from pipelines.common.errors import LONGEST, UserError, message, printable, shown
 from pipelines.common.reading import loading, read_json, read_text, read_yaml
 from pipelines.data.prompts import read_rows
-from pipelines.stable_diffusion import read_index
 from pipelines.students import find_student
+from pipelines.text_to_image import read_index
 from scripts import convert_edm, export_kohya, jobs, sample
 from trainers import cache, distill, train_teacher
 from trainers.config.run import DistillConfig, TeacherConfig

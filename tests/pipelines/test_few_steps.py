@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pipelines import stable_diffusion as sd
+from pipelines import text_to_image as t2i
 from pipelines.common.errors import UserError
 from pipelines.data.images import ImageSet
 from pipelines.denoiser import Denoiser, FewStepGenerator, Start
@@ -126,7 +127,7 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 @pytest.mark.parametrize("levels", [[999], [999, 499], [999, 749, 499, 249], [999, 700, 333], [625], [800, 10]])
 def test_the_stored_scheduler_makes_the_students_steps(levels, prediction_type):
     stored = sd.one_step_scheduler(DDIMScheduler(**NOISE, prediction_type=prediction_type))
-    assert sd.steps_error(stored, vp_denoiser(prediction_type), levels) < 1e-4
+    assert t2i.steps_error(sd.KIND, stored, vp_denoiser(prediction_type), levels) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_the_stored_scheduler_makes_the_students_steps(levels, prediction_type):
     ids=["ddim", "trailing", "euler", "dpm", "lcm", "skip", "v"],
 )
 def test_other_schedulers_are_told(wrong):
-    assert sd.steps_error(wrong, vp_denoiser("epsilon"), [999, 749, 499, 249]) > 1e-2
+    assert t2i.steps_error(sd.KIND, wrong, vp_denoiser("epsilon"), [999, 749, 499, 249]) > 1e-2
 
 
 def test_an_edm_scheduler_keeps_the_levels_of_its_student(tmp_path):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipelines import adapters
 from pipelines import stable_diffusion as sd
+from pipelines import text_to_image as t2i
 from pipelines.noise import add_noise, weight
 from pipelines.students import load_student, read_info
 from trainers import distill, train_teacher
@@ -286,7 +287,7 @@ def assert_student_is_what_was_trained(output: Path, trainer: Trainer, dtype: to
     """One step of the stock pipeline that load_student gives is g(z) of the averaged student."""
     pipe = load_student(output, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    condition = sd.encode_prompts(pipe, ["a cat"], (16, 16), torch.device("cpu"))
+    condition = sd.KIND.encode_prompts(pipe, ["a cat"], (16, 16), torch.device("cpu"))
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with trainer.ema.swapped() as student, torch.no_grad():
         x0 = student(z, condition)
@@ -342,7 +343,7 @@ def test_a_teacher_in_bfloat16(recipe, loaded, distil):
 def denoising_loss_of(folder: Path, examples: Cached) -> float:
     """The teacher's own objective on a fixed batch of the encoded data."""
     pipe = DiffusionPipeline.from_pretrained(folder)
-    objective = Denoising(sd.denoiser(pipe, adapters.Whole(pipe.unet)), lambda u, progress: 20 + 960 * u, "sigma2")
+    objective = Denoising(t2i.denoiser(pipe, adapters.Whole(pipe.unet)), lambda u, progress: 20 + 960 * u, "sigma2")
     (draw,) = DrawSource(99, 64, (4, 8, 8), torch.device("cpu"), examples).batch(("measure",), 0.0)
     with torch.no_grad():
         return float(objective.loss(draw).loss.mean())

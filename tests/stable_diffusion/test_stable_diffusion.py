@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pipelines import stable_diffusion as sd
+from pipelines import text_to_image as t2i
 from pipelines.adapters import Whole
-from pipelines.denoiser import FewStepGenerator
+from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.noise import VPSchedule
 from pipelines.students import ONE_STEP_TOLERANCE
 
@@ -43,7 +44,7 @@ every_kind = pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
 @pytest.fixture(scope="module")
 def pipes(tiny) -> dict[str, DiffusionPipeline]:
     """kind -> pipeline; tests must not change them."""
-    return {kind: sd.load_pipeline(str(folder)) for kind, folder in tiny.items()}
+    return {kind: t2i.load_pipeline(str(folder)) for kind, folder in tiny.items()}
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_load_parts(copied):
     """without: is neither loaded nor looked at; dtype is that of the weights."""
     folder = copied("sdxl")
     truncate(folder / "vae" / WEIGHTS)
-    pipe = sd.load_pipeline(str(folder), torch.bfloat16, ["vae", "text_encoder", "text_encoder_2", "no_such_part"])
+    pipe = t2i.load_pipeline(str(folder), torch.bfloat16, ["vae", "text_encoder", "text_encoder_2", "no_such_part"])
     assert (pipe.vae, pipe.text_encoder, pipe.text_encoder_2) == (None, None, None)
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
 
@@ -157,17 +158,17 @@ def test_damaged_folders_are_named(name, copied):
     folder = copied("sdxl" if name == "no tokenizer_2" else "sd15")
     damage(folder)
     with pytest.raises(FileNotFoundError if name in MISSING else ValueError, match=message) as raised:
-        sd.load_pipeline(str(folder))
+        t2i.load_pipeline(str(folder))
     assert str(folder) in str(raised.value)
 
 
 def test_what_is_no_folder(tmp_path, monkeypatch):
     """A path that is not there and a hub id in offline mode: said at once, without asking the network."""
     with pytest.raises(FileNotFoundError, match=r"no such folder '.*/none', and a hub id looks like owner/name"):
-        sd.load_pipeline(str(tmp_path / "none"))
+        t2i.load_pipeline(str(tmp_path / "none"))
     for name in ("none", "./owner/name", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no such folder"):
-            sd.load_pipeline(name)
+            t2i.load_pipeline(name)
 
     asked = []
     monkeypatch.chdir(tmp_path)
@@ -176,7 +177,7 @@ def test_what_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.append(args))
     monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
     with pytest.raises(FileNotFoundError, match=r"'owner/name' is no folder here, .*HF_HUB_OFFLINE.*downloaded pipeline folder"):
-        sd.load_pipeline("owner/name")
+        t2i.load_pipeline("owner/name")
     assert not asked
 
 
@@ -188,13 +189,13 @@ def test_zero_terminal_snr(scheduler, copied):
     folder, options = copied(), NOISE | {"rescale_betas_zero_snr": True}
     set_scheduler(folder, scheduler(**options))
     with pytest.raises(ValueError, match=r"rescale_betas_zero_snr leaves no signal .* needs a v_prediction teacher"):
-        sd.load_pipeline(str(folder))
+        t2i.load_pipeline(str(folder))
     set_scheduler(folder, scheduler(**options, prediction_type="v_prediction"))
-    pipe = sd.load_pipeline(str(folder))
-    denoiser = sd.denoiser(pipe, pipe.unet)
+    pipe = t2i.load_pipeline(str(folder))
+    denoiser = t2i.denoiser(pipe, pipe.unet)
     level = denoiser.schedule.level(torch.tensor([999.0]))
     assert (float(level.alpha), float(level.sigma)) == (0, 1)
-    assert sd.one_step_error(sd.one_step_scheduler(pipe.scheduler), denoiser, 999) < 1e-6
+    assert t2i.steps_error(sd.KIND, sd.one_step_scheduler(pipe.scheduler), denoiser, [999]) < 1e-6
 
 
 # Text ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def test_text_is_the_stock_pipelines(kind, negative, pipes, stock):
             pipe.register_to_config(force_zeros_for_empty_prompt=False)
             ours = pipe
         expected, expected_null = stock_text(pipe, negative)
-        condition, null = sd.encode_prompts(ours, PROMPTS, (13, 17), CPU), sd.null_condition(ours, negative, CPU)
+        condition, null = sd.KIND.encode_prompts(ours, PROMPTS, (13, 17), CPU), sd.KIND.null_condition(ours, negative, CPU)
         if kind == "sdxl":
             ids = pipe._get_add_time_ids((13, 17), (0, 0), (13, 17), torch.float32, pipe.text_encoder_2.config.projection_dim)
             assert torch.equal(condition.pop("time_ids"), ids.expand(3, -1))
@@ -241,7 +242,7 @@ def test_time_ids():
 def test_overlong(kind, pipes):
     """Exactly the rows whose end the stock tokenizer cuts off; every character is a token here, and two are the ends."""
     prompts = ["a" * n for n in (75, 76, 1, 300)] + ["", "a b " * 40]
-    assert sd.overlong(pipes[kind], prompts) == [1, 3, 5]
+    assert t2i.overlong(pipes[kind], prompts) == [1, 3, 5]
     cut = pipes[kind].tokenizer(prompts, truncation=True, padding=False).input_ids
     whole = pipes[kind].tokenizer(prompts, truncation=False, padding=False, verbose=False).input_ids
     assert [i for i in range(len(prompts)) if cut[i] != whole[i]] == [1, 3, 5]
@@ -268,7 +269,7 @@ def test_guided_denoiser_by_hand(kind, randn, stock):
     assert relative(out, out_null) > 1e-2
     alpha, sigma = (v[t.long()].sqrt()[:, None, None, None] for v in (abar, 1 - abar))
     for w in (0.0, 1.0, 2.5, 7.5):
-        denoiser = sd.denoiser(pipe, Whole(unet), w, null)
+        denoiser = t2i.denoiser(pipe, Whole(unet), w, null)
         assert torch.equal(denoiser.schedule.alphas_cumprod, pipe.scheduler.alphas_cumprod)
         denoiser.schedule = VPSchedule(abar)  # the same in float64
         guided = out_null + w * (out - out_null)
@@ -287,19 +288,19 @@ def test_latents_are_the_autoencoders(shift, stock, randn):
     mean, log_variance = vae.quant_conv(vae.encoder(images)).chunk(2, 1)
     noise = randn(*mean.shape).float()
     expected = (mean + (log_variance / 2).exp() * noise - (shift or 0)) * 0.71
-    assert_close(sd.encode_images(vae, images, noise), expected, rtol=1e-5, atol=1e-5)
+    assert_close(t2i.encode_images(vae, images, noise), expected, rtol=1e-5, atol=1e-5)
     drawn = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(5))
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
-    assert_close(sd.encode_images(vae, images, noise), (drawn - (shift or 0)) * 0.71, rtol=1e-5, atol=1e-5)
+    assert_close(t2i.encode_images(vae, images, noise), (drawn - (shift or 0)) * 0.71, rtol=1e-5, atol=1e-5)
 
     latents = 3 * randn(3, 4, 5, 7).float()
     decoded = vae.decoder(vae.post_quant_conv(latents / 0.71 + (shift or 0)))
-    out = sd.decode_latents(vae, latents)
+    out = t2i.decode_latents(vae, latents)
     assert_close(out, decoded.clamp(-1, 1), rtol=1e-5, atol=1e-5)
     assert decoded.abs().max() > 1
     half = vae.bfloat16()
-    assert sd.encode_images(half, images, noise).dtype == sd.decode_latents(half, latents).dtype == torch.float32
-    assert_close(sd.decode_latents(half, latents), out, rtol=0, atol=0.1)
+    assert t2i.encode_images(half, images, noise).dtype == t2i.decode_latents(half, latents).dtype == torch.float32
+    assert_close(t2i.decode_latents(half, latents), out, rtol=0, atol=0.1)
 
 
 # One step ------------------------------------------------------------------------------------------------------------------
@@ -312,14 +313,14 @@ def test_one_step_of_the_stock_pipeline_is_x0(w, negative, kind, pipes, stock, r
     scheduler that the teacher came with it is another image."""
     ours, pipe, z = pipes[kind], stock(kind), randn(3, 4, 8, 8).float()
     options = ONE_STEP | {"latents": z, "guidance_scale": w, "negative_prompt": None if negative is None else [negative] * 3}
-    student = FewStepGenerator(sd.denoiser(ours, Whole(ours.unet), w, sd.null_condition(ours, negative, CPU)), [999])
+    student = FewStepGenerator(t2i.denoiser(ours, Whole(ours.unet), w, sd.KIND.null_condition(ours, negative, CPU)), [999])
     with torch.no_grad():
-        x0 = student(z, sd.encode_prompts(ours, PROMPTS, (16, 16), CPU))
+        x0 = student(z, sd.KIND.encode_prompts(ours, PROMPTS, (16, 16), CPU))
     assert relative(pipe(PROMPTS, **options).images, x0) > 1e-2
     pipe.scheduler = sd.one_step_scheduler(pipe.scheduler)
     assert relative(pipe(PROMPTS, **options).images, x0) < 1e-5
     images = pipe(PROMPTS, **options | {"output_type": "pt"}).images
-    assert_close(sd.decode_latents(ours.vae, x0) / 2 + 0.5, images, rtol=0, atol=1e-5)
+    assert_close(t2i.decode_latents(ours.vae, x0) / 2 + 0.5, images, rtol=0, atol=1e-5)
 
 
 TRAILING = NOISE | {"timestep_spacing": "trailing"}
@@ -346,9 +347,9 @@ def test_one_step_error(name, prediction_type, pipes, randn):
     """~0 for schedulers whose single step is x0, above the tolerance for others, and a stock pipeline agrees."""
     kind = "sd21" if prediction_type == "v_prediction" else "sd15"
     make, options, exact = SCHEDULERS[name]
-    scheduler, denoiser = make(**options, prediction_type=prediction_type), sd.denoiser(pipes[kind], Whole(pipes[kind].unet))
+    scheduler, denoiser = make(**options, prediction_type=prediction_type), t2i.denoiser(pipes[kind], Whole(pipes[kind].unet))
     scheduler.set_timesteps(2)
-    error = sd.one_step_error(scheduler, denoiser, 999)
+    error = t2i.steps_error(sd.KIND, scheduler, denoiser, [999])
     assert len(scheduler.timesteps) >= 2  # the scheduler itself was not run
     if exact:
         assert error < 1e-6
@@ -358,7 +359,7 @@ def test_one_step_error(name, prediction_type, pipes, randn):
     pipe.scheduler = scheduler
     seen = pipe(PROMPTS, guidance_scale=1.0, latents=z, **ONE_STEP).images
     with torch.no_grad():
-        x0 = FewStepGenerator(denoiser, [999])(z, sd.encode_prompts(pipes[kind], PROMPTS, (16, 16), CPU))
+        x0 = FewStepGenerator(denoiser, [999])(z, sd.KIND.encode_prompts(pipes[kind], PROMPTS, (16, 16), CPU))
     assert (relative(seen, x0) < 1e-5) == exact
 
 
@@ -384,16 +385,16 @@ def test_one_step_scheduler_keeps_the_schedule(teacher, tmp_path):
     for made in (scheduler, stored):
         assert torch.equal(made.alphas_cumprod, teacher.alphas_cumprod)
         last = len(teacher.alphas_cumprod) - 1
-        denoiser = sd.Denoiser(None, VPSchedule(teacher.alphas_cumprod), sd.prediction_type_of(teacher), 1.0)
-        assert sd.one_step_error(made, denoiser, last) < 1e-6
+        denoiser = Denoiser(None, VPSchedule(teacher.alphas_cumprod), sd.KIND.prediction(teacher), 1.0)
+        assert t2i.steps_error(sd.KIND, made, denoiser, [last]) < 1e-6
 
 
 def test_one_step_at_another_readout(pipes):
     """A student of t = 625 is sampled with timesteps=[625]; a scheduler that cannot be told so does not fit."""
-    denoiser = sd.denoiser(pipes["sd15"], None)
+    denoiser = t2i.denoiser(pipes["sd15"], None)
     scheduler = sd.one_step_scheduler(pipes["sd15"].scheduler)
-    assert sd.one_step_error(scheduler, denoiser, 625) < 1e-6
-    assert sd.one_step_error(DDIMScheduler(**TRAILING, **CLEAN), denoiser, 625) == float("inf")
+    assert t2i.steps_error(sd.KIND, scheduler, denoiser, [625]) < 1e-6
+    assert t2i.steps_error(sd.KIND, DDIMScheduler(**TRAILING, **CLEAN), denoiser, [625]) == float("inf")
 
 
 @pytest.mark.parametrize("component", ["unet", "vae"])
@@ -406,4 +407,4 @@ def test_a_file_that_lacks_tensors_is_refused(component, tiny, tmp_path):
     name = next(k for k in sorted(weights) if "conv_in" in k)
     save_file({k: v for k, v in weights.items() if k != name}, file)
     with pytest.raises(ValueError, match=f"{component}/ lack 1 tensors .*{name}"):
-        sd.load_pipeline(str(folder))
+        t2i.load_pipeline(str(folder))

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines import stable_diffusion as sd
+from pipelines import text_to_image as t2i
 from pipelines.adapters import Whole
 from pipelines.common.config import load_config
 from pipelines.denoiser import FewStepGenerator
@@ -88,7 +88,7 @@ def trained(runs, recipe, tmp_path_factory):
         z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         _, condition = models.examples.rows(torch.arange(3) * len(models.examples) // 3)  # perhaps several rows a prompt
         with torch.no_grad():
-            teacher = FewStepGenerator(sd.denoiser(models.pipe, models.base.teacher()), [999])(z, condition)
+            teacher = FewStepGenerator(t2i.denoiser(models.pipe, models.base.teacher()), [999])(z, condition)
             checkpoint.restore_tensors(ema.average, {n: tensors["networks"][f"student/{n}"] for n in ema.average}, "")
             with ema.swapped():
                 not_averaged = models.student(z, condition)
@@ -257,12 +257,12 @@ pipe.scheduler = LCMScheduler.from_pretrained(student, subfolder="scheduler")
     code += STEP + "\nout['both'] = step()\npipe.set_adapters(['student'])\nout['student'] = step()"
     out = elsewhere(run, code, style=str(style), allow="Already found a `peft_config`")
     assert relative(out["student"], run.x0) < 1e-5
-    pipe = sd.load_pipeline(run.teacher, without=["unet", "vae"])
+    pipe = t2i.load_pipeline(run.teacher, without=["unet", "vae"])
     ours = (run.folder / "student" / LORA, ALPHA / RANK, 1.0)
     for loras, key in (([ours], "student"), ([ours, (style / LORA, 1.0, 0.5)], "both")):
         network = merged(run.teacher, loras)
         with torch.no_grad():
-            x0 = FewStepGenerator(sd.denoiser(pipe, Whole(network)), [999])(run.z, run.condition)
+            x0 = FewStepGenerator(t2i.denoiser(pipe, Whole(network)), [999])(run.z, run.condition)
         assert relative(out[key], x0) < 1e-5
     assert relative(out["both"], out["student"]) > 1e-2
 
@@ -314,7 +314,7 @@ def test_whole_student_is_saved_whole(trained, tmp_path):
 def test_scheduler_that_does_not_fit(trained):
     """Another scheduler is used as given; UserWarning if one step of it is not x0, silence if it is."""
     run = trained("diff_instruct")
-    config = sd.load_pipeline(run.teacher, without=["unet", "vae", "text_encoder"]).scheduler.config
+    config = t2i.load_pipeline(run.teacher, without=["unet", "vae", "text_encoder"]).scheduler.config
     trailing = {"timestep_spacing": "trailing", "clip_sample": False}
     wrong = [
         EulerDiscreteScheduler.from_config(config),

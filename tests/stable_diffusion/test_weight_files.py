@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 
 from eval.images.sampler import load_sampler
 from pipelines.common.errors import UserError
-from pipelines.stable_diffusion import load_pipeline
 from pipelines.students import load_student
+from pipelines.text_to_image import load_pipeline
 
 
 @pytest.fixture

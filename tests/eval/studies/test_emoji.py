@@ -34,8 +34,9 @@ from eval.studies.runs import find_run
 from pipelines import emoji
 from pipelines.assets import EMOJI_CLIP, EMOJI_SD
 from pipelines.common.errors import UserError
-from pipelines.stable_diffusion import load_pipeline, one_step_scheduler
+from pipelines.stable_diffusion import one_step_scheduler
 from pipelines.students import save_text_to_image
+from pipelines.text_to_image import load_pipeline
 
 N, STEPS = 5, 2
 INFO = {"family": "sd", "weights": "lora", "readout_t": 999, "image_size": 32, "base_model": str(EMOJI_SD)}
