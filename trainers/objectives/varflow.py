@@ -29,11 +29,11 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from pipelines.common.errors import UserError
-from pipelines.common.strict import PositiveInt
+from pipelines.common.strict import Idle, PositiveInt
 from pipelines.denoiser import Condition, FeatureMaps, FewStepGenerator
 from pipelines.noise import Level, Schedule, Weight, add_noise, weight
 
@@ -42,6 +42,8 @@ from ..config.levels import Levels, LevelSampler
 from .base import Draw, LeastBatch, Need, ObjectiveConfig, Parts, data_of, sample_level, start_of
 from .energy import condition_vector, energy_loss, energy_score, grid_blocks, spread, unit_channels
 from .whole_batch import WholeBatch
+
+ALONE = "samples_per_condition=1: more are matched with their own data sample alone"
 
 
 class Batch(NamedTuple):
@@ -157,6 +159,10 @@ class VarFlow(WholeBatch):
 
 
 class Config(ObjectiveConfig):
+    idle = (
+        Idle("cross", ALONE, lambda c: c.samples_per_condition == 1),
+        Idle("condition_scale", ALONE, lambda c: c.samples_per_condition == 1),
+    )
     built = VarFlow
     follows_score = False
     least_batch = LeastBatch(2, "the energy distance needs pairs of samples")
@@ -169,13 +175,6 @@ class Config(ObjectiveConfig):
     features: bool = False  # compare the frozen teacher's feature maps of x_t too
     grids: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # n: a distance for each block of an n x n grid; 1: the whole
     samples_per_condition: PositiveInt = 1  # student samples for each data sample; above 1 they are matched with it alone
-
-    @model_validator(mode="after")
-    def _matching_fits(self):
-        idle = [key for key in ("cross", "condition_scale") if key in self.model_fields_set]
-        if idle and self.samples_per_condition > 1:
-            raise ValueError(f"no effect with samples_per_condition={self.samples_per_condition}: remove {', '.join(idle)}")
-        return self
 
     def few_steps_refusal(self) -> str | None:
         if self.samples_per_condition == 1:
