@@ -133,14 +133,14 @@ class FeatureMaps(nn.Module):
     """x_t, level, condition -> what some layers of a denoiser's network put out on the way, each (b, c, h, w), float32 or wider.
 
     layers: modules inside the network; they stay the network's own, and are no parameters of this module. What comes after the
-    last of them is not run, unless the network is sharded.
+    last of them is not run, unless the network is sharded. conditional: whether the network is told of the condition.
     """
 
-    def __init__(self, denoiser: Denoiser, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, denoiser: Denoiser, layers: Sequence[nn.Module], conditional: bool = True) -> None:
         super().__init__()
         if denoiser.guidance_scale != 1.0:
             raise ValueError("feature maps are those of one call; with guidance there are two: give a denoiser without")
-        self.denoiser, self._layers = denoiser, tuple(layers)
+        self.denoiser, self._layers, self.conditional = denoiser, tuple(layers), conditional
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> list[Tensor]:
         """x_t (b, c, h, w) -> what each layer put out, in their order; under guidance there would be two."""
@@ -155,7 +155,7 @@ class FeatureMaps(nn.Module):
         handles = [layer.register_forward_hook(see) for layer in self._layers]
         try:
             with suppress(AllSeen):
-                self.denoiser(x_t, level, condition)
+                self.denoiser(x_t, level, condition if self.conditional else None)
         finally:
             for handle in handles:
                 handle.remove()

@@ -182,8 +182,9 @@ def load_pair(args: argparse.Namespace) -> Pair:
     info = read_info(folder, "student")
     base = args.base_model or info.get("base_model")
     if "teacher" in info:
-        exact = f"an exact teacher ({shown(info['teacher'])})"
-        raise UserError(f"{str(folder)!r} was distilled from {exact}: there is no model to show beside it")
+        exact = f"distilled from an exact teacher ({shown(info['teacher'])})"
+        origin = "trained from scratch" if info["teacher"] is None else exact
+        raise UserError(f"{str(folder)!r} was {origin}: there is no model to show beside it")
     if not isinstance(base, str):
         raise UserError(f"{str(folder / 'student.json')!r} does not say 'base_model'; save or copy the student again")
     own_network = info.get("family") == "edm" and info.get("weights") != "lora"

@@ -1,4 +1,6 @@
-"""Distil a teacher into a one-step student: `accelerate launch -m trainers.distill --config configs/X.yaml [a.b=value ...]`.
+"""Distil a teacher into a one-step student, or train one from scratch, without a teacher.
+
+`accelerate launch -m trainers.distill --config configs/X.yaml [a.b=value ...]`
 
 Writes <output_dir>/{config.yaml, environment.json, history.jsonl, metrics.jsonl, timings.jsonl,
 pictures.jsonl, report.html, samples/, checkpoints/, student/}.
@@ -59,8 +61,9 @@ def make_trainer(config: DistillConfig) -> Trainer:
         world_size=accelerator.num_processes,
         micro_batch_size=config.micro_batch_size,
     )
+    exact = f"exact {config.teacher.exact}" if config.teacher.exact else None  # null: from scratch
     facts = models.facts | {
-        "base_model": teacher_folder(config.teacher.path) if config.teacher.path else f"exact {config.teacher.exact}",
+        "base_model": teacher_folder(config.teacher.path) if config.teacher.path else exact,
         "objective": config.objective.name,
         "estimator": getattr(config.objective, "estimator", None),
         "seed": config.seed,

@@ -229,7 +229,7 @@ def test_scatter_shows_where_points_are():
     ("overrides", "message"),
     [
         (["teacher={path: x, exact: density}"], "teacher: path, exact: give one of them"),
-        (["teacher={}"], "teacher: path, exact: give one of them"),
+        (["teacher={}"], "objective 'vardiu' follows the teacher's score: give teacher.path"),
         (["data=null"], "data: an exact teacher is that of a mixture or of an image set; add one"),
         (["data={name: digits}"], "teacher.exact: the density of 'digits' is unknown; use exact=samples"),
         (["teacher.exact=samples", "data={name: digits, labels: true}"], "an exact teacher is unconditional; remove the labels"),

@@ -121,6 +121,8 @@ class TeacherConfig(Run):
 
 
 class Teacher(Strict):
+    """Without path and exact there is none: the student learns from data alone, from scratch."""
+
     path: UserPath | None = None  # a pipeline folder (EDM, text-to-image), the output_dir of train_teacher, or a hub id
     # instead: nothing learned. density: the exact score of the mixture in `data`; samples: that of the noised data set itself
     exact: Literal["density", "samples"] | None = None
@@ -131,15 +133,19 @@ class Teacher(Strict):
 
     @model_validator(mode="after")
     def _one_teacher(self):
-        if (self.path is None) == (self.exact is None):
+        if self.path is not None and self.exact is not None:
             raise ValueError("path, exact: give one of them")
         return self
+
+    @property
+    def given(self) -> bool:
+        return self.path is not None or self.exact is not None
 
     @property
     def source(self) -> str:
         """`path`, of a teacher that is not exact."""
         if self.path is None:
-            raise ValueError(f"teacher.exact: {self.exact} has no path")
+            raise ValueError("teacher.path: there is none")
         return self.path
 
 
@@ -152,9 +158,9 @@ class Student(Strict):
         Idle("inputs", "a second step: set steps", lambda s: s.num_steps > 1),
     )
 
-    network: NewNetwork | None = None  # a new one, for exact teachers, which have none
+    network: NewNetwork | None = None  # a new one, where no teacher has one to copy: for exact teachers, and from scratch
     preconditioning: Literal["edm", "sample"] | None = None  # of that network: EDM's, or x0 as it comes out; None: edm
-    sigma_init: PositiveFloat | None = None  # the noise level of the one step; None: 2.5, of exact teachers sigma_data
+    sigma_init: PositiveFloat | None = None  # the noise level of the one step; None: 2.5, of new networks sigma_data
     image_range: bool | None = None  # train the clamped image, which is what the pipeline gives; None: yes
     readout_t: Annotated[int, Field(ge=0)] | None = None  # the timestep of the one step; None: the last, as stock pipelines do
     # network calls an image: how many, at the sampler's own levels, or the levels themselves, the most noise first
@@ -204,7 +210,7 @@ class DistillConfig(Run):
             for key in ("num_samples", "seed")
         ),
     )
-    teacher: Teacher
+    teacher: Teacher = Teacher()
     student: Student
     objective: AnyObjective
     data: Data | None = None
@@ -222,6 +228,11 @@ class DistillConfig(Run):
     @model_validator(mode="after")
     def _objective_has_what_it_needs(self):
         o = self.objective
+        if o.follows_score and not self.teacher.given:
+            raise ValueError(
+                f"teacher: objective {o.name!r} follows the teacher's score: give teacher.path; from scratch, of data alone, "
+                f"learns {UNSCORED}"
+            )
         if o.built.needs_data and self.data is None:
             raise ValueError(f"data: objective {o.name!r} matches samples of data; add a data section, e.g. data.name=digits")
         if o.built.needs_data and isinstance(self.data, Prompts):

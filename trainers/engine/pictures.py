@@ -131,11 +131,12 @@ class Pictures:
         self._said: set[str] = set()
 
     def draw(self, step: int) -> None:
-        """samples/step_<step>.png, a line of pictures.jsonl; the first time the teacher's pictures too."""
+        """samples/step_<step>.png, a line of pictures.jsonl; the first time the teacher's pictures too, where there is one."""
         with self.ema.swapped():
             drawn = self.preview()
             numbers = self.watch.student(drawn) if self.watch else {}
-        teacher = self.watch.teacher(len(drawn)) if self.watch and not self._teacher_drawn else None
+        compared = self.watch is not None and self.watch.models.has_teacher and not self._teacher_drawn
+        teacher = self.watch.teacher(len(drawn)) if self.watch and compared else None
         self._teacher_drawn = True
         samples = self.folder / "samples"
 

@@ -21,8 +21,8 @@ from ..config.run import DistillConfig, TeacherConfig
 if TYPE_CHECKING:
     from .base import Family
 
-# the file -> what model_index.json calls the pipelines of that family; an exact teacher has none
-OWN: dict[str, tuple[str, ...]] = {"exact": (), "edm": ("EDMPipeline",)}
+# the file -> what model_index.json calls the pipelines of that family; without a teacher (scratch), or an exact one, there is none
+OWN: dict[str, tuple[str, ...]] = {"scratch": (), "exact": (), "edm": ("EDMPipeline",)}
 # text-to-image teachers are one family, of as many kinds as there are files with one in pipelines/
 TEXT_TO_IMAGE = {e.module: tuple(o.pipeline for o in KINDS.values() if o.module == e.module) for e in KINDS.values()}
 FAMILIES = OWN | TEXT_TO_IMAGE
@@ -39,7 +39,9 @@ def family_for(config: DistillConfig | TeacherConfig) -> type[Family]:
     """That of the teacher that is distilled, or trained."""
     if isinstance(config, TeacherConfig):
         return load_family("edm" if config.pipeline is None else further_family(config.pipeline))
-    return load_family("exact" if config.teacher.exact else family_of(config.teacher.source))
+    if config.teacher.given:
+        return load_family("exact" if config.teacher.exact else family_of(config.teacher.source))
+    return load_family("scratch")
 
 
 def teacher_folder(path: str) -> str:

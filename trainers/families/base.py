@@ -39,6 +39,7 @@ class Family(Parts):
     called: in messages; component: what a pipeline calls the network; teacher_keys, student_keys: of these sections, what it has;
     gives: what an objective may ask (Need.what).
     sampling_range: the lowest and the highest t at which the teacher is sampled; facts: of the student, for student.json.
+    has_teacher: False where there is none: then neither `teacher` nor `sampling_range`.
     """
 
     called: ClassVar[str]
@@ -46,6 +47,7 @@ class Family(Parts):
     teacher_keys: ClassVar[tuple[str, ...]]
     student_keys: ClassVar[tuple[str, ...]]
     gives: ClassVar[tuple[str, ...]]
+    has_teacher: ClassVar[bool] = True
     num_classes = 0
     sampling_range: tuple[float, float]
     examples: Examples | None

@@ -43,7 +43,7 @@ class Family(base.Family):
 
     called = "an EDM teacher"
     teacher_keys, student_keys = ("path", "guidance_scale"), ("sigma_init", "steps", "inputs", "image_range", "lora")
-    gives = ("lora", "augment", "posterior", "condition_vector")
+    gives = ("lora", "augment", "posterior", "condition_vector", "features_of")
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
         super().__init__(config, accelerator)
@@ -146,6 +146,9 @@ class Family(base.Family):
         """Without guidance: x_t of either side is compared under its own label."""
         return FeatureMaps(self._denoiser(self.base.teacher()), (self.base.network.bottom,))
 
+    def features_of(self, path: str) -> FeatureMaps:
+        return feature_maps(path, self)
+
     def fake_score(self, section: Any) -> Denoiser:
         """A copy trains with the teacher's dropout."""
         labels = self.base.network.config.get("augment_dim", 0)
@@ -233,51 +236,72 @@ class NewTeacher:
         return drawn
 
 
-def load_edm_teacher(path: str) -> EDMPipeline:
-    """An EDMPipeline folder, or the output_dir of train_teacher that holds one in teacher/.
+def load_edm_teacher(path: str, key: str = "teacher.path") -> EDMPipeline:
+    """An EDMPipeline folder, or the output_dir of train_teacher that holds one in teacher/. key: the setting that names it.
 
     FileNotFoundError / ValueError name what is missing or damaged, before anything is loaded.
     """
     folder = Path(path)
-    refuse_single_file(folder, "teacher.path")
+    refuse_single_file(folder, key)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"teacher.path: no such folder {path!r}; train one with `accelerate launch -m trainers.train_teacher "
+            f"{key}: no such folder {path!r}; train one with `accelerate launch -m trainers.train_teacher "
             "--config configs/digits_teacher.yaml` or give an EDMPipeline folder"
         )
     if not (folder / "model_index.json").is_file() and (folder / "teacher").is_dir():
         folder = folder / "teacher"
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"teacher.path: {str(folder)!r} is not an EDMPipeline folder: it has no {name}")
+            raise FileNotFoundError(f"{key}: {str(folder)!r} is not an EDMPipeline folder: it has no {name}")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(
-            f"teacher.path: {str(folder)!r} has no weights: expected {weights.name} in unet/ (safetensors; pickles are refused)"
+            f"{key}: {str(folder)!r} has no weights: expected {weights.name} in unet/ (safetensors; pickles are refused)"
         )
     again = "copy or train it again"
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         try:
             read_json(folder / name, again)
         except UserError as error:
-            raise UserError(f"teacher.path: {error}") from error
+            raise UserError(f"{key}: {error}") from error
     named = read_json(folder / "model_index.json", again).get("unet")
     networks = {cls.__name__: cls for cls in (EDMUNet, PatchUNet, PointNet)}
     if not isinstance(named, list) or named[-1] not in networks:
-        raise UserError(f"teacher.path: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
+        raise UserError(f"{key}: {str(folder)!r} has {named!r} as unet; expected one of {', '.join(networks)}")
     network = networks[named[-1]]
     try:
         with safe_open(weights, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
-        raise UserError(f"teacher.path: {damaged_weights(weights, error)}") from error
-    with loading(f"teacher.path: {str(folder / 'unet' / 'config.json')!r} makes no network", again), torch.device("meta"):
+        raise UserError(f"{key}: {damaged_weights(weights, error)}") from error
+    with loading(f"{key}: {str(folder / 'unet' / 'config.json')!r} makes no network", again), torch.device("meta"):
         expected = {n: tuple(t.shape) for n, t in network.from_config(network.load_config(folder / "unet")).state_dict().items()}
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
             raise UserError(
-                f"teacher.path: {str(weights)!r} does not fit its config.json: {name} is {stored.get(name, 'missing')}, "
+                f"{key}: {str(weights)!r} does not fit its config.json: {name} is {stored.get(name, 'missing')}, "
                 f"expected {expected.get(name, 'no such tensor')}; copy or train it again"
             )
-    with loading(f"teacher.path: {str(folder)!r} cannot be loaded", again):
+    with loading(f"{key}: {str(folder)!r} cannot be loaded", again):
         return EDMPipeline.from_pretrained(folder, use_safetensors=True)
+
+
+def feature_maps(path: str, models: base.Family) -> FeatureMaps:
+    """Maps of another trained EDM network, for a student of the same shape; those of an unconditional one are of x_t alone.
+
+    FileNotFoundError / UserError, by name, where there is none, or it is of other images, classes or noise levels.
+    """
+    key = "objective.features"
+    pipeline = load_edm_teacher(path, key)
+    shape, denoiser = pipeline.unet.config, pipeline.denoiser()
+    made, classes = (shape["in_channels"], shape["sample_size"], shape["sample_size"]), shape["num_classes"] or 0
+    if made != models.latent_shape:
+        wanted = f"the student's are {models.latent_shape}"
+        raise UserError(f"{key}: the network in {path!r} is of images of {made} (channels, height, width), {wanted}")
+    if classes not in (0, models.num_classes):
+        raise UserError(f"{key}: the network in {path!r} knows {classes} classes, the student {models.num_classes}")
+    try:
+        check_levels(models.config, denoiser.schedule)
+    except UserError as error:
+        raise UserError(f"{key}: {path!r}: {error}") from error
+    return FeatureMaps(denoiser, (pipeline.unet.bottom,), conditional=bool(classes))

@@ -84,14 +84,15 @@ class Objective(Protocol):
         """By name, what else a checkpoint must keep."""
 
 
-Asked = Literal["lora", "network", "augment", "posterior", "condition_vector"]
+Asked = Literal["lora", "network", "augment", "posterior", "condition_vector", "features_of"]
 
 
 class Need(NamedTuple):
     """What a configuration asks of the teacher's family, by its key; a value of None, False or 0 asks for nothing.
 
     lora, network: a second score network as an adapter on the teacher's weights, or as a new one of that section; augment: one
-    that can be told of augmentations; posterior: a posterior's network; condition_vector: conditions that say something.
+    that can be told of augmentations; posterior: a posterior's network; condition_vector: conditions that say something;
+    features_of: maps of another trained network, at a path.
     """
 
     key: str
@@ -100,7 +101,9 @@ class Need(NamedTuple):
 
 
 class Parts(Protocol):
-    """What the family of the teacher gives an objective to be built from. latent_shape: (c, h, w) of z and x0."""
+    """What the family of the teacher gives an objective to be built from. latent_shape: (c, h, w) of z and x0; teacher: where the
+    objective follows its score.
+    """
 
     student: FewStepGenerator
     teacher: Denoiser
@@ -112,7 +115,11 @@ class Parts(Protocol):
         raise NotImplementedError
 
     def features(self) -> FeatureMaps:
-        """Maps of the frozen network at its lowest resolution, and, where it has them, the next."""
+        """Maps of the teacher's frozen network at its lowest resolution, and, where it has them, the next."""
+        raise NotImplementedError
+
+    def features_of(self, path: str) -> FeatureMaps:
+        """The same of another trained network."""
         raise NotImplementedError
 
     def posterior(self, section: Any, with_mean: bool) -> nn.Module:

@@ -17,8 +17,10 @@ still >= 0 and 0 for equal laws:
 
     L = mean_n 1/n sum_{n^2 blocks} L_block          (the gradient in a pixel is then of one size on all grids; [1]: the paper's)
 
-and `features` those of the frozen teacher's feature maps of x_t, each position a block: what an image is of shows there in far
-fewer samples. It costs two calls of the teacher and one backward pass through it.
+and `features` those of a frozen network's feature maps of x_t, the teacher's or another's, each position a block: what an image
+is of shows there in far fewer samples. It costs two calls of that network and one backward pass through it.
+
+The teacher's score is never asked for, so there need not be one: then the student is a new network, and learns from scratch.
 
 One t a batch. What is compared is x_t (and the features), so a batch larger than memory is exact (whole_batch.py).
 """
@@ -33,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipelines.common.errors import UserError
-from pipelines.common.strict import Idle, PositiveInt
+from pipelines.common.strict import Idle, PositiveInt, UserPath
 from pipelines.denoiser import Condition, FeatureMaps, FewStepGenerator
 from pipelines.noise import Level, Schedule, Weight, add_noise, weight
 
@@ -54,7 +56,7 @@ class Batch(NamedTuple):
 
 
 class VarFlow(WholeBatch):
-    """student: the generator; schedule: the teacher's noise; data come with each draw.
+    """student: the generator; schedule: the noise that is added; data come with each draw.
 
     features: a frozen network whose feature maps of x_t (given the sample's condition) are compared too, position by position.
     """
@@ -74,7 +76,7 @@ class VarFlow(WholeBatch):
         features: FeatureMaps | None = None,
         samples_per_condition: int = 1,
     ) -> None:
-        super().__init__(student, None if features is None else {"teacher": features})
+        super().__init__(student, None if features is None else {"features": features})
         self.schedule, self.levels, self.weighting = schedule, levels, weighting
         self.beta, self.cross, self.sigma_data, self.condition_scale = beta, cross, sigma_data, condition_scale
         self.num_classes, self.grids, self.features = num_classes, tuple(grids), features
@@ -172,7 +174,8 @@ class Config(ObjectiveConfig):
     beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
     cross: Literal["full", "paired"] = "paired"
     condition_scale: Annotated[float, Field(ge=0)] = 0.0  # of the condition in the distance; 0 matches images whatever they say
-    features: bool = False  # compare the frozen teacher's feature maps of x_t too
+    # compare feature maps of x_t too: the frozen teacher's (true), or those of the trained network at a path
+    features: bool | UserPath = False
     grids: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # n: a distance for each block of an n x n grid; 1: the whole
     samples_per_condition: PositiveInt = 1  # student samples for each data sample; above 1 they are matched with it alone
 
@@ -182,23 +185,30 @@ class Config(ObjectiveConfig):
         return "objective.samples_per_condition: samples of a condition must be independent, and would begin a later step alike"
 
     def needs(self) -> list[Need]:
-        return [Need("objective.condition_scale", "condition_vector", self.condition_scale)]
+        elsewhere = self.features if isinstance(self.features, str) else None
+        return [
+            Need("objective.condition_scale", "condition_vector", self.condition_scale),
+            Need("objective.features", "features_of", elsewhere),
+        ]
 
     def build(self, parts: Parts, steps: int) -> VarFlow:
-        teacher, sides = parts.teacher, parts.latent_shape[1:]
+        known, sides = parts.student.denoiser, parts.latent_shape[1:]
         if any(side % n for n in self.grids for side in sides):
             raise UserError(f"objective.grids: {self.grids} must all divide the sides of the latents, {sides}")
+        features = None
+        if self.features:
+            features = parts.features_of(self.features) if isinstance(self.features, str) else parts.features()
         return VarFlow(
             parts.student,
-            teacher.schedule,
-            sampler(self.levels, steps, teacher.schedule.t_range),
+            known.schedule,
+            sampler(self.levels, steps, known.schedule.t_range),
             self.weighting,
             self.beta,
             self.cross,
-            teacher.sigma_data,
+            known.sigma_data,
             self.condition_scale,
             parts.num_classes,
             self.grids,
-            parts.features() if self.features else None,
+            features,
             self.samples_per_condition,
         )
