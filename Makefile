@@ -13,7 +13,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart study-digits assets assets-teacher bench-digits bench-emoji bench-covariances bench-memory bench-step bench-steps bench-text bench-cifar bench-edm bench-eval bench-mog40 test test-all lint format clean
+.PHONY: help install quickstart study-digits assets assets-teacher bench-digits bench-emoji bench-covariances bench-memory bench-step bench-steps bench-ablations bench-text bench-cifar bench-edm bench-eval bench-mog40 test test-all lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench-step: $(RUNTIME) ## time and memory of a step at Stable Diffusion's size, 
 
 bench-steps: $(RUNTIME) ## students of 1, 2, 4 and 8 steps of the embedded Stable Diffusion, three seeds: outputs/bench/steps.{json,png}; 40 minutes of two cores
 	$(BIN)/python -m scripts.bench.steps $(ARGS)
+
+bench-ablations: $(RUNTIME) ## the papers' ablations on the digits, three seeds: outputs/bench/ablations.{json,png,md}; an hour of two cores
+	$(BIN)/python -m scripts.bench.ablations $(ARGS)
 
 bench-text: $(RUNTIME) ## text-to-image students on CIFAR-10: make bench-text ARGS="--cifar DIR"; outputs/bench/text.{json,png}
 	$(BIN)/python -m scripts.bench.text $(ARGS)

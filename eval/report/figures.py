@@ -250,6 +250,35 @@ def benchmark_chart(
     return figure
 
 
+def ablations_chart(ablations: dict[str, dict[str, Any]], key: str, name: str, teacher: float) -> Figure:
+    """One panel an ablation, of its `values`: label -> {"seeds": [numbers], ...}: the median of `key`, a bar over the range of
+    its seeds. The value of the recipe (`own`) is filled; the dashed line is the teacher's number.
+    """
+    columns = min(3, len(ablations))
+    rows = math.ceil(len(ablations) / columns)
+    figure = Figure(figsize=(3.7 * columns, 2.5 * rows), layout="constrained")
+    for i, ablation in enumerate(ablations.values()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        labels = list(ablation["values"])
+        for x, label in enumerate(labels):
+            values = [seed[key] for seed in ablation["values"][label]["seeds"]]
+            if not values:  # all failed
+                continue
+            low, middle, high = np.quantile(values, [0, 0.5, 1])
+            axes.vlines(x, low, high, color=STUDENTS[0], linewidth=2)
+            face = STUDENTS[0] if label == ablation["own"] else "white"
+            axes.plot([x], [middle], "o", color=STUDENTS[0], markerfacecolor=face, markersize=6)
+        axes.axhline(teacher, color=TEACHER, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlim(-0.6, len(labels) - 0.4)
+        axes.set_ylabel(name, fontsize=8, color=REAL)
+        style_axes(axes, ablation["title"], ablation["key"])
+        if len(labels) > 4:
+            axes.tick_params(axis="x", labelsize=7)
+    return figure
+
+
 def balance_chart(shares: Sequence[tuple[str, str, list[float]]], class_names: Sequence[str]) -> Figure:
     """(label, colour, share of each class): one row of bars a set; the first set's shares are the ticks on all."""
     figure, columns, rows = _small_multiples(len(shares), height=1.7)

@@ -116,17 +116,17 @@ def reference(name: str) -> Reference:
     return Reference(images, extractors, {key: GaussianStats.of(f) for key, f in features.items()}, floor)
 
 
-def measure(folder: Path, role: str, name: str) -> dict[str, Any]:
+def measure(folder: Path, role: str, name: str, images: int = IMAGES) -> dict[str, Any]:
     """All numbers of one stored model, kept beside it; runs in a process of its own, on one thread."""
     torch.set_num_threads(1)
     real = _reference_of_this_process(name)
     pipe = load_pipeline(folder, role)
-    identity = pipeline_identity(pipe) | {"images": IMAGES, "extractors": [e.describe() for e in real.extractors.values()]}
-    return kept(folder / "bench.json", identity, lambda: _measure(folder, role, pipe, real))
+    identity = pipeline_identity(pipe) | {"images": images, "extractors": [e.describe() for e in real.extractors.values()]}
+    return kept(folder / "bench.json", identity, lambda: _measure(folder, role, pipe, real, images))
 
 
-def _measure(folder: Path, role: str, pipe: Any, real: Reference) -> dict[str, Any]:
-    pixels = generate(pipe, IMAGES, num_classes=pipe.unet.config.num_classes).pixels
+def _measure(folder: Path, role: str, pipe: Any, real: Reference, images: int) -> dict[str, Any]:
+    pixels = generate(pipe, images, num_classes=pipe.unet.config.num_classes).pixels
     numbers = {key: frechet_distance(GaussianStats.of(e(pixels)), real.stats[key]) for key, e in real.extractors.items()}
     few = 2000  # the energy distance of all pairs costs more than the rest together
     unit = to_unit(real.images.pixels[:IMAGES]).flatten(1)
