@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -36,8 +36,9 @@ class Family(base.Family):
     """
 
     called = "a student from scratch"
-    teacher_keys, student_keys = (), ("network", "preconditioning", "sigma_init", "steps", "inputs", "image_range")
-    gives = ("condition_vector", "features_of")
+    teacher_keys: ClassVar[tuple[str, ...]] = ()
+    student_keys = ("network", "preconditioning", "sigma_init", "steps", "inputs", "image_range")
+    gives: ClassVar[tuple[str, ...]] = ("condition_vector", "features_of")
     has_teacher = False
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
