@@ -252,7 +252,7 @@ def benchmark_chart(
 
 def ablations_chart(ablations: dict[str, dict[str, Any]], key: str, name: str, teacher: float) -> Figure:
     """One panel an ablation, of its `values`: label -> {"seeds": [numbers], ...}: the median of `key`, a bar over the range of
-    its seeds. The value of the recipe (`own`) is filled; the dashed line is the teacher's number.
+    its seeds. The value that all other ablations have (`own`) is filled; the dashed line is the teacher's number.
     """
     columns = min(3, len(ablations))
     rows = math.ceil(len(ablations) / columns)
@@ -270,6 +270,8 @@ def ablations_chart(ablations: dict[str, dict[str, Any]], key: str, name: str, t
             axes.plot([x], [middle], "o", color=STUDENTS[0], markerfacecolor=face, markersize=6)
         axes.axhline(teacher, color=TEACHER, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.6, len(labels) - 0.4)
         axes.set_ylabel(name, fontsize=8, color=REAL)

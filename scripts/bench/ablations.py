@@ -187,7 +187,7 @@ def cells(chosen: dict[str, Ablation]) -> list[Cell]:
 
 def given(recipe: str, steps: int | None) -> list[str]:
     """What all runs of a recipe have; `steps` instead of their own."""
-    return [*BASES[recipe], *([f"steps={steps}"] if steps else [])]
+    return [f"steps={steps}" if steps and o.startswith("steps=") else o for o in BASES[recipe]]
 
 
 def job(one: Cell, seed: int, runs: Path, steps: int | None) -> Job:

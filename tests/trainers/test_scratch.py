@@ -103,6 +103,16 @@ def test_features_of_a_network_of_ones_choice(known, tmp_path):
     assert losses(tmp_path / "run") != losses(tmp_path / "plain")
 
 
+def test_beside_a_teacher_another_network_can_be_named(tmp_path):
+    """A student of an EDM teacher, its own maps or another network's: of the same network they are the same run."""
+    teacher, other = saved_network(tmp_path / "teacher"), saved_network(tmp_path / "other", num_classes=0)
+    of_teacher = [f"teacher={{path: {teacher}}}", "student.network=null"]
+    for name, features in (("own", "true"), ("named", other), ("none", "false")):
+        made(tmp_path / name, *of_teacher, f"objective.features={features}").fit()
+    assert losses(tmp_path / "own") == losses(tmp_path / "named")
+    assert losses(tmp_path / "own") != losses(tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -113,7 +113,7 @@ def section(ablation: dict[str, Any]) -> list[str]:
     lines = ["", f"## {ablation['title']}", "", f"`{ablation['key']}` of `{ablation['recipe']}`", ""]
     lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for value, row in ablation["values"].items():
-        name = f"**{value}** (the recipe's)" if value == ablation["own"] else value
+        name = f"**{value}** (all others' value)" if value == ablation["own"] else value
         cells = [name, shown(with_failures(row, "fd")), shown(with_failures(row, "energy_distance"))]
         cells.append(f"{statistics.median(r['seconds'] for r in row['seeds']):.0f}" if row["seeds"] else "")
         lines.append(f"| {' | '.join([*cells, *([f'{paper[value]:g}' if value in paper else ''] if paper else [])])} |")
