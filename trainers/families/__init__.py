@@ -21,7 +21,7 @@ from ..config.run import DistillConfig, TeacherConfig
 if TYPE_CHECKING:
     from .base import Family
 
-# the file -> what model_index.json calls the pipelines of that family; without a teacher (scratch), or an exact one, there is none
+# the file -> what model_index.json calls the pipelines of that family; none without a teacher (scratch), and for an exact one
 OWN: dict[str, tuple[str, ...]] = {"scratch": (), "exact": (), "edm": ("EDMPipeline",)}
 # text-to-image teachers are one family, of as many kinds as there are files with one in pipelines/
 TEXT_TO_IMAGE = {e.module: tuple(o.pipeline for o in KINDS.values() if o.module == e.module) for e in KINDS.values()}
