@@ -16,6 +16,7 @@ SAMPLERS = {
     "uniform": {"low": 0.3, "high": 4.7},
     "log_uniform": {"low": 0.3, "high": 4.7},
     "log_normal": {"mean": -0.4, "std": 1.6},
+    "logit_normal": {"mean": -0.4, "std": 1.6},
     "karras": {"low": 0.3, "high": 4.7},
     "power": {"low": 0.3, "high": 4.7, "start": 0.1, "end": 2.0},
 }
