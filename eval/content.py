@@ -11,6 +11,16 @@ OverDraws = dict[str, Any]
 ModelFacts = dict[str, Any]
 
 
+def steps_in(call: dict[str, Any]) -> int | None:
+    """How many steps a pipeline's call makes, however it was told; None where it does not say.
+
+    >>> steps_in({"num_inference_steps": 4}), steps_in({"timesteps": [999, 400]}), steps_in({"sigmas": [1.0, 0.9]}), steps_in({})
+    (4, 2, 2, None)
+    """
+    levels = call.get("timesteps") or call.get("sigmas")
+    return call.get("num_inference_steps") or (len(levels) if levels else None)
+
+
 class WeightsFacts(TypedDict):
     """Weights of a network; published: whether their sha256 is the known one."""
 

@@ -24,7 +24,7 @@ from .common.reading import BY_FILES, loading, read_json, reason_of, refuse_sing
 from .edm import EDMPipeline, PointNet
 from .loras import LORA_FILE, LoraSource, load_lora
 from .stock import StockPipeline
-from .text_to_image import Kind, levels_of
+from .text_to_image import Kind, levels_of, steps_text
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3
@@ -32,7 +32,7 @@ RESAVE = "save or copy the student again"
 
 CARD = """---
 library_name: diffusers
-tags: [one-step, distillation]
+tags: [{tags}]
 ---
 # {title}
 
@@ -56,7 +56,7 @@ pipe = {pipeline}.from_pretrained("{folder}")""",
 EDM_LORA_USE = """from pipelines.edm import EDMPipeline
 
 pipe = EDMPipeline.from_pretrained("{base_model}")
-pipe.load_lora_weights("{folder}")  # with its scheduler: one step, at the noise level it was trained for
+pipe.load_lora_weights("{folder}")  # with its scheduler: {steps}, at the noise it was trained for
 {call}"""
 
 IMAGES, POINTS = "images = pipe(batch_size=16).images", 'points = pipe(10_000, output_type="latent").images.flatten(1)'
@@ -64,7 +64,7 @@ IMAGES, POINTS = "images = pipe(batch_size=16).images", 'points = pipe(10_000, o
 TEXT_TO_IMAGE_CARD = """---
 library_name: diffusers
 base_model: {base_model}
-tags: [one-step, distillation, {tag}]
+tags: [{tags}]
 ---
 # {title} of {base_model}
 
@@ -88,15 +88,23 @@ TOLD = "guidance_scale stays {value}: the network\nis told it, and was trained w
 
 def save_model(folder: Path, pipeline: StockPipeline | EDMPipeline, kind: str, info: dict[str, Any]) -> None:
     """Write the pipeline, <kind>.json and README.md to `folder`, replacing it whole. kind: "student" or "teacher"."""
-    title = called(len(info.get("levels", [0]))) if kind == "student" else f"Teacher, {type(pipeline).__name__}"
+    title = called(info) if kind == "student" else f"Teacher, {type(pipeline).__name__}"
+    tags = tags_of(info) if kind == "student" else "diffusion"
     module = "pipelines.edm" if isinstance(pipeline, EDMPipeline) else "diffusers"
     use = CARD_USE[kind].format(folder=folder.name, pipeline=type(pipeline).__name__, module=module, call=call_of(pipeline))
-    card = CARD.format(title=title, facts=facts_list(info), use=use)
+    card = CARD.format(title=title, tags=tags, facts=facts_list(info), use=use)
     replace_folder(folder, pipeline.save_pretrained, kind, info, card)
 
 
-def called(steps: int) -> str:
-    return "One-step student" if steps == 1 else f"Student of {steps} steps"
+def called(info: dict[str, Any]) -> str:
+    """A student in the title of its card."""
+    count = len(levels_of(info))
+    return "One-step student" if count == 1 else f"Student of {count} steps"
+
+
+def tags_of(info: dict[str, Any]) -> str:
+    """Under which the hub finds it."""
+    return f"{'one' if len(levels_of(info)) == 1 else 'few'}-step, distillation"
 
 
 def call_of(pipeline: StockPipeline | EDMPipeline) -> str:
@@ -114,9 +122,12 @@ def save_edm_student(folder: Path, pipeline: EDMPipeline, info: dict[str, Any], 
         save_lora(partial, type(pipeline), pipeline.unet, adapter)
 
     card = CARD.format(
-        title=f"{called(len(info.get('levels', [0])))} of {info['base_model']}",
+        title=f"{called(info)} of {info['base_model']}",
+        tags=tags_of(info),
         facts=facts_list(info),
-        use=EDM_LORA_USE.format(folder=folder.name, base_model=info["base_model"], call=call_of(pipeline)),
+        use=EDM_LORA_USE.format(
+            folder=folder.name, base_model=info["base_model"], call=call_of(pipeline), steps=steps_text(len(levels_of(info)))
+        ),
     )
     return replace_folder(folder, write, "student", info, card)
 
@@ -165,7 +176,7 @@ def save_text_to_image(
     part, network_class = kind.component, kind.network.__name__
     card = TEXT_TO_IMAGE_CARD.format(
         base_model=info["base_model"],
-        tag="lora" if adapter else "full",
+        tags=f"{tags_of(info)}, {'lora' if adapter else 'full'}",
         facts=facts_list({key: value for key, value in info.items() if key != "without"}),
         pipeline=pipeline.__name__,
         without="".join(f", {part}=None" for part in info.get("without", ())),
@@ -177,7 +188,7 @@ def save_text_to_image(
         folder=folder.name,
         call=", ".join(f"{key}={value}" for key, value in call.items()),
         guidance=DISTILLED if kind.guidance(made.config) != "input" else TOLD.format(value=call["guidance_scale"]),
-        title=called(len(levels_of(info))),
+        title=called(info),
         of_steps="a single step" if len(levels_of(info)) == 1 else "these steps",
     )
     replace_folder(folder, write, "student", info, card)
@@ -258,7 +269,7 @@ def load_student(
     off = text_to_image.steps_error(kind, scheduler, prediction, levels)
     if off > ONE_STEP_TOLERANCE:
         warnings.warn(
-            f"{'one step' if len(levels) == 1 else f'{len(levels)} steps'} of {type(scheduler).__name__} "
+            f"{steps_text(len(levels))} of {type(scheduler).__name__} "
             f"{'is' if len(levels) == 1 else 'are'} not the x0 that the student was trained for (off by {off:.2g}"
             f"{kind.why_not(scheduler)}); use the scheduler stored in {str(folder / 'scheduler')!r}",
             stacklevel=2,

@@ -460,8 +460,22 @@ def own_noise(pipe: Any, generators: list[torch.Generator]) -> Iterator[None]:
 
 
 def levels_of(info: Mapping[str, Any]) -> list[Any]:
-    """The levels of a student's steps, by the facts in its student.json."""
-    return info.get("levels") or [info["readout_t"]]
+    """The levels of a student's steps, by the facts in its student.json: timesteps, times in [0, 1], or sigmas of EDM's.
+
+    UserError where it names none.
+    """
+    first = info.get("readout_t", info.get("readout_sigma"))
+    if first is None:
+        raise UserError("student.json does not say at which level the student reads out; save or copy the student again")
+    return info.get("levels") or [first]
+
+
+def steps_text(count: int) -> str:
+    """
+    >>> steps_text(1), steps_text(4)
+    ('one step', '4 steps')
+    """
+    return "one step" if count == 1 else f"{count} steps"
 
 
 def steps_error(kind: Kind, scheduler: Any, denoiser: Denoiser, levels: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""A page to play with: a one-step student beside its teacher, from the same noise, with the seconds each takes.
+"""A page to play with: a student beside its teacher, from the same noise, with the seconds each takes.
 
     pip install -e ".[demo]"
     python -m scripts.demo outputs/sd15_vardiu
@@ -26,13 +26,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
+from eval.content import steps_in
 from eval.images.sampler import DTYPES, Sampler, load_sampler
 from pipelines.common.errors import USER_ERRORS, UserError, message, shown
 from pipelines.common.launch import user_errors
 from pipelines.common.options import finite, path_option, whole
 from pipelines.edm import PointNet
 from pipelines.students import find_student, read_info
-from pipelines.text_to_image import network_of, overlong
+from pipelines.text_to_image import levels_of, network_of, overlong, steps_text
 
 HOST = "127.0.0.1"
 LAST_PORT = 2**16 - 1
@@ -106,6 +107,11 @@ class Pair:
     def has_scale(self) -> bool:
         """Whether the student is a LoRA, which can be put on by more or less than as it was trained."""
         return "student" in getattr(network_of(self.student.pipe), "peft_config", {})
+
+    @property
+    def student_steps(self) -> int:
+        """Those that it was trained for."""
+        return steps_in(self.student.call) or 1
 
     @property
     def num_classes(self) -> int:
@@ -209,7 +215,8 @@ def load_pair(args: argparse.Namespace) -> Pair:
 
 def about_student(info: dict[str, Any]) -> str:
     how = "a LoRA" if info.get("weights") == "lora" else "a network of its own"
-    return f"**Student**: {how}, distilled by `{info.get('objective')}` in {info.get('steps')} steps; draws in one step."
+    trained = f"distilled by `{info.get('objective')}` in {info.get('steps')} updates"
+    return f"**Student**: {how}, {trained}; draws in {steps_text(len(levels_of(info)))}."
 
 
 def about_teacher(base: str, teacher: Sampler, why: str) -> str:
@@ -226,9 +233,9 @@ def page(pair: Pair, prompts: list[str]) -> Any:
     """The gradio.Blocks. prompts: the first stands in the box, all of them below it."""
     import gradio as gr
 
-    with gr.Blocks(title="One-step student and teacher", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="Student and teacher", analytics_enabled=False) as blocks:
         about = "".join(f"- {line}\n" for line in (*pair.about.values(), "Both start from the same noise, the seed's."))
-        gr.Markdown(f"# One step beside many\n\n{about}")
+        gr.Markdown(f"# {steps_text(pair.student_steps).capitalize()} beside many\n\n{about}")
         inputs: dict[str, Any] = {}
         if pair.takes_prompt:
             box = {"label": "Prompt", "max_lines": 4, "autofocus": True, "elem_id": "prompt"}
@@ -264,7 +271,7 @@ def drawing(pair: Pair, names: list[str]) -> Any:
         try:
             pictures = pair.draw(**dict(zip(names, values, strict=True)))
             picture, quick, note = next(pictures)
-            said = f"one step: {seconds_text(quick)}"
+            said = f"{steps_text(pair.student_steps)}: {seconds_text(quick)}"
             yield picture, f"{said} {note}", None, "drawing ..."
             other, slow, _ = next(pictures)
             steps = pair.teacher.call["num_inference_steps"]

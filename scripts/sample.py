@@ -1,8 +1,8 @@
-"""A grid of a one-step student beside its teacher, on the same noise, with the time each takes.
+"""A grid of a student beside its teacher, on the same noise, with the time each takes.
 
     python -m scripts.sample outputs/sd15_vardiu --prompt "a red bicycle" --prompt "a bowl of soup" --output grid.png
 
-One row a prompt: the teacher with its own scheduler and guidance, then the student in one step.
+One row a prompt: the teacher with its own scheduler and guidance, then the student in its own steps.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from pipelines.text_to_image import (
     only_variant,
     own_noise,
     read_index,
+    steps_text,
     student_call,
 )
 
@@ -215,11 +216,10 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     known = inspect.signature(pipe.__call__).parameters
     call: dict[str, Any] = {}
     trained: dict[str, Any] = {}
+    if info and steps not in (None, len(levels := levels_of(info))):
+        own = f"{steps_text(len(levels))} (at {', '.join(f'{t:g}' for t in levels)})"
+        raise UserError(f"--steps: this student makes {own}, not {steps}; train one with student.steps={steps}")
     if info and "prompt" in known and not isinstance(pipe, EDMPipeline):
-        levels = levels_of(info)
-        if steps not in (None, len(levels)):
-            own = f"{len(levels)} step{'s' * (len(levels) > 1)} (timesteps {', '.join(map(str, levels))})"
-            raise UserError(f"--steps: this student makes {own}, not {steps}; train one with student.steps={steps}")
         trained = student_call(kind_of(pipe), network_of(pipe).config, pipe.scheduler, info)
         call |= {key: value for key, value in trained.items() if key != "guidance_scale"}
     elif steps is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines.common.atomic import write_atomically
 
-from ..content import Content, Latency, Speed
+from ..content import Content, Latency, Speed, steps_in
 from ..protocols import LOWER_IS_BETTER
 from . import figures
 from .baselines import Row, read_baselines
@@ -82,7 +82,7 @@ def own_row(name: str, content: Content) -> Row:
     where it was timed.
     """
     call = (content["model"] or {}).get("call", {})
-    steps = call.get("num_inference_steps") or (len(call["timesteps"]) if "timesteps" in call else None)
+    steps = steps_in(call)
     values = {key: numbers["value"] for key, numbers in content["metrics"].items()}
     spread = {key: numbers["std"] for key, numbers in content["metrics"].items() if numbers["std"] is not None}
     latency = content["latency"]["model"]["seconds_per_image"] if "model" in content["latency"] else None
@@ -196,6 +196,6 @@ def warnings(content: Content) -> list[tuple[str, str]]:
 def _speeds(latency: Latency) -> list[tuple[str, str, str, str]]:
     speeds: dict[str, Speed] = {"model": latency["model"], "teacher": latency["teacher"]} if latency else {}
     return [
-        (who, str(s["call"].get("num_inference_steps", 1)), f"{s['seconds_per_image']:.4g} s", f"{s['images_per_s']:.4g}")
+        (who, str(steps_in(s["call"]) or "–"), f"{s['seconds_per_image']:.4g} s", f"{s['images_per_s']:.4g}")
         for who, s in speeds.items()
     ]

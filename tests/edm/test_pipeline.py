@@ -172,7 +172,7 @@ def student(converted, tmp_path_factory):
         if "lora_" in name:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
     folder = tmp_path_factory.mktemp("student") / "student"
-    info = {"family": "edm", "weights": "lora", "base_model": str(converted("edm_ncsnpp"))}
+    info = {"family": "edm", "weights": "lora", "base_model": str(converted("edm_ncsnpp")), "readout_sigma": 2.5}
     save_edm_student(folder, pipe, info, "mine")
     return folder, draw(pipe)
 

@@ -77,7 +77,14 @@ def edm_student(tmp_path_factory) -> Path:
         pipe = EDMPipeline(unet, EDMScheduler(num_inference_steps=steps, **sampler))
         if name == "teacher":
             pipe.save_pretrained(folder / name)
-    info = {"family": "edm", "weights": "unet", "base_model": str(folder / "teacher"), "objective": "varflow", "steps": 0}
+    info = {
+        "family": "edm",
+        "weights": "unet",
+        "base_model": str(folder / "teacher"),
+        "objective": "varflow",
+        "steps": 0,
+        "readout_sigma": 2.5,
+    }
     save_edm_student(folder / "student", pipe, info)
     return folder / "student"
 
@@ -170,7 +177,7 @@ def test_both_start_from_the_noise_of_the_seed(pair):
     assert all(seconds > 0 and note == "" for _, seconds, note in found)
     assert pair.teacher.call["guidance_scale"] == 2.0
     assert "2 steps of PNDMScheduler, guidance scale 2 (as the student was distilled)" in pair.about["teacher"]
-    assert "a LoRA, distilled by `diff_instruct` in 1 steps" in pair.about["student"]
+    assert "a LoRA, distilled by `diff_instruct` in 1 updates; draws in one step" in pair.about["student"]
 
 
 def test_the_scale_goes_from_the_teacher_to_the_student(pair, run):

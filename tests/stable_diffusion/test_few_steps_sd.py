@@ -97,7 +97,7 @@ def test_another_number_of_steps_is_refused(recipe, tmp_path):
     made = family(config | {"student": config["student"] | {"steps": 4}})
     folder = exported(made, tmp_path / "student")
     for steps in (1, 2, 8):
-        with pytest.raises(UserError, match=rf"4 steps \(timesteps 999, 749, 499, 249\), not {steps}"):
+        with pytest.raises(UserError, match=rf"4 steps \(at 999, 749, 499, 249\), not {steps}"):
             load_sampler(config["teacher"]["path"], str(folder), steps=steps)
     assert load_sampler(config["teacher"]["path"], str(folder), steps=4).call["num_inference_steps"] == 4
 

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.utils import save_image
 
+from eval.images.sampler import load_sampler
 from pipelines.common.config import load_config
 from pipelines.common.errors import UserError
 from pipelines.data.images import load_folder, to_unit
@@ -539,6 +540,9 @@ def test_a_student_of_several_steps(objective, more, lab, tmp_path):
     torch.testing.assert_close(drawn.images, x0, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="makes 3 steps"):
         pipe(2, [0, 1], num_inference_steps=2)
+    with pytest.raises(UserError, match=r"--steps: this student makes 3 steps \(at 2, 0.8, 0.3\), not 2"):
+        load_sampler(str(run), steps=2)
+    assert "tags: [few-step, distillation]" in (run / "student" / "README.md").read_text()
     with pytest.raises(UserError, match="levels of its own"):
         pipe(2, [0, 1], sigma_max=1.0)
     micro = lab.distil(objective, tmp_path / "micro", student=FEW | more, micro_batch_size=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...content import steps_in
 from ...report.html import Picture, duration, render
 
 COLUMNS = ("Method", "FD-CLIP-mini", "× teacher", "CLIP score", "× teacher", "Time / image", "Faster", "Training")
@@ -36,8 +37,11 @@ def page(report: dict[str, Any], pictures: dict[str, list[Picture]]) -> str:
     rows.append(_row("Teacher, 1 step", report["teacher_one_step"]))
     fds = [numbers["fd"] for numbers in students.values()]
     best = len(rows) + fds.index(min(fds)) if len(fds) > 1 else None
-    rows += [_row(name, numbers) for name, numbers in students.items()]
-    return render("emoji.html", report=report, pictures=pictures, columns=COLUMNS, rows=rows, best=best, next=NEXT)
+    steps = {name: steps_in(numbers["call"]) or 1 for name, numbers in students.items()}
+    rows += [_row(name if steps[name] == 1 else f"{name}, {steps[name]} steps", numbers) for name, numbers in students.items()]
+    heading = "One step" if set(steps.values()) <= {1} else "Few steps"
+    shown = {"report": report, "pictures": pictures, "columns": COLUMNS, "rows": rows, "best": best, "next": NEXT}
+    return render("emoji.html", heading=heading, **shown)
 
 
 def _row(name: str, numbers: dict[str, Any]) -> list[str]:

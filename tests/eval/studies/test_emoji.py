@@ -1,5 +1,6 @@
 """Protocol emoji-2k on the embedded teacher, with few pictures and two steps: numbers, pictures, kept numbers, report."""
 
+import copy
 import hashlib
 import io
 import json
@@ -349,6 +350,15 @@ def test_report_html_is_self_contained(evaluated):
     assert "Not the protocol" in html
     html = re.sub(r'src="[^"]*"', "", html)
     assert "FID" not in html.replace("the formula of FID", "").replace("no FID", "").replace("# FID and CLIP score of it", "")
+
+
+def test_students_of_several_steps_say_so(evaluated):
+    report, none = copy.deepcopy(evaluated.report), {key: [] for key in ("samples", "time", "loss")}
+    assert "<h1>One step instead of" in page(report, none)
+    student = next(iter(report["students"].values()))
+    student["call"] = {"sigmas": [1.0, 0.9, 0.75, 0.5]}
+    assert "<h1>Few steps instead of" in page(report, none)
+    assert page(report, none).count(", 4 steps</td>") == 1
 
 
 def test_no_text_of_a_report_becomes_a_tag(evaluated, hostile):

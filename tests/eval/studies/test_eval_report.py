@@ -32,7 +32,13 @@ from pipelines.edm import EDMPipeline, EDMScheduler, PatchUNet
 from pipelines.students import save_model
 
 ROOT = Path(__file__).resolve().parents[3]
-INFO = {"objective": "vardiu", "steps": 300, "train_seconds": 22.5, "calls": {"student": 76_800, "posterior": 230_400}}
+INFO = {
+    "readout_sigma": 3.0,
+    "objective": "vardiu",
+    "steps": 300,
+    "train_seconds": 22.5,
+    "calls": {"student": 76_800, "posterior": 230_400},
+}
 
 
 def save_run(folder: Path, kind: str, sampler: str, steps: int, seed: int, num_classes: int = 0) -> Path:
