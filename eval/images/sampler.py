@@ -216,7 +216,7 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     known = inspect.signature(pipe.__call__).parameters
     call: dict[str, Any] = {}
     trained: dict[str, Any] = {}
-    if info and steps not in (None, len(levels := levels_of(info))):
+    if info and steps is not None and steps != len(levels := levels_of(info)):
         own = f"{steps_text(len(levels))} (at {', '.join(f'{t:g}' for t in levels)})"
         raise UserError(f"--steps: this student makes {own}, not {steps}; train one with student.steps={steps}")
     if info and "prompt" in known and not isinstance(pipe, EDMPipeline):

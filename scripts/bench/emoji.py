@@ -4,9 +4,10 @@
                                    [--lcm lcm_lora ...] [--num-images N]
 
 Each run has one thread and trains on the embedded Stable Diffusion by configs/emoji_<objective>.yaml with as many steps as fit
-into --seconds: their time is measured in a short run first. Eight snapshots of each are measured by protocol emoji-2k. LCM-LoRA
-gets the same teacher, pictures, rank, batch and seconds, with the example's guidance range and rate and with ours, and is
-measured with one and four steps. Writes <output>/emoji.json and emoji.png. Run again, it continues where it was stopped.
+into --seconds: their time is measured in a short run first, with nothing else on its core. Eight snapshots of each are measured
+by protocol emoji-2k. LCM-LoRA gets the same teacher, pictures, rank, batch and seconds, with the example's guidance range and
+rate and with ours, and is measured with one and four steps. Writes <output>/emoji.json and emoji.png. Run again, it continues
+where it was stopped.
 """
 
 from __future__ import annotations
@@ -85,11 +86,20 @@ def train_lcm(names: list[str], seconds: float, seeds: int, runs: Path) -> list[
 
     weights = base_weights(TEACHER, torch.float32, None)
 
+    def train_one(folder: Path, *given: str) -> dict[str, Any]:
+        given = ("--teacher", TEACHER, *given, *shape)
+        command = [sys.executable, "-m", "scripts.bench.parts.lcm_lora", "--output", str(folder), *given]
+        kept(folder.with_suffix(".json"), {"given": given, "base_weights": weights}, lambda: run(command, 1))
+        return json.loads((folder / "lcm.json").read_text())
+
+    if not wanted:
+        return []
+    trial = train_one(runs / "lcm_trial", "--steps", str(TRIAL))
+    steps = max(1, int(seconds / trial["seconds"] * trial["steps"]))
+
     def one(run_of: tuple[str, int, Path]) -> None:
         name, seed, folder = run_of
-        given = ["--teacher", TEACHER, "--seconds", f"{seconds:g}", "--seed", str(seed), *shape, *LCM[name]]
-        command = [sys.executable, "-m", "scripts.bench.parts.lcm_lora", "--output", str(folder), *given]
-        kept(runs / f"{name}_{seed}.json", {"given": given, "base_weights": weights}, lambda: run(command, 1))
+        train_one(folder, "--steps", str(steps), "--seed", str(seed), *LCM[name])
 
     with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(one, wanted))

@@ -28,6 +28,7 @@ One t a batch. What is compared is x_t (and the features), so a batch larger tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -96,15 +97,14 @@ class VarFlow(WholeBatch):
             views.append((blocks[0], blocks[1]))
         scaled = None if asked is None else self.condition_scale * spread(asked).to(student.x_t)
         total = torch.zeros((), dtype=torch.float64, device=student.x_t.device)
-        for view in views:
-            for x, y in zip(*view, strict=True):
-                if self.samples > 1:
-                    loss = energy_score(x, y, self.beta)
-                else:
-                    if scaled is not None:
-                        x, y = (torch.cat([v, scaled * v.shape[1] ** 0.5], 1) for v in (x, y))
-                    loss = energy_loss(x, y, self.beta, self.cross, same_condition)
-                total = total + loss / len(view[0]) ** 0.5
+        if self.samples > 1:
+            of_block = partial(energy_score, beta=self.beta)
+        else:
+            of_block = partial(energy_loss, beta=self.beta, cross=self.cross, same_condition=same_condition)
+        for x, y in views:  # (blocks, K m or K, elements of a block), the loss of all blocks in one go
+            if scaled is not None:
+                x, y = (torch.cat([v, (scaled * v.shape[2] ** 0.5).expand(len(v), -1, -1)], 2) for v in (x, y))
+            total = total + torch.vmap(of_block)(x, y).sum(0) / len(x) ** 0.5
         return total / len(views)
 
     def asked(self, draw: Draw) -> Tensor | None:

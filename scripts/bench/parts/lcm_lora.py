@@ -1,6 +1,6 @@
-"""LCM-LoRA (Luo et al. 2023) by the update of diffusers' example, for a given time: what a user would distil with instead.
+"""LCM-LoRA (Luo et al. 2023) by the update of diffusers' example: what a user would distil with instead.
 
-    python -m scripts.bench.parts.lcm_lora --seconds 1200 --output DIR [--teacher assets/emoji_sd]
+    python -m scripts.bench.parts.lcm_lora --steps 2000 --output DIR [--teacher assets/emoji_sd]
                                            [--data assets/emoji/captioned_32.parquet]
 
 Consistency between t and the point that the guided teacher's DDIM step reaches from there, on encoded pictures and captions; a
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         "--data", default="assets/emoji/captioned_32.parquet", help="a parquet file with columns image and caption"
     )
     parser.add_argument("--output", type=path, required=True)
-    parser.add_argument("--seconds", type=finite, required=True, help="of updates")
+    parser.add_argument("--steps", type=whole(1), required=True)
     parser.add_argument("--rank", type=whole(1), default=32)
     parser.add_argument("--batch-size", type=whole(1), default=32)
     parser.add_argument("--lr", type=finite, default=1e-4, help="constant, AdamW's; the example's default")
@@ -128,10 +128,9 @@ def train(args: argparse.Namespace) -> None:
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-2)
     grid, empty = Grid(pipe.scheduler.alphas_cumprod), encoded.null["encoder_hidden_states"]
-    generator, spent, steps = torch.Generator().manual_seed(args.seed), 0.0, 0
+    generator, start = torch.Generator().manual_seed(args.seed), time.perf_counter()
     low, high = args.w
-    while spent < args.seconds:
-        start = time.perf_counter()
+    for _ in range(args.steps):
         rows = torch.randint(len(encoded.examples), (args.batch_size,), generator=generator)
         x0, condition = encoded.examples.rows(rows)
         text = condition["encoder_hidden_states"].float()
@@ -143,14 +142,21 @@ def train(args: argparse.Namespace) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        spent, steps = spent + time.perf_counter() - start, steps + 1
+    spent = time.perf_counter() - start
     save_lora(args.output, StableDiffusionPipeline, pipe.unet, "student")
     known = inspect.signature(LCMScheduler.__init__).parameters  # an unknown key would be complained of at every loading
     scheduler = LCMScheduler.from_config({key: value for key, value in pipe.scheduler.config.items() if key in known})
     scheduler.save_pretrained(args.output / "scheduler")
-    facts = {"seconds": spent, "steps": steps, "rank": args.rank, "batch_size": args.batch_size, "lr": args.lr, "w": list(args.w)}
+    facts = {
+        "seconds": spent,
+        "steps": args.steps,
+        "rank": args.rank,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "w": list(args.w),
+    }
     (args.output / "lcm.json").write_text(json.dumps(facts | {"seed": args.seed}, indent=1) + "\n")
-    print(f"{steps} updates in {spent:.0f} s: {args.output}")
+    print(f"{args.steps} updates in {spent:.0f} s: {args.output}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -25,7 +24,6 @@ from transformers import (
 )
 
 from scripts.bench.parts import random_networks
-from trainers import distill
 
 CHANNELS, T5_WIDTH, CLIP_WIDTH = 3, 40, 16  # of latents; of T5; of each CLIP
 
@@ -145,13 +143,6 @@ OBJECTIVES = {
 
 
 @pytest.fixture
-def prompt_file(tmp_path) -> Path:
-    file = tmp_path / "prompts.txt"
-    file.write_text("a cat\na dog on a mat\na red house\n")
-    return file
-
-
-@pytest.fixture
 def recipe(tiny, tmp_path, prompt_file):
     """recipe(objective, kind, **more): a distillation of a tiny pipeline as a plain dict, ready to be written as YAML."""
 
@@ -172,32 +163,3 @@ def recipe(tiny, tmp_path, prompt_file):
         } | more
 
     return make
-
-
-@pytest.fixture
-def written():
-    """written(config): the arguments of a command, the configuration in a file beside its output_dir."""
-
-    def write(config: dict) -> list[str]:
-        file = Path(config["output_dir"]).with_suffix(".yaml")
-        file.write_text(yaml.safe_dump(config))
-        return ["--config", str(file)]
-
-    return write
-
-
-@pytest.fixture
-def distil(written):
-    """distil(config, *overrides, **changes): trainers.distill in this process -> its output_dir."""
-
-    def run(config: dict, *overrides: str, **changes) -> Path:
-        config = config | changes
-        distill.main([*written(config), *overrides])
-        return Path(config["output_dir"])
-
-    return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks(one_thread):
-    """Every test here is faster on one thread."""

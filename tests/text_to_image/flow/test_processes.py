@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pipelines.students import load_student
 from trainers.engine import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # a gradient that is little but rounding must not become a full step of random sign
 SMOOTH = {"lr": 1e-3, "betas": [0.0, 0.99], "eps": 1e-2}
 

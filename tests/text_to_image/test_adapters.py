@@ -48,19 +48,6 @@ def inputs(randn):
     return make
 
 
-@pytest.fixture
-def fill(generator):
-    """fill(role): N(0, 0.2^2) in every adapter weight, so that lora_B is not zero."""
-
-    def normal(role: Role) -> Role:
-        with torch.no_grad():
-            for p in role.parameters():
-                p.copy_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
-        return role
-
-    return normal
-
-
 def config_of(name: str, targets: list[str] = TARGETS) -> LoraConfig:
     return LoraConfig(r=RANK, lora_alpha=ALPHA[name], target_modules=targets)
 

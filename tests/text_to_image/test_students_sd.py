@@ -6,8 +6,6 @@ The reference is the trainer's own one-step readout of the averaged weights, reb
 import json
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,78 +105,12 @@ def trained(runs, recipe, tmp_path_factory):
     return get
 
 
-# Another process ---------------------------------------------------------------------------------------------------------------
-
-WORKER = """
-import json, logging, os, sys, traceback, warnings
-import diffusers, peft, torch, transformers
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-said = []
-handler = logging.Handler(logging.WARNING)
-handler.emit = lambda record: said.append(record.getMessage())
-for library in ("diffusers", "transformers", "peft", "huggingface_hub"):
-    logging.getLogger(library).addHandler(handler)
-warnings.simplefilter("always")
-warnings.showwarning = lambda message, category, *rest, **more: said.append(f"{category.__name__}: {message}")
-
-for line in sys.stdin:
-    job, failure = json.loads(line), None
-    said.clear()
-    os.chdir(job["cwd"])
-    names = {name: getattr(diffusers, name) for name in ("DiffusionPipeline", "LCMScheduler")} | job["values"]
-    names |= {"torch": torch, "out": {}, "z": load_file(job["tensors"])["z"]}
-    try:
-        exec(job["code"], names)
-        save_file(names["out"], job["tensors"])
-    except BaseException:
-        failure = traceback.format_exc()
-    ours = sorted({"pipelines", "trainers", "eval"} & {name.split(".")[0] for name in sys.modules})
-    print("reply", json.dumps({"failure": failure, "said": said, "ours": ours}), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory):
-    """A process that knows diffusers and nothing of this project."""
-    folder = tmp_path_factory.mktemp("worker")
-    with (folder / "stderr").open("w") as stderr:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
-        process = subprocess.Popen([sys.executable, "-c", WORKER], **pipes, text=True, cwd=folder)
-    yield SimpleNamespace(process=process, folder=folder)
-    process.stdin.close()
-    process.wait(timeout=60)
-
-
-@pytest.fixture
-def elsewhere(worker):
-    """elsewhere(run, code, cwd): what `code` puts into `out` in the other process, where `teacher`, `student`, `prompts` and `z`
-    are known. Any log or warning there is an error, but for what allow matches."""
-
-    def execute(run: SimpleNamespace, code: str, cwd: Path | None = None, allow: str = "$^", **values) -> dict[str, Tensor]:
-        tensors = worker.folder / "tensors.safetensors"
-        save_file({"z": run.z}, tensors)
-        values |= {"teacher": run.teacher, "student": str(run.folder / "student"), "prompts": PROMPTS}
-        job = {"code": code, "values": values, "cwd": str(cwd or worker.folder), "tensors": str(tensors)}
-        print(json.dumps(job), file=worker.process.stdin, flush=True)
-        lines = iter(worker.process.stdout.readline, "")
-        reply = next((json.loads(line[6:]) for line in lines if line.startswith("reply ")), None)
-        assert reply, (worker.folder / "stderr").read_text()
-        assert reply["failure"] is None, reply["failure"]
-        assert not reply["ours"]
-        # said of every LoRA without text encoder
-        expected = re.compile(rf"No LoRA keys associated to CLIPTextModel|{allow}")
-        assert not [m for m in reply["said"] if not expected.search(m)]
-        return load_file(tensors)
-
-    return execute
-
+# Another process ----------------------------------------------------------------------------------------------------------------
 
 LOAD = """
-pipe = DiffusionPipeline.from_pretrained(teacher)
+pipe = diffusers.DiffusionPipeline.from_pretrained(teacher)
 pipe.load_lora_weights(student)
-pipe.scheduler = LCMScheduler.from_pretrained(student, subfolder="scheduler")
+pipe.scheduler = diffusers.LCMScheduler.from_pretrained(student, subfolder="scheduler")
 step = lambda: pipe(prompts, num_inference_steps=1, guidance_scale=1.0, latents=z, output_type="latent").images
 """
 STEP = LOAD.splitlines()[-1]
@@ -248,11 +180,11 @@ def test_style_on_top(trained, style, elsewhere):
     """With another LoRA, set_adapters adds the two in the weights asked for: equal to the sum of the files' own products."""
     run = trained("diff_instruct")
     code = """
-pipe = DiffusionPipeline.from_pretrained(teacher)
+pipe = diffusers.DiffusionPipeline.from_pretrained(teacher)
 pipe.load_lora_weights(student, adapter_name="student")
 pipe.load_lora_weights(style, adapter_name="style")
 pipe.set_adapters(["student", "style"], [1.0, 0.5])
-pipe.scheduler = LCMScheduler.from_pretrained(student, subfolder="scheduler")
+pipe.scheduler = diffusers.LCMScheduler.from_pretrained(student, subfolder="scheduler")
 """
     code += STEP + "\nout['both'] = step()\npipe.set_adapters(['student'])\nout['student'] = step()"
     out = elsewhere(run, code, style=str(style), allow="Already found a `peft_config`")

@@ -45,18 +45,6 @@ def inputs(randn):
     return make
 
 
-@pytest.fixture
-def fill(generator):
-    def normal(role: Role) -> Role:
-        """N(0, 0.2^2) in every adapter weight, so that lora_B is not zero."""
-        with torch.no_grad():
-            for p in role.parameters():
-                p.copy_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
-        return role
-
-    return normal
-
-
 def stock(network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """The network called as diffusers' own pipelines call it."""
     if isinstance(network, SD3Transformer2DModel):

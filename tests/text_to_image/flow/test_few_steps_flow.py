@@ -114,7 +114,7 @@ def test_pictures_of_a_run_are_the_stock_pipelines(kind, steps, student):
 def test_what_is_refused(student, tmp_path):
     """Other numbers of steps, other schedulers, levels that are none: by name."""
     run = student("sd35", 4)
-    with pytest.raises(UserError, match=r"this student makes 4 steps \(timesteps 1\.0, 0\.9, 0\.75, 0\.5\), not 2"):
+    with pytest.raises(UserError, match=r"this student makes 4 steps \(at 1, 0\.9, 0\.75, 0\.5\), not 2"):
         load_sampler(str(run.folder), steps=2)
     with pytest.warns(UserWarning, match="4 steps of FlowMatchEulerDiscreteScheduler are not the x0"):
         load_student(run.folder, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))

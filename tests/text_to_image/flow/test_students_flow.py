@@ -6,8 +6,6 @@ The reference is the trainer's own one-step readout of the averaged weights, reb
 import json
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +26,7 @@ from diffusers import (
 )
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.__main__ import main
@@ -116,69 +114,7 @@ def maps(latents: Tensor) -> Tensor:
     return latents if latents.ndim == 4 else FluxPipeline._unpack_latents(latents, 16, 16, 2)
 
 
-# Another process ---------------------------------------------------------------------------------------------------------------
-
-WORKER = """
-import json, logging, os, sys, traceback, warnings
-import diffusers, peft, torch, transformers
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-said = []
-handler = logging.Handler(logging.WARNING)
-handler.emit = lambda record: said.append(record.getMessage())
-for library in ("diffusers", "transformers", "peft", "huggingface_hub"):
-    logging.getLogger(library).addHandler(handler)
-
-for line in sys.stdin:
-    job, failure = json.loads(line), None
-    said.clear()
-    os.chdir(job["cwd"])
-    names = {"torch": torch, "diffusers": diffusers, "out": {}, "z": load_file(job["tensors"])["z"]} | job["values"]
-    try:
-        exec(job["code"], names)
-        save_file({k: v.contiguous() for k, v in names["out"].items()}, job["tensors"])
-    except BaseException:
-        failure = traceback.format_exc()
-    ours = sorted({"pipelines", "trainers", "eval"} & {name.split(".")[0] for name in sys.modules})
-    print("reply", json.dumps({"failure": failure, "said": said, "ours": ours}), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory):
-    """A process that knows diffusers and nothing of this project."""
-    folder = tmp_path_factory.mktemp("worker")
-    with (folder / "stderr").open("w") as stderr:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
-        process = subprocess.Popen([sys.executable, "-c", WORKER], **pipes, text=True, cwd=folder)
-    yield SimpleNamespace(process=process, folder=folder)
-    process.stdin.close()
-    process.wait(timeout=60)
-
-
-@pytest.fixture
-def elsewhere(worker):
-    """elsewhere(run, code, cwd): what `code` puts into `out` in the other process, where `teacher`, `student`, `prompts` and `z`
-    are known; a warning in a log there is an error, but for what allow matches."""
-
-    def execute(run: SimpleNamespace, code: str, cwd: Path | None = None, allow: str = "$^", **values) -> dict[str, Tensor]:
-        tensors = worker.folder / "tensors.safetensors"
-        save_file({"z": run.z.contiguous()}, tensors)
-        values |= {"teacher": run.teacher, "student": str(run.folder / "student"), "prompts": PROMPTS}
-        job = {"code": code, "values": values, "cwd": str(cwd or worker.folder), "tensors": str(tensors)}
-        print(json.dumps(job), file=worker.process.stdin, flush=True)
-        lines = iter(worker.process.stdout.readline, "")
-        reply = next((json.loads(line[6:]) for line in lines if line.startswith("reply ")), None)
-        assert reply, (worker.folder / "stderr").read_text()
-        assert reply["failure"] is None, reply["failure"]
-        assert not reply["ours"]
-        expected = re.compile(rf"No LoRA keys associated to CLIPTextModel|{allow}")  # said of every LoRA without text encoder
-        assert not [m for m in reply["said"] if not expected.search(m)]
-        return load_file(tensors)
-
-    return execute
-
+# Another process ----------------------------------------------------------------------------------------------------------------
 
 LOAD = """
 none = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}

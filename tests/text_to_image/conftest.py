@@ -1,8 +1,15 @@
-"""Tiny Stable Diffusion pipelines, made from configurations and saved: the real classes, with random weights."""
+"""Tiny Stable Diffusion pipelines, made from configurations and saved: the real classes, with random weights; and a process that
+knows diffusers alone.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +22,17 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from pipelines.adapters import Role
 from scripts.bench.parts import random_networks
 from trainers import distill
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KINDS = ("sd15", "sd21", "sdxl")
+PROMPTS = ["a cat", "a dog on a mat", "a red house"]
 
 
 def tiny_text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel) -> CLIPTextModel:
@@ -94,7 +105,7 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def prompt_file(tmp_path) -> Path:
     file = tmp_path / "prompts.txt"
-    file.write_text("a cat\na dog on a mat\na red house\n")
+    file.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
     return file
 
 
@@ -170,3 +181,83 @@ def distil(written):
 @pytest.fixture(scope="module", autouse=True)
 def small_networks(one_thread):
     """Every test here is faster on one thread."""
+
+
+@pytest.fixture
+def fill(generator):
+    """fill(role): N(0, 0.2^2) in every adapter weight, so that lora_B is not zero."""
+
+    def normal(role: Role) -> Role:
+        with torch.no_grad():
+            for p in role.parameters():
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        return role
+
+    return normal
+
+
+# Another process ---------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, logging, os, sys, traceback, warnings
+import diffusers, peft, torch, transformers
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+said = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: said.append(record.getMessage())
+for library in ("diffusers", "transformers", "peft", "huggingface_hub"):
+    logging.getLogger(library).addHandler(handler)
+warnings.simplefilter("always")
+warnings.showwarning = lambda message, category, *rest, **more: said.append(f"{category.__name__}: {message}")
+
+for line in sys.stdin:
+    job, failure = json.loads(line), None
+    said.clear()
+    os.chdir(job["cwd"])
+    names = {"torch": torch, "diffusers": diffusers, "out": {}, "z": load_file(job["tensors"])["z"]} | job["values"]
+    try:
+        exec(job["code"], names)
+        save_file({k: v.contiguous() for k, v in names["out"].items()}, job["tensors"])
+    except BaseException:
+        failure = traceback.format_exc()
+    ours = sorted({"pipelines", "trainers", "eval"} & {name.split(".")[0] for name in sys.modules})
+    print("reply", json.dumps({"failure": failure, "said": said, "ours": ours}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """A process that knows diffusers and nothing of this project."""
+    folder = tmp_path_factory.mktemp("worker")
+    with (folder / "stderr").open("w") as stderr:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
+        process = subprocess.Popen([sys.executable, "-c", WORKER], **pipes, text=True, cwd=folder)
+    yield SimpleNamespace(process=process, folder=folder)
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.fixture
+def elsewhere(worker):
+    """elsewhere(run, code, cwd): what `code` puts into `out` in the other process, where `teacher`, `student`, `prompts` and `z`
+    are known. Any log or warning there is an error, but for what allow matches."""
+
+    def execute(run: SimpleNamespace, code: str, cwd: Path | None = None, allow: str = "$^", **values) -> dict[str, Tensor]:
+        tensors = worker.folder / "tensors.safetensors"
+        save_file({"z": run.z.contiguous()}, tensors)
+        values |= {"teacher": run.teacher, "student": str(run.folder / "student"), "prompts": PROMPTS}
+        job = {"code": code, "values": values, "cwd": str(cwd or worker.folder), "tensors": str(tensors)}
+        print(json.dumps(job), file=worker.process.stdin, flush=True)
+        lines = iter(worker.process.stdout.readline, "")
+        reply = next((json.loads(line[6:]) for line in lines if line.startswith("reply ")), None)
+        assert reply, (worker.folder / "stderr").read_text()
+        assert reply["failure"] is None, reply["failure"]
+        assert not reply["ours"]
+        # said of every LoRA without text encoder
+        expected = re.compile(rf"No LoRA keys associated to CLIPTextModel|{allow}")
+        assert not [m for m in reply["said"] if not expected.search(m)]
+        return load_file(tensors)
+
+    return execute
