@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -103,7 +104,10 @@ class SharedNetwork:
                 )
         with warnings.catch_warnings():  # a second adapter is what is wanted here
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            self.network.add_adapter(config, name)
+            if isinstance(self.network, PeftAdapterMixin):
+                self.network.add_adapter(config, name)
+            else:  # DiT, to which diffusers has given none
+                inject_adapter_in_model(config, self.network, name)
         self._layers = list(layers_with_adapters(self.network).values())
         for key, parameter in self.network.named_parameters():
             if of_adapter(key, name):
@@ -307,6 +311,13 @@ def from_tokens(tokens: Tensor, size: Sequence[int], side: int) -> Tensor:
     """The inverse of to_tokens: (b, n, c side^2) -> (b, c, h, w) of size (h, w)."""
     b, (h, w) = len(tokens), size
     return tokens.reshape(b, h // side, w // side, -1, side, side).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, h, w)
+
+
+def reordered(layer: nn.Linear, order: Tensor) -> nn.Linear:
+    """A copy of a layer that puts out these of its outputs, in this order."""
+    made = nn.Linear(layer.in_features, len(order), device=layer.weight.device, dtype=layer.weight.dtype)
+    made.weight.data, made.bias.data = layer.weight.data[order], layer.bias.data[order]
+    return made
 
 
 def whole_copy(network: ModelMixin) -> ModelMixin:

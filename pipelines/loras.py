@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from .common.errors import UserError
@@ -26,6 +29,7 @@ from .peft_layers import layers_with_adapters
 from .stock import StockPipeline
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"  # of students whose pipeline loads no LoRA
 # What PEFT's own save_pretrained writes: it does not tell which network it is for, and its alpha stands in another file.
 PEFT = (
     "as PEFT saves it; make it one of diffusers: network = PeftModel.from_pretrained(pipe.unet, <folder>), then "
@@ -73,8 +77,9 @@ def _of_file(path: Path, option: str) -> LoraSource:
         raise UserError(f"{option}: {str(path)!r} is no .safetensors file; a pickle could run any code: save it as one")
     if not (path.parent / "student.json").is_file():
         return LoraSource(str(path.parent), path.name)
-    if path.name != LORA_FILE:
-        raise UserError(f"{option}: {str(path)!r} lies in a student's folder, whose LoRA is {LORA_FILE}; name the one you mean")
+    own = _student_file(path.parent)
+    if path.name != own:
+        raise UserError(f"{option}: {str(path)!r} lies in a student's folder, whose LoRA is {own}; name the one you mean")
     return _of_student(path.parent, option)
 
 
@@ -83,7 +88,7 @@ def _of_folder(folder: Path, option: str) -> LoraSource:
     if (folder / LORA_FILE).is_file():
         return LoraSource(str(folder), LORA_FILE)
     files = sorted(f.name for f in folder.glob("*.safetensors"))
-    if (folder / "adapter_config.json").is_file() or files == ["adapter_model.safetensors"]:
+    if (folder / "adapter_config.json").is_file() or files == [PEFT_FILE]:
         raise UserError(f"{option}: {str(folder)!r} holds an adapter {PEFT}")
     if len(files) > 1:
         raise UserError(
@@ -97,15 +102,19 @@ def _of_folder(folder: Path, option: str) -> LoraSource:
 
 
 def _of_student(folder: Path, option: str) -> LoraSource:
-    if not (folder / LORA_FILE).is_file():
+    if not (folder / _student_file(folder)).is_file():
         raise UserError(f"{option}: the student in {str(folder)!r} is a whole network, not a LoRA; give it as --model")
-    return LoraSource(str(folder), LORA_FILE, student=True)
+    return LoraSource(str(folder), _student_file(folder), student=True)
+
+
+def _student_file(folder: Path) -> str:
+    return PEFT_FILE if (folder / PEFT_FILE).is_file() else LORA_FILE
 
 
 def _on_the_hub(name: str, option: str) -> LoraSource:
     try:
         hf_hub_download(name, "student.json")
-        folder = snapshot_download(name, allow_patterns=[LORA_FILE, "student.json", "scheduler/*", "unet/*"])
+        folder = snapshot_download(name, allow_patterns=[LORA_FILE, "adapter_*", "student.json", "scheduler/*", "unet/*"])
     except LocalEntryNotFoundError as error:  # the hub did not answer: then only what it said before is known
         if try_to_load_from_cache(name, "student.json") is _CACHED_NO_EXIST:
             return LoraSource(name)
@@ -156,6 +165,34 @@ def load_lora(pipe: StockPipeline, lora: LoraSource, adapter_name: str | None = 
         missing += [f"{name}.{layer}" for layer in sorted(layers - adapted_layers(network, added))]
         count += len(layers)
     refuse_unfit(unfit, missing, count)
+
+
+def load_peft(network: nn.Module, folder: Path, adapter_name: str) -> None:
+    """A student's adapter in PEFT's own files, put on a network whose pipeline loads no LoRA. FileNotFoundError without its
+    files, UserError for damaged ones, and for those of another network.
+    """
+    file = folder / PEFT_FILE
+    for needed in (file, folder / "adapter_config.json"):
+        if not needed.is_file():
+            raise FileNotFoundError(f"no LoRA weights {str(needed)!r}")
+    try:
+        stored = load_file(file)
+    except SafetensorError as error:
+        raise damaged_weights(file, error) from error
+    layers = {_plain(OF_A_LAYER.split(key.removeprefix("base_model.model."))[0]) for key in stored}
+    unfit = f"{str(file)!r} does not fit a {type(network).__name__}"
+    named = dict(network.named_modules())
+    refuse_unfit(unfit, sorted(layers - named.keys()), len(layers))
+    if damaged := [key for key, value in stored.items() if not bool(torch.isfinite(value).all())]:
+        raise UserError(f"{str(file)!r} holds NaN or infinite values in {len(damaged)} tensors, the first {damaged[0]}")
+    try:
+        with warnings.catch_warnings():  # what it warns of is checked below
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            PeftModel.from_pretrained(network, folder, adapter_name=adapter_name)  # puts it into the network itself
+    except RuntimeError as error:
+        raise UserError(f"{unfit}: {_first_lines(error, 2)}; it was made for another model") from error
+    if absent := sorted(adapted_layers(network, {adapter_name}) - layers):
+        raise UserError(f"{str(file)!r} lacks {len(absent)} layers that its adapter_config.json names, the first {absent[0]}")
 
 
 def refuse_unfit(unfit: str, missing: list[str], count: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import ModelMixin, SD3Transformer2DModel
 from torch import Tensor, nn
 
-from .adapters import Anatomy
+from .adapters import Anatomy, reordered
 from .common.errors import UserError
 from .flow_matching import FlowMatching, last_layer, to_dtype
 from .stock import StockPipeline
@@ -73,10 +73,7 @@ def output(network: ModelMixin, x: Tensor, time: Tensor, condition: Mapping[str,
 def by_channel(network: ModelMixin) -> nn.Linear:
     """The last layer, which puts out (row, column, channel) of each square, in the order (channel, row, column)."""
     last, side = last_layer(network), network.config["patch_size"]
-    made = nn.Linear(last.in_features, last.out_features, device=last.weight.device, dtype=last.weight.dtype)
-    order = torch.arange(last.out_features).reshape(side, side, -1).permute(2, 0, 1).flatten()
-    made.weight.data, made.bias.data = last.weight.data[order], last.bias.data[order]
-    return made
+    return reordered(last, torch.arange(last.out_features).reshape(side, side, -1).permute(2, 0, 1).flatten())
 
 
 KIND = StableDiffusion3()

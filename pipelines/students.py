@@ -14,6 +14,7 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 from . import text_to_image
@@ -22,7 +23,7 @@ from .common.errors import UserError, shown
 from .common.identity import weights_sha256
 from .common.reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 from .edm import EDMPipeline, PointNet
-from .loras import LORA_FILE, LoraSource, load_lora
+from .loras import LORA_FILE, PEFT_FILE, LoraSource, load_lora, load_peft
 from .stock import StockPipeline
 from .text_to_image import Kind, levels_of, steps_text
 
@@ -76,7 +77,7 @@ from diffusers import {pipeline}, {scheduler}{more_imports}
 pipe = {pipeline}.from_pretrained("{base_model}"{without})
 {load}
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
-image = pipe("a prompt", {call}).images[0]
+image = pipe({call}).images[0]
 ```
 
 The scheduler matters: most others do not return x0 in {of_steps}. {guidance}
@@ -140,9 +141,14 @@ def save_lora(
     component: str = "unet",
 ) -> None:
     """pytorch_lora_weights.safetensors. The raw PEFT state dict with its metadata is the one form that keeps alpha, and all of
-    the layers (convolutions too). component: what the pipeline calls the network.
+    the layers (convolutions too); of a pipeline that loads no LoRA, PEFT's own files. component: what the pipeline calls the
+    network.
     """
     layers = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(network, adapter_name=adapter).items()}
+    if not hasattr(pipeline, "save_lora_weights"):
+        save_file({f"base_model.model.{k}": v for k, v in layers.items()}, folder / PEFT_FILE)
+        network.peft_config[adapter].save_pretrained(folder)
+        return
     metadata = network.peft_config[adapter].to_dict()
     given = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     pipeline.save_lora_weights(folder, **given)
@@ -173,7 +179,7 @@ def save_text_to_image(
             network.save_pretrained(partial / kind.component)
 
     call = text_to_image.student_call(kind, made.config, scheduler, info)
-    part, network_class = kind.component, kind.network.__name__
+    imports = "" if kind.loads_loras else "\nfrom peft import PeftModel"
     card = TEXT_TO_IMAGE_CARD.format(
         base_model=info["base_model"],
         tags=f"{tags_of(info)}, {'lora' if adapter else 'full'}",
@@ -181,17 +187,25 @@ def save_text_to_image(
         pipeline=pipeline.__name__,
         without="".join(f", {part}=None" for part in info.get("without", ())),
         scheduler=type(scheduler).__name__,
-        more_imports="" if adapter else f", {network_class}",
-        load=f'pipe.load_lora_weights("{folder.name}")'
-        if adapter
-        else f'pipe.{part} = {network_class}.from_pretrained("{folder.name}", subfolder="{part}")',
+        more_imports=imports if adapter else f", {kind.network.__name__}",
+        load=loading_line(kind, folder.name, adapter is not None),
         folder=folder.name,
-        call=", ".join(f"{key}={value}" for key, value in call.items()),
+        call=", ".join((kind.example, *(f"{key}={value}" for key, value in call.items()))),
         guidance=DISTILLED if kind.guidance(made.config) != "input" else TOLD.format(value=call["guidance_scale"]),
         title=called(info),
         of_steps="a single step" if len(levels_of(info)) == 1 else "these steps",
     )
     replace_folder(folder, write, "student", info, card)
+
+
+def loading_line(kind: Kind, folder: str, lora: bool) -> str:
+    """The line of a card that puts a student on its base model."""
+    part = kind.component
+    if not lora:
+        return f'pipe.{part} = {kind.network.__name__}.from_pretrained("{folder}", subfolder="{part}")'
+    if kind.loads_loras:
+        return f'pipe.load_lora_weights("{folder}")'
+    return f'PeftModel.from_pretrained(pipe.{part}, "{folder}").merge_and_unload()  # in place'
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None], kind: str, info: dict[str, Any], card: str) -> None:
@@ -253,7 +267,10 @@ def load_student(
     if not whole:
         check_base(network, info, folder, kind.component)
         with loading(incomplete, RESAVE):
-            load_lora(pipe, LoraSource(str(folder), LORA_FILE), "student")
+            if kind.loads_loras:
+                load_lora(pipe, LoraSource(str(folder), LORA_FILE), "student")
+            else:
+                load_peft(network, folder, "student")
     if scheduler is None:
         if not (folder / "scheduler" / "scheduler_config.json").is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no scheduler/scheduler_config.json; save the student again")

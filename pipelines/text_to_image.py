@@ -1,4 +1,5 @@
-"""Stock text-to-image pipelines: what one family of them is to this project (`Kind`), their registry, and loading with checks.
+"""Stock pipelines that draw from text, or from classes: what one family of them is to this project (`Kind`), their registry, and
+loading with checks.
 
 A new family is a file with a Kind, and a line of KINDS; nothing else asks which one it is. Conditions are dicts of tensors with
 the batch first, as everywhere; their keys are the kind's own.
@@ -10,7 +11,6 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -55,6 +55,7 @@ KINDS: dict[str, Entry] = {
     "sdxl": Entry("stable_diffusion", "StableDiffusionXLPipeline"),
     "sd3": Entry("stable_diffusion_3", "StableDiffusion3Pipeline"),
     "flux": Entry("flux", "FluxPipeline"),
+    "dit": Entry("dit", "DiTPipeline"),
 }
 
 
@@ -66,7 +67,8 @@ class Kind:
     without; time_scale: a schedule's t times this is what a network of sinusoids is told; any_readout: whether a student of one
     step may read out elsewhere than at the schedule's last level (student.readout_t); whole_levels: whether levels are whole
     numbers; step_dtype: in which schedulers are tried; forgets_generator: the stock pipeline does not hand its generator to
-    the scheduler, which draws noise between steps from torch's own; has_features: whether it has feature_layers.
+    the scheduler, which draws noise between steps from torch's own; has_features: whether it has feature_layers; takes: what its
+    pipeline draws from, and example: one, as it is written in a call; loads_loras: whether its pipeline loads LoRAs.
     """
 
     called: str
@@ -80,6 +82,9 @@ class Kind:
     step_dtype = torch.float64
     forgets_generator = False
     has_features = False
+    takes: Literal["prompt", "class_labels"] = "prompt"
+    example = '"a prompt"'
+    loads_loras = True
 
     # The network
 
@@ -98,6 +103,10 @@ class Kind:
     def text_width(self, config: Mapping[str, Any]) -> int:
         """Of encoder_hidden_states (b, l, width)."""
         raise NotImplementedError
+
+    def num_classes(self, config: Mapping[str, Any]) -> int:
+        """How many a network of these settings draws; 0 for one of text."""
+        return 0
 
     # Noise
 
@@ -119,6 +128,9 @@ class Kind:
     def student_levels(self, scheduler: Any, steps: int) -> list[Any]:
         """The levels of so many steps: those at which the stock scheduler calls the network. UserError for more than it has."""
         raise NotImplementedError
+
+    def check_steps(self, scheduler: Any, levels: Sequence[float]) -> None:
+        """UserError for levels at which the stock pipeline cannot be made to call its network. scheduler: the teacher's."""
 
     def student_scheduler(self, scheduler: Any, levels: Sequence[float]) -> Any:
         """The stock scheduler, made of the teacher's, whose steps are x0 and fresh noise, at these levels."""
@@ -449,10 +461,17 @@ def student_call(kind: Kind, config: Mapping[str, Any], scheduler: Any, info: Ma
 def own_noise(pipe: Any, generators: list[torch.Generator]) -> Iterator[None]:
     """Inside, noise between steps comes from these generators, one an image, where the stock pipeline would not say so."""
     family, scheduler = family_of(type(pipe).__name__), pipe.scheduler
-    if family is None or not kind_named(family).forgets_generator:
+    forgets = family is not None and kind_named(family).forgets_generator
+    if not forgets or "generator" not in inspect.signature(scheduler.step).parameters:
         yield
         return
-    scheduler.step = partial(scheduler.step, generator=generators)
+    stock = scheduler.step
+
+    def step(out: Tensor, t: Any, sample: Tensor, **options: Any) -> Any:
+        # guided pipelines of classes step both halves of a doubled batch, and keep the first
+        return stock(out, t, sample, **options, generator=generators * (len(sample) // len(generators)))
+
+    scheduler.step = step
     try:
         yield
     finally:

@@ -24,6 +24,8 @@ from pipelines.text_to_image import (
     UNUSED,
     absent_text,
     check_weights,
+    family_of,
+    kind_named,
     kind_of,
     levels_of,
     network_of,
@@ -54,8 +56,10 @@ class Sampler:
 
     @property
     def num_classes(self) -> int:
-        """Classes of a conditional EDM model; 0 for others."""
-        return self.pipe.unet.config["num_classes"] or 0 if isinstance(self.pipe, EDMPipeline) else 0
+        """Classes of a conditional EDM model or of a DiT; 0 for others."""
+        if isinstance(self.pipe, EDMPipeline):
+            return self.pipe.unet.config["num_classes"] or 0
+        return kind_of(self.pipe).num_classes(network_of(self.pipe).config) if self.takes == "class_labels" else 0
 
     @property
     def stock(self) -> StockPipeline:
@@ -85,7 +89,7 @@ class Sampler:
             if captions is None:
                 raise ValueError("this model draws from text; give a caption for each index")
             inputs["prompt"] = list(captions)
-        else:
+        elif isinstance(self.pipe, EDMPipeline):
             inputs["batch_size"] = len(indices)
         if self.num_classes:
             drawn = [image_label(seed, i, self.num_classes) for i in indices]
@@ -206,6 +210,9 @@ def _takes(pipe: StockPipeline | EDMPipeline) -> str:
     known = inspect.signature(pipe.__call__).parameters
     if "prompt" in known:
         return "prompt"
+    family = family_of(type(pipe).__name__)
+    if family is not None and kind_named(family).takes == "class_labels":
+        return "class_labels"
     if "batch_size" not in known:
         raise UserError(f"a {type(pipe).__name__} takes neither prompts nor a batch_size: what to ask it for is not known")
     return "class_labels" if "class_labels" in known and pipe.unet.config.get("num_classes", 0) else "nothing"
@@ -219,7 +226,7 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     if info and steps is not None and steps != len(levels := levels_of(info)):
         own = f"{steps_text(len(levels))} (at {', '.join(f'{t:g}' for t in levels)})"
         raise UserError(f"--steps: this student makes {own}, not {steps}; train one with student.steps={steps}")
-    if info and "prompt" in known and not isinstance(pipe, EDMPipeline):
+    if info and not isinstance(pipe, EDMPipeline):
         trained = student_call(kind_of(pipe), network_of(pipe).config, pipe.scheduler, info)
         call |= {key: value for key, value in trained.items() if key != "guidance_scale"}
     elif steps is not None:

@@ -81,7 +81,7 @@ def pipeline(vae: str, clip: str, unet: str | None) -> StableDiffusionPipeline:
 
 def sums(folder: Path) -> dict[str, dict[str, int | str]]:
     """Size and sha256 of every file but the manifest itself, what was measured of them, and texts for readers."""
-    left_out = ("manifest.json", "measured.json", "README.md")
+    left_out = ("manifest.json", "measured.json", "measured_one_step.json", "README.md")
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in left_out)
     return {f.relative_to(folder).as_posix(): sum_of(f) for f in files}
 

@@ -1,4 +1,5 @@
-"""Measure the embedded teacher with all its steps for protocol emoji-2k, so that no evaluation has to: assets/measured.json.
+"""Measure the embedded teacher for protocol emoji-2k, so that no evaluation has to: with all its steps, assets/measured.json, and
+with one, assets/measured_one_step.json.
 
     python -m scripts.assets.measure
 

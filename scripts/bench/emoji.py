@@ -29,7 +29,7 @@ from diffusers import LCMScheduler
 from eval.images.sampler import Sampler, load_sampler
 from eval.report.figures import benchmark_chart
 from eval.studies.emoji.evaluate import Judge, load_student, make_judge, teacher_numbers
-from eval.studies.emoji.teacher import load_teacher
+from eval.studies.emoji.teacher import SHIPPED, load_teacher, with_one_step
 from eval.studies.protocols import EMOJI, PROTOCOLS
 from eval.studies.runs import find_run
 from pipelines.assets import EMOJI as PICTURES
@@ -78,28 +78,24 @@ def trial_options() -> list[str]:
     return [f"steps={TRIAL}", "log_every=10", "sample_every=null", "checkpoint_every=null", "resume=no"]
 
 
-def train_lcm(names: list[str], seconds: float, seeds: int, runs: Path) -> list[tuple[str, int, Path]]:
-    """(name, seed, folder) of each, as many trained at a time as there are cores. One that was stopped begins again."""
+def train_one_lcm(folder: Path, *given: str) -> dict[str, Any]:
+    """One run of the rival in `folder`, kept; what it says of itself. One that was stopped begins again."""
     recipe = yaml.safe_load(config_of("vardiu").read_text())
-    shape = ["--rank", str(recipe["student"]["lora"]["rank"]), "--batch-size", str(recipe["batch_size"])]
+    shape = ("--rank", str(recipe["student"]["lora"]["rank"]), "--batch-size", str(recipe["batch_size"]))
+    given = ("--teacher", TEACHER, *given, *shape)
+    command = [sys.executable, "-m", "scripts.bench.parts.lcm_lora", "--output", str(folder), *given]
+    identity = {"given": given, "base_weights": base_weights(TEACHER, torch.float32, None)}
+    kept(folder.with_suffix(".json"), identity, lambda: run(command, 1))
+    return json.loads((folder / "lcm.json").read_text())
+
+
+def train_lcm(names: list[str], steps: int, seeds: int, runs: Path) -> list[tuple[str, int, Path]]:
+    """(name, seed, folder) of each, as many trained at a time as there are cores."""
     wanted = [(name, seed, runs / f"{name}_{seed}") for name in names for seed in range(seeds)]
-
-    weights = base_weights(TEACHER, torch.float32, None)
-
-    def train_one(folder: Path, *given: str) -> dict[str, Any]:
-        given = ("--teacher", TEACHER, *given, *shape)
-        command = [sys.executable, "-m", "scripts.bench.parts.lcm_lora", "--output", str(folder), *given]
-        kept(folder.with_suffix(".json"), {"given": given, "base_weights": weights}, lambda: run(command, 1))
-        return json.loads((folder / "lcm.json").read_text())
-
-    if not wanted:
-        return []
-    trial = train_one(runs / "lcm_trial", "--steps", str(TRIAL))
-    steps = max(1, int(seconds / trial["seconds"] * trial["steps"]))
 
     def one(run_of: tuple[str, int, Path]) -> None:
         name, seed, folder = run_of
-        train_one(folder, "--steps", str(steps), "--seed", str(seed), *LCM[name])
+        train_one_lcm(folder, "--steps", str(steps), "--seed", str(seed), *LCM[name])
 
     with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(one, wanted))
@@ -131,13 +127,16 @@ def main() -> None:
     protocol = PROTOCOLS[EMOJI].adjusted(args.num_images, None, args.num_images is not None)
     runs, start = args.output / "emoji", time.perf_counter()
     runs.mkdir(parents=True, exist_ok=True)
+    trial = train_one_lcm(runs / "lcm_trial", "--steps", str(TRIAL)) if args.lcm else {"seconds": 1, "steps": 1}
     trained = train(list(dict.fromkeys(args.objectives)), args.seeds, args.seconds, runs)
-    others = train_lcm(list(dict.fromkeys(args.lcm)), args.seconds, args.seeds, runs)
+    lcm_steps = max(1, int(args.seconds / trial["seconds"] * trial["steps"]))
+    others = train_lcm(list(dict.fromkeys(args.lcm)), lcm_steps, args.seeds, runs)
 
     many, one = load_teacher(TEACHER)
     judge = make_judge(protocol, many)
-    teacher = teacher_numbers(many, judge, runs / "teacher.json", print).numbers
-    single = numbers(judge, one, "teacher, 1 step", runs / "teacher_one_step.json")
+    kept_in = runs / "teacher.json"
+    teacher = teacher_numbers(many, judge, (SHIPPED, kept_in), print).numbers
+    single = teacher_numbers(one, judge, (with_one_step(SHIPPED), with_one_step(kept_in)), print).numbers
     curves: dict[str, dict[str, list[dict[str, float]]]] = {}
     for name, seed, folder in trained:
         points = curves.setdefault(name, {}).setdefault(str(seed), [])

@@ -19,7 +19,7 @@ import yaml
 
 from eval.report import figures
 from eval.studies.emoji.evaluate import load_student, make_judge, teacher_numbers
-from eval.studies.emoji.teacher import load_teacher
+from eval.studies.emoji.teacher import SHIPPED, load_teacher
 from eval.studies.protocols import EMOJI, PROTOCOLS
 from eval.studies.runs import find_run
 from pipelines.assets import EMOJI as PICTURES
@@ -60,7 +60,7 @@ def main() -> None:
 
     many, one = load_teacher(TEACHER)
     judge = make_judge(protocol, many)
-    teacher = teacher_numbers(many, judge, runs / "teacher.json", print).numbers
+    teacher = teacher_numbers(many, judge, (SHIPPED, runs / "teacher.json"), print).numbers
     captions = judge.captions[:SHOWN]
     rows = [("teacher", "50 steps", many(range(len(captions)), protocol.seed, captions))]
     measured: dict[int, list[dict[str, float]]] = {}

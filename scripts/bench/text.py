@@ -31,9 +31,9 @@ from eval.networks.weights import sha256
 from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.data.images import ImageSet, load_parquet, to_pixels, to_unit
-from pipelines.stable_diffusion import one_step_scheduler
 from pipelines.students import load_student
 from pipelines.text_to_image import decode_latents, encode_images, load_pipeline
+from pipelines.variance_preserving import one_step_scheduler
 
 from ..jobs import LAUNCH, Job, cores, exit_cleanly, kept, run, run_all
 from .parts import random_networks

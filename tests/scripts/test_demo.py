@@ -22,9 +22,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from eval.images.seeds import image_generator
 from pipelines.common.errors import UserError
 from pipelines.edm import EDMPipeline, EDMScheduler, EDMUNet
-from pipelines.stable_diffusion import one_step_scheduler
 from pipelines.students import load_student, save_edm_student, save_text_to_image
 from pipelines.text_to_image import load_pipeline
+from pipelines.variance_preserving import one_step_scheduler
 from scripts import demo
 from trainers import distill
 

@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 
 # the file -> what model_index.json calls the pipelines of that family; none without a teacher (scratch), and for an exact one
 OWN: dict[str, tuple[str, ...]] = {"scratch": (), "exact": (), "edm": ("EDMPipeline",)}
-# text-to-image teachers are one family, of as many kinds as there are files with one in pipelines/
-TEXT_TO_IMAGE = {e.module: tuple(o.pipeline for o in KINDS.values() if o.module == e.module) for e in KINDS.values()}
-FAMILIES = OWN | TEXT_TO_IMAGE
+# stock pipelines are one family, of as many kinds as there are files with one in pipelines/
+STOCK = {e.module: tuple(o.pipeline for o in KINDS.values() if o.module == e.module) for e in KINDS.values()}
+FAMILIES = OWN | STOCK
 
 
 def load_family(name: str) -> type[Family]:
     """By its key in FAMILIES."""
     if name in OWN:
         return import_module(f".{name}", __name__).Family
-    return import_module(".text_to_image", __name__).of_kind(import_module(f"pipelines.{name}").KIND)
+    kind = import_module(f"pipelines.{name}").KIND
+    room = ".text_to_image" if kind.takes == "prompt" else ".class_to_image"
+    return import_module(room, __name__).Family.of(kind)
 
 
 def family_for(config: DistillConfig | TeacherConfig) -> type[Family]:
@@ -69,9 +71,9 @@ def family_of(path: str) -> str:
 
 
 def further_family(pipeline: str) -> str:
-    """The key in FAMILIES of a text-to-image pipeline that is trained further."""
+    """The key in FAMILIES of a stock pipeline that is trained further."""
     kind = read_index(pipeline).get("_class_name")
-    found = next((name for name, kinds in TEXT_TO_IMAGE.items() if kind in kinds), None)
+    found = next((name for name, kinds in STOCK.items() if kind in kinds), None)
     if found is None:
         raise UserError(f"pipeline: {pipeline!r} holds a {kind}; expected one of {', '.join(e.pipeline for e in KINDS.values())}")
     return found

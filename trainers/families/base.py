@@ -122,6 +122,19 @@ class Family(Parts):
         raise UserError(f"data: {given!r} is for text-to-image teachers, and this is {cls.called}; nothing is encoded")
 
 
+class Given(Protocol):
+    """What a student is distilled on: conditions, latents (c, h, w) = shape of images of image_size^2 pixels where there are any,
+    and null, the condition that guidance leads away from, unbatched.
+    """
+
+    shape: tuple[int, int, int]
+    image_size: int
+    null: Condition
+
+    @property
+    def examples(self) -> Examples: ...
+
+
 class Learner(Protocol):
     """A teacher in training: its denoiser, with a graph, and the pipeline that is saved of it. null_condition: see DrawSource."""
 

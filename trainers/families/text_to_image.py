@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from pipelines import text_to_image as t2i
@@ -29,26 +29,32 @@ from ..config.level_range import check_levels
 from ..config.networks import Lora, Network
 from ..config.run import DistillConfig, TeacherConfig
 from ..data.examples import evenly
-from ..data.shards import Cached
 from ..data.sources import CaptionRows, PromptRows, image_batch, load_rows
 from ..engine.draws import derive_seed
 from ..objectives.base import Need
 from ..posteriors import UNetPosterior
 from ..posteriors.section import Posterior
 from . import base, teacher_folder
-from .base import Learner, add_role, build_covariance, refuse, unit_noise
+from .base import Given, Learner, add_role, build_covariance, refuse, unit_noise
 
+U = TypeVar("U", UNet2DConditionModel, UNet2DModel)
 TextData = Prompts | Captions | TeacherSamples
 FORMAT = 2  # of what is encoded and how: a change of the rules below that changes the rows needs another number
 
 
 class Family(base.Family):
-    """See base.Family. kind: what the teacher is; of_kind makes the class of one."""
+    """See base.Family. kind: what the teacher is; `of` makes the class of one."""
 
     kind: ClassVar[Kind]
     teacher_keys = ("path", "guidance_scale", "negative_prompt", "dtype", "variant")
     gives = ("lora", "posterior", "condition_vector")
-    examples: Cached
+
+    @classmethod
+    def of(cls, kind: Kind) -> type[Family]:
+        """The family of a kind of teachers."""
+        keys = (*(("readout_t",) if kind.any_readout else ()), "steps", "inputs", "lora")
+        own = {"kind": kind, "called": kind.called, "component": kind.component, "student_keys": keys}
+        return type(f"{type(kind).__name__}Family", (cls,), own)
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
@@ -65,8 +71,10 @@ class Family(base.Family):
         self.levels = self._levels(config, scheduler)
         for timestep in self.levels:
             check_readout(schedule, timestep)
-        encoded = self.encoded(config, accelerator)
-        self.examples, self.latent_shape, null = encoded.examples, encoded.shape, encoded.null
+        kind.check_steps(scheduler, self.levels)
+        self.num_classes = kind.num_classes(self.network_config)
+        rows = self.given(config, accelerator)
+        self.examples, self.latent_shape, null = rows.examples, rows.shape, rows.null
         kept = {kind.component, "scheduler"} | ({"vae"} if config.sample_every or config.evaluation else set())
         left_out = [k for k in index if not k.startswith("_") and k not in kept]
         self.pipe = t2i.load_pipeline(path, t2i.DTYPES[t.dtype], left_out, t.variant)
@@ -86,7 +94,7 @@ class Family(base.Family):
             "readout_t": self.levels[0],
             **({"levels": self.levels} if len(self.levels) > 1 else {}),
             "guidance_scale": t.guidance_scale,
-            "image_size": encoded.image_size,
+            "image_size": rows.image_size,
             "base_weights": base_weights,
             "base_dtype": t.dtype,
         }
@@ -101,10 +109,15 @@ class Family(base.Family):
         if config.teacher.guidance_scale == 1:
             unguided = "a teacher without guidance (guidance_scale 1)"
             refuse(unguided, {"teacher.negative_prompt": config.teacher.negative_prompt})
-        if not isinstance(config.data, TEXT_DATA):
-            raise UserError(cls.no_text())
+        cls.check_data(config)
         if getattr(config.objective, "features", None) and not cls.kind.has_features:
             raise UserError(f"objective.features: {cls.called} has no feature maps; remove it")
+
+    @classmethod
+    def check_data(cls, config: DistillConfig) -> None:
+        """UserError for data that this teacher has no use for, or lacks."""
+        if not isinstance(config.data, TEXT_DATA):
+            raise UserError(cls.no_text())
 
     @classmethod
     def no_text(cls) -> str:
@@ -167,11 +180,9 @@ class Family(base.Family):
         p = section
         covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
-        network: AdapterHead | TextUNet
+        network: AdapterHead | SmallUNet
         if isinstance(p.network, Network):
-            width = self.kind.text_width(self.network_config)
-            seed = derive_seed(self.config.seed, "init", "posterior")
-            network = small_unet(p.network, width, self.latent_shape, out_channels, seed, self.kind.time_scale)
+            network = self.small_network(p.network, out_channels, derive_seed(self.config.seed, "init", "posterior"))
         else:
             network = AdapterHead(add_role(self.base, "aux", p.lora, self.kind.layers, self.config.seed), out_channels)
         posterior = UNetPosterior(network, covariance, self.teacher.sigma_data, with_mean, self.teacher.parameterization)
@@ -179,9 +190,16 @@ class Family(base.Family):
             posterior.start_mean(network.replaced)
         return posterior
 
+    def small_network(self, section: Network, out_channels: int, seed: int) -> SmallUNet:
+        """With the widths of a `network` section; its last layer starts at zero."""
+        width = self.kind.text_width(self.network_config)
+        blocks = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D", "cross_attention_dim": width}
+        unet = small_unet(UNet2DConditionModel, section, self.latent_shape, out_channels, seed, **blocks)
+        return SmallUNet(unet, self.kind.time_scale, "encoder_hidden_states")
+
     @torch.no_grad()
     def preview(self) -> Tensor:
-        """The student's images for prompts of the data."""
+        """The student's images of the rows that are shown."""
         images = []
         for start, index in enumerate(self.shown(self.config.num_samples).split(8)):
             generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "preview", 8 * start))
@@ -202,6 +220,10 @@ class Family(base.Family):
     def images(self, index: range) -> Tensor:
         z = unit_noise(self.config, index, self.latent_shape).to(self.device)
         return self.decode(self.student.sample(z, self.condition(torch.tensor(index)))).cpu()
+
+    def given(self, config: DistillConfig, accelerator: Accelerator) -> Given:
+        """The rows to distil on."""
+        return self.encoded(config, accelerator)
 
     @classmethod
     def in_training(cls, config: TeacherConfig, accelerator: Accelerator) -> Learner:
@@ -234,19 +256,12 @@ class Family(base.Family):
             save_text_to_image(folder, type(self.pipe), scheduler, info, network=self.trained)
 
 
-def of_kind(kind: Kind) -> type[Family]:
-    """The family of a kind of teachers."""
-    keys = (*(("readout_t",) if kind.any_readout else ()), "steps", "inputs", "lora")
-    own = {"kind": kind, "called": kind.called, "component": kind.component, "student_keys": keys}
-    return type(f"{type(kind).__name__}Family", (Family,), own)
+class SmallUNet(nn.Module):
+    """A small U-Net of its own that reads x_t, t and one part of the condition; the others are left to the teacher."""
 
-
-class TextUNet(nn.Module):
-    """A small U-Net of its own that reads x_t, t and the prompt's tokens; further conditions are left to the teacher."""
-
-    def __init__(self, network: UNet2DConditionModel, time_scale: float) -> None:
+    def __init__(self, network: UNet2DConditionModel | UNet2DModel, time_scale: float, reads: str) -> None:
         super().__init__()
-        self.network, self.out_channels, self.time_scale = network, network.config["out_channels"], time_scale
+        self.network, self.out_channels, self.time_scale, self.reads = network, network.config["out_channels"], time_scale, reads
 
     @property
     def conv_out(self) -> nn.Conv2d:
@@ -255,35 +270,44 @@ class TextUNet(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         self.network.enable_gradient_checkpointing()
 
-    def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor, **condition: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        read = condition[self.reads]
+        read = read.to(x_t.dtype) if read.is_floating_point() else read
         with in_float32(self.network.conv_out):
-            return self.network(x_t, self.time_scale * t, encoder_hidden_states.to(x_t.dtype)).sample
+            return self.network(x_t, self.time_scale * t, **{self.reads: read}).sample
 
 
 def small_unet(
-    network: Network, text_width: int, shape: tuple[int, int, int], out_channels: int, seed: int, time_scale: float
-) -> TextUNet:
-    """UNet2DConditionModel with the widths of a `network` section; its last layer starts at zero."""
-    levels = range(len(network.channel_mult))
-    down = tuple("CrossAttnDownBlock2D" if i in network.attention_levels else "DownBlock2D" for i in levels)
-    up = tuple(reversed([d.replace("Down", "Up") for d in down]))
+    kind: type[U],
+    network: Network,
+    shape: tuple[int, int, int],
+    out_channels: int,
+    seed: int,
+    down: str,
+    up: str,
+    **more: Any,
+) -> U:
+    """One of diffusers' U-Nets with the widths of a `network` section; its last layer starts at zero. down, up: its blocks with
+    attention.
+    """
+    attends = [i in network.attention_levels for i in range(len(network.channel_mult))]
     widths = tuple(network.channels * m for m in network.channel_mult)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
+        unet = kind(
             sample_size=shape[1],
             in_channels=shape[0],
             out_channels=out_channels,
-            down_block_types=down,
-            up_block_types=up,
+            down_block_types=tuple(down if attention else "DownBlock2D" for attention in attends),
+            up_block_types=tuple(up if attention else "UpBlock2D" for attention in reversed(attends)),
             block_out_channels=widths,
             layers_per_block=network.num_blocks,
-            cross_attention_dim=text_width,
             norm_num_groups=next(g for g in (32, 16, 8, 4, 2, 1) if all(w % g == 0 for w in widths)),
+            **more,
         )
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
-    return TextUNet(unet, time_scale)
+    return unet
 
 
 class FurtherTeacher:

@@ -29,7 +29,7 @@ from ..protocols import Protocol
 from ..runs import Run
 from . import prompts, teacher
 from .drawing import Texts, Workers, blocks, clip_score, cores, draw, encode, is_guided, of_images, of_texts
-from .teacher import PACKAGES, SHIPPED, STEPS, Kept, check_fits, load_teacher
+from .teacher import PACKAGES, SHIPPED, STEPS, Kept, check_fits, load_teacher, with_one_step
 from .timing import time_in_turn
 
 FLOOR_SPLITS = 10
@@ -124,8 +124,8 @@ def evaluate(
     started: float | None = None,
 ) -> Evaluation:
     """Load all, draw, measure. kept_in: the file in which the teacher's numbers are looked for after assets/measured.json, and
-    into which they are written where they had to be measured; pictures: default: those of assets/emoji; steps: the teacher's;
-    started: time.perf_counter() at the start of the command (default: now).
+    into which they are written where they had to be measured, those of one step into another beside it; pictures: default: those
+    of assets/emoji; steps: the teacher's; started: time.perf_counter() at the start of the command (default: now).
 
     FileNotFoundError or UserError for a model that cannot be loaded or is of something else, and for a damaged file of kept
     numbers.
@@ -135,7 +135,8 @@ def evaluate(
     samplers = [load_student(run, teacher_path) for run in students]
     judge = make_judge(protocol, many, pictures, say)
 
-    kept = teacher_numbers(many, judge, kept_in, say)
+    kept = teacher_numbers(many, judge, (SHIPPED, kept_in), say)
+    single = teacher_numbers(one, judge, (with_one_step(SHIPPED), with_one_step(kept_in)), say)
     timed = time_in_turn([many, one, *samplers], judge.captions, protocol.seed, protocol.batch_size)
     seconds = iter(timed.seconds)
 
@@ -151,9 +152,8 @@ def evaluate(
         )
         return Measured(name, numbers | facts, pixels[:SHOWN], run)
 
-    source = {"measured": "now" if kept.file is None else shown(kept.file), "seconds_to_measure": round(kept.seconds, 1)}
-    first = model(f"teacher, {steps} steps", many, timed.first, kept.numbers | source)
-    second = model("teacher, 1 step", one, *judge.measure(one, "teacher, 1 step"))
+    first = model(f"teacher, {steps} steps", many, timed.first, kept.facts())
+    second = model("teacher, 1 step", one, judge.first(one), single.facts())
     others = tuple(
         model(run.name, sampler, *judge.measure(sampler, run.name), run) for run, sampler in zip(students, samplers, strict=True)
     )
@@ -177,6 +177,11 @@ class Judge:
         parts = blocks(0, len(self.captions), self.protocol.batch_size)
         drawn = draw(sampler, parts, self.protocol.seed, self.texts, self.clip, self.workers, label)
         return drawn.pixels, drawn.numbers(self.real.stats, self.texts.units)
+
+    def first(self, sampler: Sampler) -> Tensor:
+        """The first pictures of such a model, those that a report can show: uint8 (n, 3, h, w)."""
+        parts = blocks(0, min(SHOWN, len(self.captions)), self.protocol.batch_size)
+        return draw(sampler, parts, self.protocol.seed, self.texts, self.clip, self.workers, "to show").pixels
 
 
 def make_judge(
@@ -239,24 +244,24 @@ def measure_real(
     return Real(stats, digest, facts)
 
 
-def teacher_numbers(many: Sampler, judge: Judge, kept_in: Path, say: Callable[[str], None]) -> Kept:
-    """fd and clip_score of the teacher with all its steps, kept ones where they fit; else they are measured and kept in
-    `kept_in`. UserError for a file of kept numbers that is damaged.
+def teacher_numbers(sampler: Sampler, judge: Judge, files: tuple[Path, Path], say: Callable[[str], None]) -> Kept:
+    """fd and clip_score of the teacher, kept ones where one of the files has those that fit; else they are measured and kept in
+    the second. UserError for a file of kept numbers that is damaged.
     """
     protocol, texts, workers = judge.protocol, judge.texts, judge.workers
-    found = identity(many, judge)
-    kept, why = teacher.look_up(found, (SHIPPED, kept_in))
-    n, steps = protocol.num_images, many.call["num_inference_steps"]
-    label, start = f"teacher, {steps} steps", time.perf_counter()
+    found = identity(sampler, judge)
+    kept, why = teacher.look_up(found, files)
+    n, steps, start = protocol.num_images, sampler.call["num_inference_steps"], time.perf_counter()
+    label = f"teacher, {steps} step{'s' * (steps > 1)}"
     if kept is not None and kept.file is not None:
         say(f"{label}: FD and CLIP score are those kept in {shown(kept.file)}, measured in {kept.seconds:.0f} s")
         return kept
     say(f"{label}: no numbers to use again ({why}); drawing all {n:,} pictures now, this once")
     # a guided call of the network has two rows a picture: so it has as many rows as a call of the students
-    size = max(1, protocol.batch_size // 2) if is_guided(many) else protocol.batch_size
-    drawn = draw(many, blocks(0, n, size), protocol.seed, texts, judge.clip, workers, label)
+    size = max(1, protocol.batch_size // 2) if is_guided(sampler) else protocol.batch_size
+    drawn = draw(sampler, blocks(0, n, size), protocol.seed, texts, judge.clip, workers, label)
     numbers, seconds = drawn.numbers(judge.real.stats, texts.units), time.perf_counter() - start
-    teacher.keep(kept_in, found, numbers, seconds)
+    teacher.keep(files[1], found, numbers, seconds)
     return Kept(numbers, None, seconds)
 
 

@@ -1,8 +1,8 @@
-"""The teacher: how it is called, and its numbers with 50 steps, which take minutes and are therefore kept.
+"""The teacher: how it is called, and its numbers with 50 steps and with one, which take minutes and are therefore kept.
 
-A file holds them with all that they depend on (pipelines.common.identity) and this module's FORMAT. assets/measured.json is part
-of the repository, for the embedded teacher; of any other <output>/teacher.json is written. Where neither fits they are measured
-anew.
+A file holds them with all that they depend on (pipelines.common.identity) and this module's FORMAT. assets/measured.json and
+measured_one_step.json are part of the repository, for the embedded teacher; of any other <output>/teacher.json and
+teacher_one_step.json are written. Where none fits they are measured anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.identity import differences
 from pipelines.common.provenance import git_commit, versions
 from pipelines.common.reading import read_json
-from pipelines.stable_diffusion import one_step_scheduler
+from pipelines.variance_preserving import one_step_scheduler
 
 from ...images.sampler import Sampler, load_sampler
 
@@ -68,6 +68,20 @@ class Kept:
     file: Path | None
     seconds: float
 
+    def facts(self) -> dict[str, Any]:
+        """For a report: the numbers and where they are from."""
+        where = "now" if self.file is None else shown(self.file)
+        return self.numbers | {"measured": where, "seconds_to_measure": round(self.seconds, 1)}
+
+
+def with_one_step(file: Path) -> Path:
+    """Where the numbers of one step lie, beside those of all.
+
+    >>> with_one_step(Path("assets/measured.json")).name
+    'measured_one_step.json'
+    """
+    return file.with_stem(f"{file.stem}_one_step")
+
 
 def look_up(identity: dict[str, Any], files: Sequence[Path]) -> tuple[Kept | None, str]:
     """The numbers kept for this identity in one of `files`, or None and why: in what the first that is there differs.
@@ -76,7 +90,7 @@ def look_up(identity: dict[str, Any], files: Sequence[Path]) -> tuple[Kept | Non
     """
     reason = ""
     for file in filter(Path.is_file, files):
-        remedy = f"remove it, and its numbers are measured anew ({shown(SHIPPED)}: git checkout -- {shown(SHIPPED)})"
+        remedy = f"remove it, and its numbers are measured anew (of assets: git checkout -- {shown(file)})"
         content = read_json(file, remedy)
         found, numbers = content.get("identity"), [content.get(key) for key in (*NUMBERS, "seconds")]
         if not (isinstance(found, dict) and all(isinstance(v, float) and math.isfinite(v) for v in numbers)):

@@ -35,9 +35,9 @@ from eval.studies.runs import find_run
 from pipelines import emoji
 from pipelines.assets import EMOJI_CLIP, EMOJI_SD
 from pipelines.common.errors import UserError
-from pipelines.stable_diffusion import one_step_scheduler
 from pipelines.students import save_text_to_image
 from pipelines.text_to_image import load_pipeline
+from pipelines.variance_preserving import one_step_scheduler
 
 N, STEPS = 5, 2
 INFO = {"family": "sd", "weights": "lora", "readout_t": 999, "image_size": 32, "base_model": str(EMOJI_SD)}
@@ -266,12 +266,14 @@ def test_workers_keep_the_order_and_raise_the_first_error():
 def test_the_teachers_numbers_are_used_again(evaluated, few, protocol):
     said = []
     again = evaluate(protocol, str(EMOJI_SD), (), evaluated.folder / "teacher.json", few, STEPS, said.append)
-    first, second = evaluated.result.teacher.numbers, again.teacher.numbers
-    assert first["measured"] == "now"
-    assert second["measured"].endswith("teacher.json")
-    assert (second["fd"], second["clip_score"]) == (first["fd"], first["clip_score"])
-    assert torch.equal(again.teacher.samples, evaluated.result.teacher.samples)
-    assert any("kept in" in line for line in said)
+    for name, file, steps in (("teacher", "teacher.json", f"{STEPS} steps"), ("one_step", "teacher_one_step.json", "1 step")):
+        before, after = getattr(evaluated.result, name), getattr(again, name)
+        first, second = before.numbers, after.numbers
+        assert first["measured"] == "now"
+        assert second["measured"].endswith(f"/{file}")
+        assert (second["fd"], second["clip_score"]) == (first["fd"], first["clip_score"])
+        assert torch.equal(after.samples, before.samples)
+        assert any(f"teacher, {steps}: FD and CLIP score are those kept in" in line for line in said)
 
 
 def test_what_differs_is_said(evaluated, tmp_path):
@@ -341,7 +343,7 @@ def test_samples_png_has_a_row_a_model_and_a_column_a_prompt(evaluated):
 
 def test_report_html_is_self_contained(evaluated):
     html = (evaluated.folder / "report.html").read_text()
-    assert sorted(file.name for file in evaluated.folder.iterdir()) == sorted((*FILES, "teacher.json"))
+    assert sorted(file.name for file in evaluated.folder.iterdir()) == sorted((*FILES, "teacher.json", "teacher_one_step.json"))
     sources = re.findall(r'src="([^"]*)"', html)
     assert len(sources) == 3  # samples, quality against time, losses
     assert all(source.startswith("data:image/") for source in sources)
