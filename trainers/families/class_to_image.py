@@ -25,7 +25,7 @@ from ..config.run import DistillConfig, TeacherConfig
 from ..data import shards
 from ..data.examples import Labels, load_images, shown_classes
 from ..engine.draws import derive_seed
-from . import base, teacher_folder, text_to_image
+from . import teacher_folder, text_to_image
 from .base import Given, Learner, refuse
 from .text_to_image import SmallUNet, small_unet
 
@@ -68,8 +68,8 @@ class Family(text_to_image.Family):
         return shown_classes(count, self.num_classes)
 
     def small_network(self, section: Network, out_channels: int, seed: int) -> SmallUNet:
-        blocks = {"down": "AttnDownBlock2D", "up": "AttnUpBlock2D", "num_class_embeds": self.num_classes + 1}
-        unet = small_unet(UNet2DModel, section, self.latent_shape, out_channels, seed, **blocks)
+        blocks, classes = ("AttnDownBlock2D", "AttnUpBlock2D"), self.num_classes + 1
+        unet = small_unet(UNet2DModel, section, self.latent_shape, out_channels, seed, *blocks, num_class_embeds=classes)
         return SmallUNet(unet, self.kind.time_scale, "class_labels")
 
     @classmethod
@@ -78,7 +78,7 @@ class Family(text_to_image.Family):
 
     @classmethod
     def encoded(cls, config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
-        return base.Family.encoded.__func__(cls, config, accelerator)
+        return super(text_to_image.Family, cls).encoded(config, accelerator)
 
 
 def encoded(
@@ -91,18 +91,20 @@ def encoded(
     if data is None:
         raise ValueError("nothing to encode")
     images = load_images(data)
-    if images.labels is None:
+    labels = images.labels
+    if labels is None:
         raise UserError(
             f"data: {data.name} without labels, and this teacher draws {num_classes} classes; set data.labels, or "
             "data.label_column"
         )
-    if len(images.class_names) > num_classes:
-        raise UserError(f"data: {len(images.class_names)} classes, and this teacher knows {num_classes}")
+    if len(images.class_names) != num_classes:
+        # a part of them, numbered from 0, would silently be other classes than the teacher's
+        raise UserError(f"data: {len(images.class_names)} classes, and this teacher draws {num_classes}; give all, in its order")
     if images.pixels.shape[1] != 3:
         raise UserError(f"data.channels={images.pixels.shape[1]}: this teacher makes images of 3")
     parts = [k for k, v in t2i.read_index(path).items() if isinstance(v, list) and k not in ("vae", "scheduler")]
     vae = t2i.load_pipeline(path, dtype, parts, config.teacher.variant).vae.to(accelerator.device)
-    digest = hashlib.sha256(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(images.pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     identity = {"format": FORMAT, "kind": data.name, "images": digest, "dtype": config.teacher.dtype, "seed": seed}
     identity |= network_identity("vae", vae, left_out=("decoder.", "post_quant_conv."))
 
@@ -113,7 +115,7 @@ def encoded(
         rows = torch.tensor(index)
         drawn = torch.stack([noise(row) for row in index]).to(accelerator.device)
         latents = t2i.encode_images(vae, to_unit(images.pixels[rows]).to(accelerator.device), drawn)
-        return {"latents": latents, "class_labels": images.labels[rows]}
+        return {"latents": latents, "class_labels": labels[rows]}
 
     folder = Path(config.output_dir) / "cache"
     shards.build(folder, identity, len(images), encode, accelerator)

@@ -28,7 +28,7 @@ from ..config.data import TEXT_DATA, Captions, Prompts, TeacherSamples
 from ..config.level_range import check_levels
 from ..config.networks import Lora, Network
 from ..config.run import DistillConfig, TeacherConfig
-from ..data.examples import evenly
+from ..data.examples import Examples, evenly
 from ..data.sources import CaptionRows, PromptRows, image_batch, load_rows
 from ..engine.draws import derive_seed
 from ..objectives.base import Need
@@ -46,7 +46,8 @@ class Family(base.Family):
     """See base.Family. kind: what the teacher is; `of` makes the class of one."""
 
     kind: ClassVar[Kind]
-    teacher_keys = ("path", "guidance_scale", "negative_prompt", "dtype", "variant")
+    examples: Examples
+    teacher_keys: ClassVar[tuple[str, ...]] = ("path", "guidance_scale", "negative_prompt", "dtype", "variant")
     gives = ("lora", "posterior", "condition_vector")
 
     @classmethod
@@ -193,8 +194,9 @@ class Family(base.Family):
     def small_network(self, section: Network, out_channels: int, seed: int) -> SmallUNet:
         """With the widths of a `network` section; its last layer starts at zero."""
         width = self.kind.text_width(self.network_config)
-        blocks = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D", "cross_attention_dim": width}
-        unet = small_unet(UNet2DConditionModel, section, self.latent_shape, out_channels, seed, **blocks)
+        blocks = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+        shape = (section, self.latent_shape, out_channels, seed)
+        unet = small_unet(UNet2DConditionModel, *shape, *blocks, cross_attention_dim=width)
         return SmallUNet(unet, self.kind.time_scale, "encoder_hidden_states")
 
     @torch.no_grad()
@@ -211,7 +213,8 @@ class Family(base.Family):
         return evenly(count, len(self.examples))
 
     def condition(self, rows: Tensor) -> Condition:
-        return {k: v.to(self.device) for k, v in self.examples.rows(rows % len(self.examples))[1].items()}
+        condition = self.examples.rows(rows % len(self.examples))[1]
+        return condition and {k: v.to(self.device) for k, v in condition.items()}
 
     def decode(self, x0: Tensor) -> Tensor:
         return t2i.decode_latents(self.pipe.vae, x0) / 2 + 0.5
