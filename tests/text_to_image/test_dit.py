@@ -23,6 +23,7 @@ from pipelines.common.errors import UserError
 from pipelines.dit import KIND
 from pipelines.students import load_student
 from pipelines.text_to_image import encode_images
+from scripts import export_kohya
 from trainers.config.run import DistillConfig
 from trainers.data.examples import to_unit
 from trainers.engine.draws import derive_seed
@@ -351,7 +352,11 @@ FOLDER = {"name": "folder", "path": "images", "image_size": 12}
 CASES = {
     "data of no use": ("diff_instruct", {"data": FOLDER | {"labels": True}}, "data has no effect .*which need no data"),
     "no labels": ("varflow", {"data.labels": False}, r"data: folder without labels.* 3 classes"),
-    "fewer classes": ("varflow", {"teacher.path": "TEACHER"}, "data: 3 classes, and this teacher draws 1000; give all, in its order"),
+    "fewer classes": (
+        "varflow",
+        {"teacher.path": "TEACHER"},
+        "data: 3 classes, and this teacher draws 1000; give all, in its order",
+    ),
     "another size": ("varflow", {"data.image_size": 16}, "data.image_size=16: this teacher makes images of 12 pixels"),
     "one channel": ("varflow", {"data.channels": 1}, "data.channels=1"),
     "text": (
@@ -406,9 +411,17 @@ def test_damaged_student(recipe, build, tmp_path):
         load_student(tmp_path / "student")
 
 
-def test_recipes(teacher):
-    """Those of the repository, on the tiny teacher's word for the published one."""
+def test_what_cannot_be_exported(recipe, build, tmp_path, capsys):
+    made = build(recipe("diff_instruct"))
+    made.export(tmp_path / "student", made.facts | {"base_model": made.config.teacher.path})
+    with pytest.raises(SystemExit):
+        export_kohya.main([str(tmp_path / "student"), str(tmp_path / "x.safetensors")])
+    assert "is a student of a DiT" in capsys.readouterr().err
+
+
+def test_recipes():
+    """Those of the repository begin where the network's errors are not multiplied by 157, as at t = 999."""
     for objective in OBJECTIVES:
         config = yaml.safe_load(Path(f"configs/dit_{objective}.yaml").read_text())
         assert config["teacher"]["path"] == "facebook/DiT-XL-2-256"
-        assert config["student"]["readout_t"] < 999  # 1 / alpha is 157 there
+        assert config["student"]["readout_t"] < 999

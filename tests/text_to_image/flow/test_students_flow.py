@@ -305,11 +305,25 @@ def test_eval_draws_with_a_teacher(tiny, tmp_path):
     assert generated(tmp_path / "out").shape == (2, 16, 16, 3)
 
 
-def test_export_knows_no_transformers(trained, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        export_kohya.main([str(trained("sd35").folder / "student"), str(tmp_path / "out.safetensors")])
-    assert "is for a transformer (SD3, Flux); this export knows U-Nets only" in capsys.readouterr().err
-    assert not (tmp_path / "out.safetensors").exists()
+@pytest.mark.parametrize("name", ["sd35", "flux dev"])
+@pytest.mark.slow
+def test_an_export_acts_as_the_student(name, trained, tmp_path):
+    """alpha / rank = 1/2 is folded in, since ComfyUI reads no alpha but one beside each layer; every layer, diffusers' names."""
+    run, file = trained(name), tmp_path / "comfyui.safetensors"
+    export_kohya.main([str(run.folder / "student"), str(file)])
+    exported, own = load_file(file), load_file(run.folder / "student" / LORA)
+    assert exported.keys() == own.keys()
+    assert all(re.fullmatch(r"transformer\.[a-z0-9_.]+\.lora_[AB]\.weight", key) for key in exported)
+    pipe = DiffusionPipeline.from_pretrained(run.teacher)
+    pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.folder / "student", subfolder="scheduler")
+    options = {"num_inference_steps": 1, "guidance_scale": told(name)["guidance"], "height": 16, "width": 16}
+    drawn = pipe(PROMPTS, latents=run.z, output_type="latent", **options).images
+    assert relative(maps(drawn), run.x0) < 1e-5
+    for key, value in exported.items():  # what is not diffusers' takes: the product of the two matrices
+        if ".lora_A." in key:
+            up = key.replace(".lora_A.", ".lora_B.")
+            torch.testing.assert_close(exported[up] @ value, own[up] @ own[key] * (ALPHA / RANK))
 
 
 def test_samples_beside_the_teacher(trained, tmp_path):
