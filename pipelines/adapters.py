@@ -241,7 +241,9 @@ class Role(nn.Module):
         return self.shared.anatomy.last(self.shared.network)
 
     def features(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
-        """What the network's last layer reads: of a U-Net (b, channels, h, w), of a transformer tokens (b, n, channels)."""
+        """What the network's last layer reads: of a U-Net (b, channels, h, w), of a transformer tokens (b, n, channels), of which
+        those of the image come first.
+        """
         seen: list[Tensor] = []
         handle = self.last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
@@ -292,6 +294,8 @@ class AdapterHead(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
         features = self.role.features(x, time, **condition).to(self.conv_out.weight.dtype)
+        if isinstance(self.conv_out, nn.Linear):  # tokens of the image come first; Z-Image's text follows
+            features = features[:, : x.shape[2] * x.shape[3] // self.side**2]
         with in_float32(self.conv_out):
             out = self.conv_out(features)
         return out if isinstance(self.conv_out, nn.Conv2d) else from_tokens(out, x.shape[2:], self.side)
@@ -326,6 +330,14 @@ def whole_copy(network: ModelMixin) -> ModelMixin:
     clean = type(network).from_config(network.config)  # type: ignore[attr-defined]  # of ConfigMixin, which they all are too
     clean.load_state_dict(weights)
     return clean.float().eval().requires_grad_(True)
+
+
+def linear(layer: nn.Module) -> nn.Linear:
+    """A linear layer itself, also where an adapter sits on it; ValueError for another kind."""
+    own = own_layer(layer)
+    if not isinstance(own, nn.Linear):
+        raise ValueError(f"the last layer of a transformer is linear, and this is a {type(own).__name__}")
+    return own
 
 
 def last_layer(network: ModelMixin) -> nn.Module:

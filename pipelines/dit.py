@@ -14,9 +14,8 @@ import torch
 from diffusers import DiTTransformer2DModel, LCMScheduler, ModelMixin
 from torch import Tensor, nn
 
-from .adapters import Anatomy, reordered
+from .adapters import Anatomy, linear, reordered
 from .common.errors import UserError
-from .peft_layers import own_layer
 from .variance_preserving import VariancePreserving, one_step_scheduler
 
 
@@ -71,10 +70,7 @@ def output(network: ModelMixin, x: Tensor, time: Tensor, condition: Mapping[str,
 
 def last_layer(network: ModelMixin) -> nn.Linear:
     """A DiT's own last projection, also where an adapter sits on it."""
-    last = own_layer(network.proj_out_2)
-    if not isinstance(last, nn.Linear):
-        raise ValueError(f"a {type(network).__name__} ends with a {type(last).__name__}, not with a linear layer")
-    return last
+    return linear(network.proj_out_2)
 
 
 def by_channel(network: ModelMixin) -> nn.Linear:

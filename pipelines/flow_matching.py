@@ -1,4 +1,4 @@
-"""What transformers of rectified flow have in common (SD3, Flux): x_t = (1 - t) x0 + t eps, v = eps - x0, T5 among the encoders.
+"""What transformers of rectified flow have in common (SD3, Flux, Z-Image): x_t = (1 - t) x0 + t eps, v = eps - x0.
 
 A network is told 1000 t. One stock step from noise z, at t = 1, gives z - v(z, 1), which is x0.
 """
@@ -15,9 +15,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, ModelMixin
 from torch import Tensor, nn
 
+from .adapters import linear
 from .common.errors import UserError
 from .noise import PredictionType, RectifiedFlowSchedule, shifted_t
-from .peft_layers import own_layer
 from .stock import StockPipeline
 from .text_to_image import Kind
 
@@ -129,10 +129,7 @@ class FlowMatching(Kind):
 
 def last_layer(network: ModelMixin) -> nn.Linear:
     """A transformer's own last projection, also where an adapter sits on it."""
-    last = own_layer(network.proj_out)
-    if not isinstance(last, nn.Linear):
-        raise ValueError(f"a {type(network).__name__} ends with a {type(last).__name__}, not with a linear layer")
-    return last
+    return linear(network.proj_out)
 
 
 def to_dtype(condition: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -82,8 +82,7 @@ image = pipe({call}).images[0]
 
 The scheduler matters: most others do not return x0 in {of_steps}. {guidance}
 """
-DISTILLED = """guidance_scale stays 1: guidance is distilled
-into the student."""
+DISTILLED = "guidance_scale stays {value:g}: guidance is distilled\ninto the student."
 TOLD = "guidance_scale stays {value}: the network\nis told it, and was trained with this value."
 
 
@@ -191,7 +190,7 @@ def save_text_to_image(
         load=loading_line(kind, folder.name, adapter is not None),
         folder=folder.name,
         call=", ".join((kind.example, *(f"{key}={value}" for key, value in call.items()))),
-        guidance=DISTILLED if kind.guidance(made.config) != "input" else TOLD.format(value=call["guidance_scale"]),
+        guidance=(DISTILLED if kind.guidance(made.config) != "input" else TOLD).format(value=call["guidance_scale"]),
         title=called(info),
         of_steps="a single step" if len(levels_of(info)) == 1 else "these steps",
     )

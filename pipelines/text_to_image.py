@@ -55,6 +55,7 @@ KINDS: dict[str, Entry] = {
     "sdxl": Entry("stable_diffusion", "StableDiffusionXLPipeline"),
     "sd3": Entry("stable_diffusion_3", "StableDiffusion3Pipeline"),
     "flux": Entry("flux", "FluxPipeline"),
+    "zimage": Entry("z_image", "ZImagePipeline"),
     "dit": Entry("dit", "DiTPipeline"),
 }
 
@@ -68,7 +69,8 @@ class Kind:
     step may read out elsewhere than at the schedule's last level (student.readout_t); whole_levels: whether levels are whole
     numbers; step_dtype: in which schedulers are tried; forgets_generator: the stock pipeline does not hand its generator to
     the scheduler, which draws noise between steps from torch's own; has_features: whether it has feature_layers; takes: what its
-    pipeline draws from, and example: one, as it is written in a call; loads_loras: whether its pipeline loads LoRAs.
+    pipeline draws from, and example: one, as it is written in a call; loads_loras: whether its pipeline loads LoRAs;
+    unguided: the guidance_scale of its pipeline's call that means none.
     """
 
     called: str
@@ -85,6 +87,7 @@ class Kind:
     takes: Literal["prompt", "class_labels"] = "prompt"
     example = '"a prompt"'
     loads_loras = True
+    unguided = 1.0
 
     # The network
 
@@ -95,6 +98,10 @@ class Kind:
     def guidance(self, config: Mapping[str, Any]) -> Guidance:
         """How a network of these settings is guided."""
         return "null"
+
+    def stock_guidance(self, guidance_scale: float) -> float:
+        """What its pipeline's call takes for null + guidance_scale (cond - null)."""
+        return guidance_scale - 1.0 + self.unguided
 
     def feature_layers(self, network: Any) -> tuple[nn.Module, ...]:
         """Layers whose outputs are maps (b, c, h, w), at the lowest resolution and the next, where has_features says so."""
@@ -450,11 +457,12 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def student_call(kind: Kind, config: Mapping[str, Any], scheduler: Any, info: Mapping[str, Any]) -> dict[str, Any]:
-    """How the student that student.json (`info`) tells of is called in its stock pipeline. guidance_scale is 1, since guidance is
-    distilled into it, but for a network that is told its guidance: then it is what it was trained with. config: the network's.
+    """How the student that student.json (`info`) tells of is called in its stock pipeline. guidance_scale is that of none, since
+    guidance is distilled into it, but for a network that is told its guidance: then it is what it was trained with. config: the
+    network's.
     """
     told = kind.guidance(config) == "input"
-    return kind.call(levels_of(info), scheduler) | {"guidance_scale": info["guidance_scale"] if told else 1.0}
+    return kind.call(levels_of(info), scheduler) | {"guidance_scale": info["guidance_scale"] if told else kind.unguided}
 
 
 @contextmanager

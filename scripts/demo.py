@@ -33,7 +33,7 @@ from pipelines.common.launch import user_errors
 from pipelines.common.options import finite, path_option, whole
 from pipelines.edm import PointNet
 from pipelines.students import find_student, read_info
-from pipelines.text_to_image import levels_of, network_of, overlong, steps_text
+from pipelines.text_to_image import KINDS, kind_named, levels_of, network_of, overlong, steps_text
 
 HOST = "127.0.0.1"
 LAST_PORT = 2**16 - 1
@@ -179,7 +179,9 @@ def teacher_guidance(given: float | None, info: dict[str, Any]) -> tuple[float |
         return None, "its pipeline's default"
     if isinstance(stored, bool) or not isinstance(stored, int | float) or not math.isfinite(stored):
         raise UserError(f"student.json: guidance_scale is {shown(stored)}, no number; give --teacher-guidance")
-    return float(stored), "as the student was distilled"
+    family = info.get("family")
+    scale = kind_named(family).stock_guidance(stored) if family in KINDS else float(stored)
+    return scale, "as the student was distilled"
 
 
 def load_pair(args: argparse.Namespace) -> Pair:

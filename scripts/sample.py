@@ -22,7 +22,7 @@ from pipelines.common.launch import user_errors
 from pipelines.common.options import path, path_option, typed, whole
 from pipelines.common.strict import StockGuidance
 from pipelines.students import find_student, load_student, read_info
-from pipelines.text_to_image import DTYPES, kind_of, levels_of, load_pipeline, network_of, student_call
+from pipelines.text_to_image import DTYPES, KINDS, kind_named, kind_of, levels_of, load_pipeline, network_of, student_call
 
 
 def timed(pipe: DiffusionPipeline, prompts: list[str], z: Tensor, **call) -> tuple[list[Image.Image], float]:
@@ -68,7 +68,10 @@ def draw(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--output {str(args.output)!r}: expected the name of a picture, e.g. grid.png")
     info = read_info(find_student(args.student), "student")
-    if info.get("family") == "edm":
+    family = info.get("family")
+    if family in KINDS and kind_named(family).takes != "prompt":
+        raise UserError(f"{args.student!r} is a student of {kind_named(family).called}, which takes no prompts but classes")
+    if family not in KINDS:
         raise UserError(f"{args.student!r} is a student of an EDM teacher, which takes no prompts; its pipeline draws grids")
     student = load_student(args.student, args.base_model, dtype=DTYPES[args.dtype]).to(args.device)
     teacher = load_pipeline(args.base_model or info["base_model"], DTYPES[args.dtype]).to(args.device)
@@ -79,7 +82,7 @@ def draw(args: argparse.Namespace) -> None:
     z = torch.randn(len(args.prompt), *latents, generator=torch.Generator().manual_seed(args.seed))
     z = kind.packed(z).to(args.device, DTYPES[args.dtype])
     shape = {"height": size, "width": size}
-    many = {"num_inference_steps": args.teacher_steps, "guidance_scale": args.teacher_guidance}
+    many = {"num_inference_steps": args.teacher_steps, "guidance_scale": kind.stock_guidance(args.teacher_guidance)}
     columns = {}
     one, n = student_call(kind, config, student.scheduler, info), len(levels_of(info))
     cases = {

@@ -239,8 +239,11 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
         call["guidance_scale"] = trained.get("guidance_scale") if guidance_scale is None else guidance_scale
         if call["guidance_scale"] is None:
             call["guidance_scale"] = known["guidance_scale"].default
-        elif call["guidance_scale"] < 1 and hasattr(type(pipe), "do_classifier_free_guidance"):
-            raise UserError(f"guidance scale {guidance_scale:g}: a {type(pipe).__name__} takes all below 1 for 1, none; give 1")
+        elif (none := _unguided(pipe)) is not None and call["guidance_scale"] < none:
+            name = type(pipe).__name__
+            raise UserError(
+                f"guidance scale {guidance_scale:g}: a {name} takes all below {none:g} for {none:g}, none; give {none:g}"
+            )
     elif guidance_scale is not None:
         raise UserError(f"--guidance-scale: a {type(pipe).__name__} has none")
     if image_size and "height" not in known:
@@ -249,6 +252,14 @@ def _call(pipe: StockPipeline | EDMPipeline, info: dict[str, Any], steps, guidan
     if "height" in known and size:
         call |= {"height": size, "width": size}
     return call
+
+
+def _unguided(pipe: StockPipeline | EDMPipeline) -> float | None:
+    """The guidance_scale that means none, and below which all does; None of a pipeline of which that is not known."""
+    family = family_of(type(pipe).__name__)
+    if family is not None:
+        return kind_named(family).unguided
+    return 1.0 if hasattr(type(pipe), "do_classifier_free_guidance") else None
 
 
 def latency(samplers: Sequence[Sampler], batch_size: int, repeats: int = 3, captions: Sequence[str] | None = None) -> list[Speed]:

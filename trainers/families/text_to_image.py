@@ -336,8 +336,9 @@ class FurtherTeacher:
         self.network.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
         options = {"height": self.image_size, "width": self.image_size, "num_inference_steps": 25, "output_type": "pt"}
-        options |= {} if self.config.guidance_scale is None else {"guidance_scale": self.config.guidance_scale}
-        drawn = self.pipeline(self.prompts, generator=generator, **options).images
+        if self.config.guidance_scale is not None:
+            options["guidance_scale"] = t2i.kind_of(self.pipeline).stock_guidance(self.config.guidance_scale)
+        drawn = self.pipeline(list(self.prompts), generator=generator, **options).images
         self.network.train()
         return drawn.float()
 
@@ -412,7 +413,7 @@ class Encoder:
             height=self.size[0],
             width=self.size[1],
             num_inference_steps=data.num_inference_steps,
-            guidance_scale=data.guidance_scale,
+            guidance_scale=self.kind.stock_guidance(data.guidance_scale),
             latents=self.kind.packed(noise).to(t2i.network_of(self.pipe).dtype),
             output_type="latent",
         ).images

@@ -13,11 +13,17 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -25,7 +31,7 @@ from transformers import (
 
 from scripts.bench.parts import random_networks
 
-CHANNELS, T5_WIDTH, CLIP_WIDTH = 3, 40, 16  # of latents; of T5; of each CLIP
+CHANNELS, T5_WIDTH, CLIP_WIDTH, QWEN_WIDTH = 3, 40, 16, 24  # of latents; of T5; of each CLIP; of Qwen
 
 
 def clip(tokenizer, kind: type) -> CLIPTextModel:
@@ -100,7 +106,40 @@ def tiny_flux(kind: str, folder: Path) -> FluxPipeline:
     return FluxPipeline(scheduler, vae(), clip(tokenizer, CLIPTextModel), tokenizer, *t5(), transformer)
 
 
+def qwen3() -> tuple[Qwen3Model, Qwen2Tokenizer]:
+    """Every byte is a token; the template of a chat as Qwen's, without what is for tools and thoughts."""
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), *names])}
+    special = {"eos_token": names[2], "pad_token": names[0], "additional_special_tokens": names[1:2]}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=names[0], **special)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    shape = {"hidden_size": QWEN_WIDTH, "intermediate_size": 29, "num_hidden_layers": 3, "head_dim": 6, "pad_token_id": 256}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
+    return Qwen3Model(Qwen3Config(vocab_size=len(vocab), **shape, **heads)), tokenizer
+
+
+def tiny_z_image(kind: str, folder: Path) -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=CHANNELS,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=QWEN_WIDTH,
+        axes_dims=(4, 2, 2),
+        axes_lens=(1024, 64, 64),
+    )
+    for parameter in (transformer.x_pad_token, transformer.cap_pad_token):  # zeros would hide what is padded
+        torch.nn.init.normal_(parameter)
+    return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae(), *qwen3(), transformer)
+
+
 MAKERS = {"sd3": tiny_sd3, "sd35": tiny_sd3, "sd3 without t5": tiny_sd3, "flux dev": tiny_flux, "flux schnell": tiny_flux}
+MAKERS |= {"z-image": tiny_z_image}
 
 
 @pytest.fixture(scope="session")

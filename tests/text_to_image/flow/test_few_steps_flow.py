@@ -23,8 +23,8 @@ from trainers.families.base import unit_noise
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 PROMPTS = ["a cat", "a dog on a mat", "a red house"]  # conftest's prompt_file
-GUIDANCE = {"sd35": 1.0, "sd3 without t5": 1.0, "flux dev": 3.5, "flux schnell": 1.0}
-CASES = [("sd35", 2), ("sd35", [1.0, 0.8, 0.3]), ("flux dev", 4), ("flux schnell", 8), ("sd35", [0.9])]
+GUIDANCE = {"z-image": 1.0, "sd35": 1.0, "sd3 without t5": 1.0, "flux dev": 3.5, "flux schnell": 1.0}
+CASES = [("sd35", 2), ("sd35", [1.0, 0.8, 0.3]), ("flux dev", 4), ("flux schnell", 8), ("sd35", [0.9]), ("z-image", 4)]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_stock_diffusers_draws_the_trainers_x0(kind, steps, student):
     drawn = [unpacked(kind, torch.randn(shape, generator=again)) for _ in range(n - 1)]
     with torch.no_grad():
         expected = run.made.student.sample(torch.stack([first, *drawn]), run.made.condition(torch.arange(3)))
-    call = {"sigmas": levels, "guidance_scale": GUIDANCE[kind]}
+    call = {"sigmas": levels, "guidance_scale": 0.0 if kind == "z-image" else GUIDANCE[kind]}
     assert ", ".join(f"{k}={v}" for k, v in call.items()) in (run.folder / "README.md").read_text()
     info = json.loads((run.folder / "student.json").read_text())
     assert (info["readout_t"], info.get("levels", levels)) == (levels[0], levels)
@@ -79,11 +79,11 @@ def test_stock_diffusers_draws_the_trainers_x0(kind, steps, student):
     for pipe in (stock, load_student(run.folder)):
         torch.manual_seed(11)
         options = {"height": 16, "width": 16, "output_type": "latent"} | call
-        got = unpacked(kind, pipe(PROMPTS, latents=packed(kind, first), **options).images)
+        got = unpacked(kind, pipe(list(PROMPTS), latents=packed(kind, first), **options).images)
         assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["sd35", "flux dev"])
+@pytest.mark.parametrize("kind", ["sd35", "flux dev", "z-image"])
 def test_evaluation_draws_each_image_from_its_own_seed(kind, student):
     """Noise between steps too, whatever else is in its batch and whatever state torch's own generator has."""
     sampler = load_sampler(str(student(kind, 4).folder))
@@ -107,7 +107,7 @@ def test_pictures_of_a_run_are_the_stock_pipelines(kind, steps, student):
     if steps == 1:
         z, pipe = unit_noise(run.made.config, range(3), (3, 8, 8))[0], load_student(run.folder)
         options = {"num_inference_steps": 1, "guidance_scale": GUIDANCE[kind], "height": 16, "width": 16, "output_type": "pt"}
-        drawn = pipe(PROMPTS, latents=packed(kind, z), **options).images
+        drawn = pipe(list(PROMPTS), latents=packed(kind, z), **options).images
         assert torch.allclose(drawn, whole, atol=1e-5)
 
 

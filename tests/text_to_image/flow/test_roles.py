@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -14,8 +14,8 @@ from pipelines.text_to_image import kind_named
 
 B, C, H, W, TOKENS = 2, 3, 6, 10, 11
 GUIDANCE = 3.5
-KINDS = {"sd3": "sd3", "sd35": "sd3", "flux dev": "flux", "flux schnell": "flux"}
-CLASSES = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+KINDS = {"sd3": "sd3", "sd35": "sd3", "flux dev": "flux", "flux schnell": "flux", "z-image": "zimage"}
+CLASSES = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel, "zimage": ZImageTransformer2DModel}
 RANK = 2
 # same rank, other strength: a switch that is missed keeps every shape, so nothing but the numbers would tell
 ALPHA = {"student": 1.0, "aux": 3.0}
@@ -38,6 +38,11 @@ def inputs(randn):
     """inputs(kind) -> x (b, c, h, w), t (b,) in [0, 1], a flat condition."""
 
     def make(kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if kind == "z-image":  # of different lengths
+            mask = torch.ones(B, 512, dtype=torch.long)
+            mask[0, TOKENS:], mask[1, 37:] = 0, 0
+            condition = {"encoder_hidden_states": randn(B, 512, 24), "attention_mask": mask}
+            return randn(B, C, H, W), torch.tensor([1.0, 0.3], dtype=torch.float64), condition
         pooled = 22 if KINDS[kind] == "sd3" else 16
         condition = {"encoder_hidden_states": randn(B, TOKENS, 40), "pooled_projections": randn(B, pooled)}
         return randn(B, C, H, W), torch.tensor([1.0, 0.3], dtype=torch.float64), condition
@@ -49,6 +54,10 @@ def stock(network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]
     """The network called as diffusers' own pipelines call it."""
     if isinstance(network, SD3Transformer2DModel):
         return network(x, timestep=1000 * t, **condition).sample
+    if isinstance(network, ZImageTransformer2DModel):
+        rows = zip(condition["encoder_hidden_states"], condition["attention_mask"].sum(1), strict=True)
+        out = network(list(x[:, :, None]), (1000 - 1000 * t) / 1000, [row[:n].to(network.dtype) for row, n in rows]).sample
+        return -torch.stack(out)[:, :, 0]
     packed = FluxPipeline._pack_latents(x, *x.shape)
     ids = FluxPipeline._prepare_latent_image_ids(B, H // 2, W // 2, x.device, x.dtype)
     guidance = torch.full((B,), GUIDANCE) if network.config.guidance_embeds else None
@@ -219,8 +228,10 @@ def test_half_precision(kind, base, inputs, fill):
     assert out.dtype == torch.float32
     last = student.last
     tokens = seen[0].double() @ last.weight.double().T + last.bias.double()
-    exact = from_tokens(tokens, (H, W), 2)
-    if KINDS[kind] == "sd3":  # its squares are (row, column, channel)
+    exact = None if kind == "z-image" else from_tokens(tokens, (H, W), 2)
+    if kind == "z-image":  # text follows
+        tokens = -tokens[:, : H * W // 4]
+    if KINDS[kind] in ("sd3", "zimage"):  # their squares are (row, column, channel)
         exact = tokens.reshape(B, H // 2, W // 2, 2, 2, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
     assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
     assert AdapterHead(aux, 2)(x.float(), t.float(), **condition).dtype == torch.float32

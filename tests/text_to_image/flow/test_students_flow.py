@@ -23,6 +23,8 @@ from diffusers import (
     LCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -45,8 +47,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 PROMPTS = ["a cat", "a dog on a mat", "a red house"]  # conftest's prompt_file
 RANK, ALPHA = 4, 2.0  # conftest's LORA
 LORA = "pytorch_lora_weights.safetensors"
-PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
-NETWORKS = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline, "zimage": ZImagePipeline}
+NETWORKS = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel, "zimage": ZImageTransformer2DModel}
 # enough of a learning rate to be far from the teacher after a few steps
 FAST = {"optimizer": {"lr": 1e-2}}
 # name: (objective, teacher, guidance, settings of the student)
@@ -56,6 +58,7 @@ RUNS = {
     "sd3 without t5": ("varflow", "sd3 without t5", 1.0, FAST),
     "flux dev": ("vardiu", "flux dev", 3.5, FAST),
     "flux schnell": ("varflow", "flux schnell", 1.0, FAST),
+    "z-image": ("vardiu", "z-image", 2.0, FAST),
     "whole sd35": ("diff_instruct", "sd35", 2.0, {"optimizer": {"lr": 1e-3}, "lora": None}),
     "whole flux": ("diff_instruct", "flux dev", 3.5, {"optimizer": {"lr": 1e-3}, "lora": None}),
 }
@@ -122,13 +125,14 @@ pipe = diffusers.DiffusionPipeline.from_pretrained(teacher, **none)
 pipe.load_lora_weights(student, adapter_name="student")
 pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(student, subfolder="scheduler")
 call = dict(num_inference_steps=1, guidance_scale=guidance, height=16, width=16, output_type="latent")
-step = lambda: pipe(prompts, latents=z, **call).images
+step = lambda: pipe(list(prompts), latents=z, **call).images
 """
 
 
 def told(name: str) -> dict:
     """What the code in LOAD is told of a run: Flux dev's guidance is an input, all others run without."""
-    return {"guidance": 3.5 if name in ("flux dev", "whole flux") else 1.0, "without_t5": name.endswith("without t5")}
+    guidance = {"flux dev": 3.5, "whole flux": 3.5, "z-image": 0.0}.get(name, 1.0)  # Z-Image counts from 0
+    return {"guidance": guidance, "without_t5": name.endswith("without t5")}
 
 
 @pytest.mark.parametrize("name", LORAS)
@@ -195,10 +199,10 @@ def with_style(run: SimpleNamespace, style: Path, name: str) -> Tensor:
     none = {"text_encoder_3": None, "tokenizer_3": None} if told(name)["without_t5"] else {}
     pipe = DiffusionPipeline.from_pretrained(run.teacher, transformer=network, **none)
     options = {"num_inference_steps": 1, "guidance_scale": told(name)["guidance"], "height": 16, "width": 16}
-    return maps(pipe(PROMPTS, latents=run.z, output_type="latent", **options).images)
+    return maps(pipe(list(PROMPTS), latents=run.z, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev", "whole sd35", "whole flux"])
+@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev", "z-image", "whole sd35", "whole flux"])
 @pytest.mark.slow
 def test_card_can_be_run(name, trained, elsewhere):
     """The python block of README.md, run where the student lies, makes an image; its pipeline's latents are the trainer's x0."""
@@ -208,7 +212,7 @@ def test_card_can_be_run(name, trained, elsewhere):
     assert how == f"num_inference_steps=1, guidance_scale={told(name)['guidance']}"
     block = block.replace(how, f"{how}, height=16, width=16")  # Flux draws 128 latents a side by default
     code = f"{block}\nout['size'] = torch.tensor(image.size)\n"
-    code += f"out['x0'] = pipe(prompts, {how}, height=16, width=16, latents=z, output_type='latent').images"
+    code += f"out['x0'] = pipe(list(prompts), {how}, height=16, width=16, latents=z, output_type='latent').images"
     out = elsewhere(run, code, cwd=run.folder)
     assert out["size"].tolist() == [16, 16]
     assert relative(maps(out["x0"]), run.x0) < 1e-5
@@ -219,10 +223,10 @@ def test_card_can_be_run(name, trained, elsewhere):
 
 def one_step(pipe: DiffusionPipeline, run: SimpleNamespace, name: str) -> Tensor:
     options = {"num_inference_steps": 1, "guidance_scale": told(name)["guidance"], "height": 16, "width": 16}
-    return maps(pipe(PROMPTS, latents=run.z, output_type="latent", **options).images)
+    return maps(pipe(list(PROMPTS), latents=run.z, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev", "whole flux"])
+@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev", "z-image", "whole flux"])
 def test_load_student(name, trained):
     """The trainer's x0 in one step, without a warning, also in bfloat16 within its rounding."""
     run = trained(name)
@@ -278,7 +282,7 @@ def generated(output: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(f)) for f in sorted(output.rglob("*.png")) if f.parent.name == "000000"])
 
 
-@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev"])
+@pytest.mark.parametrize("name", ["sd35", "sd3 without t5", "flux dev", "z-image"])
 def test_eval_draws_with_a_student(name, trained, tmp_path):
     """By its run and as a LoRA of its base model: one step, no guidance or what the network is told, the same pictures."""
     run, captions = trained(name), tmp_path / "captions.txt"
@@ -318,7 +322,7 @@ def test_an_export_acts_as_the_student(name, trained, tmp_path):
     pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(run.folder / "student", subfolder="scheduler")
     options = {"num_inference_steps": 1, "guidance_scale": told(name)["guidance"], "height": 16, "width": 16}
-    drawn = pipe(PROMPTS, latents=run.z, output_type="latent", **options).images
+    drawn = pipe(list(PROMPTS), latents=run.z, output_type="latent", **options).images
     assert relative(maps(drawn), run.x0) < 1e-5
     for key, value in exported.items():  # what is not diffusers' takes: the product of the two matrices
         if ".lora_A." in key:

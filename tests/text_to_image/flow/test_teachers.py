@@ -184,9 +184,28 @@ def test_text_is_the_stock_pipelines(kind, ours, stock):
             own.encode_prompts(without, PROMPTS, (16, 16), CPU)
 
 
+def test_text_of_different_lengths(ours, stock):
+    """Z-Image's pipeline has a row for each prompt, of its own length: ours are these, zeros behind them, and their lengths."""
+    pipe, without = stock("z-image"), ours("z-image", without=["transformer", "vae"])
+    with torch.no_grad():
+        rows, null = pipe.encode_prompt(list(PROMPTS), CPU)
+    own = t2i.kind_of(without)
+    condition, nothing = own.encode_prompts(without, PROMPTS, (16, 16), CPU), own.null_condition(without, None, CPU)
+    assert len({len(row) for row in rows}) == 3
+    for i, row in enumerate(rows):
+        assert condition["attention_mask"][i].tolist() == [1] * len(row) + [0] * (512 - len(row))
+        assert_close(condition["encoder_hidden_states"][i, : len(row)], row, rtol=1e-5, atol=1e-6)
+        assert not condition["encoder_hidden_states"][i, len(row) :].any()
+    assert_close(nothing["encoder_hidden_states"][: len(null[0])], null[0], rtol=1e-5, atol=1e-6)
+    assert nothing["attention_mask"].sum() == len(null[0])
+
+
 def test_overlong_prompts(ours):
     """Those that the longest reader cuts: T5 reads 256 or 512 tokens, CLIP alone 77; every character is a token."""
     prompts = ["a" * n for n in (75, 76, 254, 255, 256, 510, 511, 512)]
+    pipe = ours("z-image", without=["transformer", "vae"])
+    around = len(pipe.tokenizer("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n").input_ids)
+    assert t2i.overlong(pipe, ["a" * (512 - around), "a" * (513 - around)]) == [1]
     cut = {"sd3": 256, "sd3 without t5": 77, "flux dev": 512}
     for kind, most in cut.items():
         pipe = ours(kind, without=["transformer", "vae"])
@@ -198,7 +217,7 @@ def test_overlong_prompts(ours):
 
 
 @pytest.mark.parametrize("w", [1.0, 4.5])
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd3 without t5", "flux dev", "flux schnell"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd3 without t5", "flux dev", "flux schnell", "z-image"])
 def test_one_step_of_the_stock_pipeline_is_x0(kind, w, ours, stock, randn):
     """From prompt to latents and image, to 1e-5 of the largest: SD3's own guidance on v is ours on x0; Flux dev is told w; the
     teacher's own scheduler does it too, whatever its shift."""
@@ -210,14 +229,15 @@ def test_one_step_of_the_stock_pipeline_is_x0(kind, w, ours, stock, randn):
     student = FewStepGenerator(t2i.denoiser(mine, network, w if guided else 1.0, null), [1.0])
     with torch.no_grad():
         x0 = student(z, own.encode_prompts(mine, PROMPTS, (16, 16), CPU))
-    options = ONE_STEP | {"latents": own.packed(z), "guidance_scale": w}
-    assert relative(own.unpacked(pipe(PROMPTS, **options).images, (3, 8, 8)), x0) < 1e-5
+    none = 0.0 if kind == "z-image" else 1.0  # which counts from there
+    options = ONE_STEP | {"latents": own.packed(z), "guidance_scale": none + w - 1.0}
+    assert relative(own.unpacked(pipe(list(PROMPTS), **options).images, (3, 8, 8)), x0) < 1e-5
     pipe.scheduler = own.student_scheduler(pipe.scheduler, [1.0])
-    assert relative(own.unpacked(pipe(PROMPTS, **options).images, (3, 8, 8)), x0) < 1e-5
-    images = pipe(PROMPTS, **options | {"output_type": "pt"}).images
+    assert relative(own.unpacked(pipe(list(PROMPTS), **options).images, (3, 8, 8)), x0) < 1e-5
+    images = pipe(list(PROMPTS), **options | {"output_type": "pt"}).images
     assert_close(t2i.decode_latents(mine.vae, x0) / 2 + 0.5, images, rtol=0, atol=1e-5)
     if kind != "flux schnell" and w != 1:  # it counts
-        assert relative(own.unpacked(pipe(PROMPTS, **options | {"guidance_scale": 1.0}).images, (3, 8, 8)), x0) > 1e-4
+        assert relative(own.unpacked(pipe(list(PROMPTS), **options | {"guidance_scale": none}).images, (3, 8, 8)), x0) > 1e-4
 
 
 def test_guidance_by_hand(ours, randn):
