@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common.errors import UserError
@@ -28,7 +29,8 @@ class Denoiser(nn.Module):
     parameterization: a preconditioner, or by name "edm" (Karras et al. 2022 Eq. 7 with sigma_data), or the network's prediction
     type. With guidance_scale w != 1 the estimate is D_null + w (D_cond - D_null)
     (Ho & Salimans 2022 in x0), both in one batch; null_condition holds one unbatched tensor for each condition key that guidance
-    turns off; other keys (an image's size) are the same in both.
+    turns off; other keys (an image's size) are the same in both. keep_norm: a side of squares of latents; then what the network
+    puts out is guided, and in each square brought back to the conditional output's norm, as Qwen-Image's pipeline does (side 2).
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Denoiser(nn.Module):
         sigma_data: float = 0.5,
         guidance_scale: float = 1.0,
         null_condition: Condition = None,
+        keep_norm: int | None = None,
     ) -> None:
         super().__init__()
         if guidance_scale != 1.0 and null_condition is None:
@@ -53,6 +56,7 @@ class Denoiser(nn.Module):
         self.sigma_data = sigma_data
         self.guidance_scale = guidance_scale
         self.null_condition = null_condition
+        self.keep_norm = keep_norm
 
     @property
     def calls_per_sample(self) -> int:
@@ -78,15 +82,25 @@ class Denoiser(nn.Module):
         nulls = self.null_condition
         null = {k: null_rows(nulls[k], v) if k in nulls else v for k, v in condition.items()}
         both = {k: torch.cat([null[k], v]) for k, v in condition.items()}
-        x0, features = self._denoise(torch.cat([x_t, x_t]), level.repeat(2), both, return_features)
-        x0_null, x0_cond = x0.chunk(2)
-        x0 = x0_null + self.guidance_scale * (x0_cond - x0_null)
+        twice, levels = torch.cat([x_t, x_t]), level.repeat(2)
+        if self.keep_norm is None:
+            x0, features = self._denoise(twice, levels, both, return_features)
+            null_x0, cond_x0 = x0.chunk(2)
+            x0 = null_x0 + self.guidance_scale * (cond_x0 - null_x0)
+        else:
+            out, features = self._output(twice, levels, both, return_features)
+            null_out, cond_out = out.chunk(2)
+            guided = null_out + self.guidance_scale * (cond_out - null_out)
+            x0 = self.preconditioner.x0(with_norm_of(cond_out, guided, self.keep_norm), x_t, level)
         return (x0, features.second_half()) if return_features else x0
 
     def _denoise(self, x_t: Tensor, level: Level, condition: Condition, return_features: bool) -> tuple[Tensor, Any]:
-        options = (condition or {}) | ({"return_features": True} if return_features else {})
-        out, features = self._call(*self.preconditioner.inputs(x_t, level), options)
+        out, features = self._output(x_t, level, condition, return_features)
         return self.preconditioner.x0(out, x_t, level), features
+
+    def _output(self, x_t: Tensor, level: Level, condition: Condition, return_features: bool) -> tuple[Tensor, Any]:
+        options = (condition or {}) | ({"return_features": True} if return_features else {})
+        return self._call(*self.preconditioner.inputs(x_t, level), options)
 
     def _call(self, x: Tensor, time: Tensor, options: dict[str, Any]) -> tuple[Tensor, Any]:
         with getattr(self.network, "reading_out", nullcontext)():  # those that can put out float32 in half precision
@@ -94,6 +108,18 @@ class Denoiser(nn.Module):
         features = getattr(out, "features", None)
         out = getattr(out, "sample", out)
         return out.to(torch.promote_types(out.dtype, torch.float32)), features  # autocast may hand back half precision
+
+
+def with_norm_of(cond: Tensor, guided: Tensor, side: int) -> Tensor:
+    """guided (b, c, h, w), brought to the norm of cond in each square of side x side latents, over all channels.
+
+    >>> cond, guided = torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1), torch.tensor([0.0, 10.0]).reshape(1, 2, 1, 1)
+    >>> with_norm_of(cond, guided, 1).flatten().tolist()
+    [0.0, 5.0]
+    """
+    cond_norm, norm = (F.avg_pool2d(v.square().sum(1, keepdim=True), side).sqrt() for v in (cond, guided))
+    ratio = cond_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return guided * ratio.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 
 def null_rows(null: Tensor, value: Tensor) -> Tensor:

@@ -428,10 +428,17 @@ def load_scheduler(source: str) -> Any:
 # What is made of one ---------------------------------------------------------------------------------------------------
 
 
-def denoiser(pipe: StockPipeline, network: nn.Module, guidance_scale: float = 1.0, null: Condition = None) -> Denoiser:
+def denoiser(
+    pipe: StockPipeline,
+    network: nn.Module,
+    guidance_scale: float = 1.0,
+    null: Condition = None,
+    keep_norm: int | None = None,
+) -> Denoiser:
     """`network` (the pipeline's, or a role of it) read out by the pipeline's schedule. Latents are scaled to variance 1."""
     kind = kind_of(pipe)
-    return Denoiser(network, kind.schedule(pipe.scheduler), kind.prediction(pipe.scheduler), 1.0, guidance_scale, null)
+    guidance = (guidance_scale, null, keep_norm)
+    return Denoiser(network, kind.schedule(pipe.scheduler), kind.prediction(pipe.scheduler), 1.0, *guidance)
 
 
 def overlong(pipe: StockPipeline, prompts: Sequence[str]) -> list[int]:

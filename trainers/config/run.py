@@ -127,6 +127,8 @@ class Teacher(Strict):
     # instead: nothing learned. density: the exact score of the mixture in `data`; samples: that of the noised data set itself
     exact: Literal["density", "samples"] | None = None
     guidance_scale: float = 1.0
+    # with guidance, of stock pipelines: predictions keep the conditional one's norm, token by token, as in Qwen-Image's pipeline
+    guidance_normalization: bool = False
     negative_prompt: str | None = None  # with text and guidance; None: what the stock pipeline takes for no prompt
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; adapters are float32
     variant: str | None = None  # of the weight files, e.g. fp16

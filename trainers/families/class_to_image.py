@@ -38,7 +38,7 @@ FORMAT = 1  # of encoded rows
 class Family(text_to_image.Family):
     """See base.Family and text_to_image.Family. Without data every class is drawn equally often."""
 
-    teacher_keys = ("path", "guidance_scale", "dtype", "variant")
+    teacher_keys = ("path", "guidance_scale", "guidance_normalization", "dtype", "variant")
 
     @classmethod
     def check_data(cls, config: DistillConfig) -> None:

@@ -47,7 +47,14 @@ class Family(base.Family):
 
     kind: ClassVar[Kind]
     examples: Examples
-    teacher_keys: ClassVar[tuple[str, ...]] = ("path", "guidance_scale", "negative_prompt", "dtype", "variant")
+    teacher_keys: ClassVar[tuple[str, ...]] = (
+        "path",
+        "guidance_scale",
+        "guidance_normalization",
+        "negative_prompt",
+        "dtype",
+        "variant",
+    )
     gives = ("lora", "posterior", "condition_vector")
 
     @classmethod
@@ -83,7 +90,8 @@ class Family(base.Family):
         base_weights = weights_sha256({kind.component: network})
         self.base = SharedNetwork(network, kind.anatomy(self.network_config, t.guidance_scale))
         guided = kind.guidance(self.network_config) == "null"
-        self.teacher = t2i.denoiser(self.pipe, self.base.teacher(), t.guidance_scale if guided else 1.0, null)
+        keep_norm = self.base.anatomy.side if t.guidance_normalization else None
+        self.teacher = t2i.denoiser(self.pipe, self.base.teacher(), t.guidance_scale if guided else 1.0, null, keep_norm)
         role = self._role("student", config.student.lora)
         self.trained = role.network if isinstance(role, Whole) else None
         self.student = FewStepGenerator(t2i.denoiser(self.pipe, role), self.levels, inputs=config.inputs)
@@ -109,7 +117,8 @@ class Family(base.Family):
         super().check(config)
         if config.teacher.guidance_scale == 1:
             unguided = "a teacher without guidance (guidance_scale 1)"
-            refuse(unguided, {"teacher.negative_prompt": config.teacher.negative_prompt})
+            settings = {key: getattr(config.teacher, key) or None for key in ("negative_prompt", "guidance_normalization")}
+            refuse(unguided, {f"teacher.{key}": value for key, value in settings.items()})
         cls.check_data(config)
         if getattr(config.objective, "features", None) and not cls.kind.has_features:
             raise UserError(f"objective.features: {cls.called} has no feature maps; remove it")
@@ -134,7 +143,8 @@ class Family(base.Family):
                 "not told one (guidance_embeds is false); remove it"
             )
         if guidance != "null":
-            refuse("a teacher without a null condition", {"teacher.negative_prompt": t.negative_prompt})
+            given = {"negative_prompt": t.negative_prompt, "guidance_normalization": t.guidance_normalization or None}
+            refuse("a teacher without a null condition", {f"teacher.{key}": value for key, value in given.items()})
 
     @classmethod
     def refusal(cls, need: Need) -> str | None:

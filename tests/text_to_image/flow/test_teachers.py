@@ -254,6 +254,26 @@ def test_guidance_by_hand(ours, randn):
     assert_close(x0, x - t[:, None, None, None] * (v_null + w * (v - v_null)), rtol=1e-9, atol=1e-9)
 
 
+def test_guidance_that_keeps_the_norm(ours, randn):
+    """As Qwen-Image's pipeline has it, on packed tokens of 2x2 latents: comb |cond| / |comb| over the last axis."""
+    mine, w = ours("sd3"), 3.7
+    network = mine.transformer.double()
+    own, x, t = t2i.kind_of(mine), randn(3, 3, 6, 10), torch.tensor([1.0, 0.4, 0.05], dtype=torch.float64)
+    condition = {"encoder_hidden_states": randn(3, 11, 40), "pooled_projections": randn(3, 22)}
+    null = {k: v[0].flip(-1) for k, v in condition.items()}
+
+    def tokens(given: dict[str, Tensor]) -> Tensor:
+        return FluxPipeline._pack_latents(network(x, timestep=1000 * t, **given).sample, 3, 3, 6, 10)
+
+    cond, neg = tokens(condition), tokens({k: n.expand_as(condition[k]) for k, n in null.items()})
+    comb = neg + w * (cond - neg)
+    comb = comb * (torch.norm(cond, dim=-1, keepdim=True) / torch.norm(comb, dim=-1, keepdim=True))
+    v = FluxPipeline._unpack_latents(comb, 6, 10, 1)
+    guided = t2i.denoiser(mine, Whole(network, own.anatomy(network.config, w)), w, null, own.anatomy(network.config, w).side)
+    x0 = guided(x, guided.schedule.level(t), condition)
+    assert_close(x0, x - t[:, None, None, None] * v, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("make", "exact"),
     [

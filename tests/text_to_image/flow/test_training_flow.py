@@ -306,6 +306,18 @@ REFUSED = {
         ["teacher.guidance_scale=3.5", "teacher.negative_prompt=bad"],
         "teacher.negative_prompt has no effect for a teacher without a null condition; remove it",
     ),
+    "norm of what is not guided": (
+        "sd35",
+        "vardiu",
+        "teacher.guidance_normalization=true",
+        "teacher.guidance_normalization has no effect for a teacher without guidance (guidance_scale 1); remove it",
+    ),
+    "norm of dev": (
+        "flux dev",
+        "vardiu",
+        ["teacher.guidance_scale=3.5", "teacher.guidance_normalization=true"],
+        "teacher.guidance_normalization has no effect for a teacher without a null condition; remove it",
+    ),
     "data": (
         "flux dev",
         "vardiu",
