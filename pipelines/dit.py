@@ -20,7 +20,7 @@ from .variance_preserving import VariancePreserving, one_step_scheduler
 
 
 class DiT(VariancePreserving):
-    """See text_to_image.Kind."""
+    """See kinds.Kind."""
 
     called, takes, example = "a DiT teacher", "class_labels", "[207]"
     component, network = "transformer", DiTTransformer2DModel

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .adapters import linear
 from .common.errors import UserError
+from .kinds import Kind
 from .noise import PredictionType, RectifiedFlowSchedule, shifted_t
 from .stock import StockPipeline
-from .text_to_image import Kind
 
 SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 # of a sampler of many steps, and in the way of a single one
@@ -27,7 +27,7 @@ OFF = {"shift_terminal": None, "use_karras_sigmas": False, "use_exponential_sigm
 
 
 class FlowMatching(Kind):
-    """See text_to_image.Kind. t5: what the pipeline calls that encoder and its tokenizer."""
+    """See kinds.Kind. t5: what the pipeline calls that encoder and its tokenizer."""
 
     component, scheduler = "transformer", FlowMatchEulerDiscreteScheduler
     time_scale = 1000.0

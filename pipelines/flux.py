@@ -16,15 +16,15 @@ from torch import Tensor
 
 from .adapters import Anatomy, from_tokens, to_tokens
 from .flow_matching import FlowMatching, last_layer, to_dtype
+from .kinds import Guidance
 from .stock import StockPipeline
-from .text_to_image import Guidance
 
 SIDE = 2  # latents on a side of the square that is one token
 OWN_SIDE = 128  # latents on a side of the images that the stock pipeline draws by default
 
 
 class Flux(FlowMatching):
-    """See text_to_image.Kind."""
+    """See kinds.Kind."""
 
     called = "a Flux teacher"
     network = FluxTransformer2DModel

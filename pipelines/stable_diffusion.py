@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from .adapters import UNET, Anatomy
 from .common.errors import UserError
+from .kinds import family_name
 from .stock import StockPipeline
-from .text_to_image import family_name
 from .variance_preserving import VariancePreserving
 
 
 class StableDiffusion(VariancePreserving):
-    """See text_to_image.Kind."""
+    """See kinds.Kind."""
 
     called = "a Stable Diffusion teacher"
     component, network = "unet", UNet2DConditionModel

@@ -20,7 +20,7 @@ from .stock import StockPipeline
 
 
 class StableDiffusion3(FlowMatching):
-    """See text_to_image.Kind."""
+    """See kinds.Kind."""
 
     called = "a Stable Diffusion 3 teacher"
     network = SD3Transformer2DModel

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # which take seconds to import
 
 
 class StockPipeline(Protocol):
-    """One of text_to_image.KINDS, or one that is used like them. A part that was left out is None; a kind has not all of them.
+    """One of kinds.KINDS, or one that is used like them. A part that was left out is None; a kind has not all of them.
 
     scheduler: any of diffusers'; each has attributes of its own. A call's result has `images`: a list of Pillow's for output_type
     "pil", an array (b, h, w, c) in [0, 1] for "np", a tensor (b, c, h, w) in [0, 1] for "pt", latents for "latent".

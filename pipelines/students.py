@@ -17,15 +17,16 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from . import text_to_image
+from . import kinds, text_to_image
 from .common import atomic
 from .common.errors import UserError, shown
 from .common.identity import weights_sha256
 from .common.reading import BY_FILES, loading, read_json, reason_of, refuse_single_file
 from .edm import EDMPipeline, PointNet
+from .kinds import Kind
 from .loras import LORA_FILE, PEFT_FILE, LoraSource, load_lora, load_peft
 from .stock import StockPipeline
-from .text_to_image import Kind, levels_of, steps_text
+from .text_to_image import levels_of, steps_text
 
 # readouts at alpha = .07 amplify float32 rounding; a scheduler that does something else is off by 0.03 and more
 ONE_STEP_TOLERANCE = 1e-3
@@ -165,7 +166,7 @@ def save_text_to_image(
     transformer/, beside the scheduler that makes the steps of a stock pipeline its own. info: facts for student.json; "without":
     parts that the base model has not, where diffusers wants to be told.
     """
-    kind = text_to_image.kind_of(pipeline)
+    kind = kinds.kind_of(pipeline)
     made = adapter[0] if adapter is not None else network
     if made is None:
         raise ValueError("give the adapter or the network that is the student")
@@ -234,7 +235,7 @@ def load_student(
     """
     folder = find_student(source)
     info = read_info(folder, "student")
-    if info.get("family") not in text_to_image.KINDS:
+    if info.get("family") not in kinds.KINDS:
         if scheduler is not None:
             raise UserError(f"scheduler has no effect for the student in {str(folder)!r}: it comes with its own")
         with loading(f"{str(folder)!r} is not complete or damaged", RESAVE):
@@ -246,7 +247,7 @@ def load_student(
     for key in ("base_model", "weights", "readout_t"):
         if key not in info:
             raise UserError(f"{str(folder / 'student.json')!r} does not say {key!r}; {RESAVE}")
-    kind = text_to_image.kind_named(info["family"])
+    kind = kinds.kind_named(info["family"])
     check_levels_of(info, folder, kind)
     whole = info["weights"] == kind.component
     text_to_image.check_weights(folder, [kind.component if whole else ""])
@@ -261,7 +262,7 @@ def load_student(
         pipe = text_to_image.load_pipeline(base_model or info["base_model"], dtype, **components)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the base model of {str(folder)!r}: {error}; give base_model=<where it lies now>") from error
-    network = text_to_image.network_of(pipe)
+    network = kinds.network_of(pipe)
     prediction = text_to_image.denoiser(pipe, network)
     if not whole:
         check_base(network, info, folder, kind.component)

@@ -13,14 +13,14 @@ from diffusers import LCMScheduler
 
 from .common.errors import UserError
 from .common.reading import loading
+from .kinds import Kind
 from .noise import PredictionType, VPSchedule
-from .text_to_image import Kind
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class VariancePreserving(Kind):
-    """See text_to_image.Kind."""
+    """See kinds.Kind."""
 
     scheduler = LCMScheduler
     any_readout = whole_levels = True

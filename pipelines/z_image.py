@@ -25,7 +25,7 @@ TOKENS = 512  # of a prompt, with what stands around it
 
 
 class ZImage(FlowMatching):
-    """See text_to_image.Kind."""
+    """See kinds.Kind."""
 
     called = "a Z-Image teacher"
     network = ZImageTransformer2DModel

@@ -32,8 +32,9 @@ from pipelines.common.errors import USER_ERRORS, UserError, message, shown
 from pipelines.common.launch import user_errors
 from pipelines.common.options import finite, path_option, whole
 from pipelines.edm import PointNet
+from pipelines.kinds import KINDS, kind_named, network_of
 from pipelines.students import find_student, read_info
-from pipelines.text_to_image import KINDS, kind_named, levels_of, network_of, overlong, steps_text
+from pipelines.text_to_image import levels_of, overlong, steps_text
 
 HOST = "127.0.0.1"
 LAST_PORT = 2**16 - 1

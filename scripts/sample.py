@@ -21,8 +21,9 @@ from pipelines.common.errors import UserError
 from pipelines.common.launch import user_errors
 from pipelines.common.options import path, path_option, typed, whole
 from pipelines.common.strict import StockGuidance
+from pipelines.kinds import KINDS, kind_named, kind_of, network_of
 from pipelines.students import find_student, load_student, read_info
-from pipelines.text_to_image import DTYPES, KINDS, kind_named, kind_of, levels_of, load_pipeline, network_of, student_call
+from pipelines.text_to_image import DTYPES, levels_of, load_pipeline, student_call
 
 
 def timed(pipe: DiffusionPipeline, prompts: list[str], z: Tensor, **call) -> tuple[list[Image.Image], float]:

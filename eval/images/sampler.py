@@ -17,6 +17,7 @@ from pipelines.common.errors import UserError, shown
 from pipelines.common.identity import pipeline_identity, tokens_identity
 from pipelines.common.reading import loading
 from pipelines.edm import EDMPipeline, PointNet
+from pipelines.kinds import family_of, kind_named, kind_of, network_of
 from pipelines.loras import LoraSource, find_lora, load_lora, load_scheduler
 from pipelines.stock import StockPipeline
 from pipelines.students import load_student, read_info
@@ -24,11 +25,7 @@ from pipelines.text_to_image import (
     UNUSED,
     absent_text,
     check_weights,
-    family_of,
-    kind_named,
-    kind_of,
     levels_of,
-    network_of,
     only_variant,
     own_noise,
     read_index,

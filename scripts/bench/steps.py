@@ -19,7 +19,7 @@ import yaml
 
 from eval.report import figures
 from eval.studies.emoji.evaluate import load_student, make_judge, teacher_numbers
-from eval.studies.emoji.teacher import SHIPPED, load_teacher
+from eval.studies.emoji.teacher import SHIPPED, load_teacher, with_one_step
 from eval.studies.protocols import EMOJI, PROTOCOLS
 from eval.studies.runs import find_run
 from pipelines.assets import EMOJI as PICTURES
@@ -60,7 +60,9 @@ def main() -> None:
 
     many, one = load_teacher(TEACHER)
     judge = make_judge(protocol, many)
-    teacher = teacher_numbers(many, judge, (SHIPPED, runs / "teacher.json"), print).numbers
+    kept_in = runs / "teacher.json"
+    teacher = teacher_numbers(many, judge, (SHIPPED, kept_in), print).numbers
+    single = teacher_numbers(one, judge, (with_one_step(SHIPPED), with_one_step(kept_in)), print).numbers
     captions = judge.captions[:SHOWN]
     rows = [("teacher", "50 steps", many(range(len(captions)), protocol.seed, captions))]
     measured: dict[int, list[dict[str, float]]] = {}
@@ -76,7 +78,6 @@ def main() -> None:
         str(n): {key: statistics.median(row[key] for row in found) for key in keys} | {"seeds": found}
         for n, found in measured.items()
     }
-    single = numbers(judge, one, "teacher, 1 step", runs / "teacher_one_step.json")
     facts = {"objective": args.objective, "updates": updates, "images": protocol.num_images, "cores": cores()}
     facts |= {"git_commit": git_commit(), "versions": versions(("torch", "diffusers", "peft"))}
     facts |= {"seconds_in_all": round(time.perf_counter() - start)}

@@ -14,7 +14,8 @@ import torch
 from pipelines.common.errors import UserError
 from pipelines.common.identity import weights_sha256
 from pipelines.common.reading import refuse_single_file
-from pipelines.text_to_image import KINDS, read_index
+from pipelines.kinds import KINDS
+from pipelines.text_to_image import read_index
 
 from ..config.run import DistillConfig, TeacherConfig
 

@@ -13,33 +13,31 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from pipelines import kinds
 from pipelines import text_to_image as t2i
 from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, in_float32, whole_copy
 from pipelines.common.errors import UserError
-from pipelines.common.identity import network_identity, pipeline_identity, tokens_identity, weights_sha256
+from pipelines.common.identity import weights_sha256
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, check_readout
-from pipelines.stock import StockPipeline
+from pipelines.kinds import Kind
 from pipelines.students import save_text_to_image
-from pipelines.text_to_image import Kind
 
 from ..cache import Encoded
 from ..command import sharded
-from ..config.data import TEXT_DATA, Captions, Prompts, TeacherSamples
+from ..config.data import TEXT_DATA
 from ..config.level_range import check_levels
 from ..config.networks import Lora, Network
 from ..config.run import DistillConfig, TeacherConfig
 from ..data.examples import Examples, evenly
-from ..data.sources import CaptionRows, PromptRows, image_batch, load_rows
 from ..engine.draws import derive_seed
 from ..objectives.base import Need
 from ..posteriors import UNetPosterior
 from ..posteriors.section import Posterior
 from . import base, teacher_folder
 from .base import Given, Learner, add_role, build_covariance, refuse, unit_noise
+from .encoding import encode
 
 U = TypeVar("U", UNet2DConditionModel, UNet2DModel)
-TextData = Prompts | Captions | TeacherSamples
-FORMAT = 2  # of what is encoded and how: a change of the rules below that changes the rows needs another number
 
 
 class Family(base.Family):
@@ -86,7 +84,7 @@ class Family(base.Family):
         kept = {kind.component, "scheduler"} | ({"vae"} if config.sample_every or config.evaluation else set())
         left_out = [k for k in index if not k.startswith("_") and k not in kept]
         self.pipe = t2i.load_pipeline(path, t2i.DTYPES[t.dtype], left_out, t.variant)
-        network = t2i.network_of(self.pipe)
+        network = kinds.network_of(self.pipe)
         base_weights = weights_sha256({kind.component: network})
         self.base = SharedNetwork(network, kind.anatomy(self.network_config, t.guidance_scale))
         guided = kind.guidance(self.network_config) == "null"
@@ -98,7 +96,7 @@ class Family(base.Family):
         if getattr(self.pipe, "vae", None) is not None:
             self.pipe.vae.to(self.device)  # type: ignore[arg-type]  # diffusers' wrapper of it hides its arguments
         self.facts = {
-            "family": t2i.family_name(self.pipe),
+            "family": kinds.family_name(self.pipe),
             "weights": "lora" if config.student.lora else kind.component,
             "readout_t": self.levels[0],
             **({"levels": self.levels} if len(self.levels) > 1 else {}),
@@ -244,7 +242,7 @@ class Family(base.Family):
 
     @classmethod
     def network_of(cls, path: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
-        return t2i.network_of(t2i.load_pipeline(teacher_folder(path), dtype, t2i.TEXT_AND_IMAGES, variant))
+        return kinds.network_of(t2i.load_pipeline(teacher_folder(path), dtype, t2i.TEXT_AND_IMAGES, variant))
 
     @classmethod
     def encoded(cls, config: DistillConfig | TeacherConfig, accelerator: Accelerator) -> Encoded:
@@ -334,7 +332,7 @@ class FurtherTeacher:
         encoded = family.encoded(config, accelerator)
         self.examples, self.latent_shape, self.null_condition = encoded.examples, encoded.shape, encoded.null
         self.pipeline = t2i.load_pipeline(source)
-        self.network = t2i.network_of(self.pipeline).requires_grad_(True).train()
+        self.network = kinds.network_of(self.pipeline).requires_grad_(True).train()
         self.denoiser = t2i.denoiser(self.pipeline, Whole(self.network, family.kind.anatomy(self.network.config, 1.0)))
         self.prompts = [encoded.prompts[i] for i in evenly(config.num_samples, len(encoded.prompts))]
         self.image_size = encoded.image_size
@@ -347,7 +345,7 @@ class FurtherTeacher:
         generator = torch.Generator().manual_seed(self.config.seed)
         options = {"height": self.image_size, "width": self.image_size, "num_inference_steps": 25, "output_type": "pt"}
         if self.config.guidance_scale is not None:
-            options["guidance_scale"] = t2i.kind_of(self.pipeline).stock_guidance(self.config.guidance_scale)
+            options["guidance_scale"] = kinds.kind_of(self.pipeline).stock_guidance(self.config.guidance_scale)
         drawn = self.pipeline(list(self.prompts), generator=generator, **options).images
         self.network.train()
         return drawn.float()
@@ -358,99 +356,3 @@ def pipeline_of(config: TeacherConfig) -> str:
     if config.pipeline is None:
         raise ValueError("pipeline: a teacher that is trained further needs one")
     return config.pipeline
-
-
-# Text and images -------------------------------------------------------------------------------------------------------
-
-
-def encode(source: str, data: TextData, folder: Path, accelerator: Accelerator, dtype: torch.dtype, **options: Any) -> Encoded:
-    """The rows of a data section behind a cache in `folder`; options: those of Encoder."""
-    rows = load_rows(data)
-    return Encoded(rows, Encoder(source, data, rows, accelerator.device, dtype, **options), folder, accelerator)
-
-
-class Encoder:
-    """See cache.Encoder. Noise depends on the row alone, so neither shards nor processes show."""
-
-    def __init__(
-        self,
-        source: str,
-        data: TextData,
-        rows: PromptRows,
-        device: torch.device,
-        dtype: torch.dtype,
-        negative_prompt: str | None = None,
-        variant: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.rows, self.data, self.device, self.seed, self.negative_prompt = rows, data, device, seed, negative_prompt
-        index = t2i.read_index(source)
-        self.kind = kind = t2i.kind_named(t2i.family_in(index, source))
-        left_out = (kind.component,) if not isinstance(data, TeacherSamples) else ()
-        self.pipe = pipe = t2i.load_pipeline(
-            source, dtype, left_out if isinstance(data, Captions) else (*left_out, "vae"), variant
-        )
-        # sizes come from the network and the VAE, whose configurations are at hand without their weights
-        self.config = t2i.network_config(source, kind)
-        factor = t2i.vae_factor(source)
-        pipe.vae_scale_factor = factor  # without its VAE a pipeline takes it for 8
-        self.shape = kind.latent_shape(self.config, factor, data.image_size)
-        self.image_size = self.shape[1] * factor
-        self.size = (self.image_size, self.image_size)
-        self.overlong, self.most_tokens = t2i.overlong(pipe, rows.prompts), kind.most_tokens(pipe)[1]
-        self.identity = identity_of(pipe, data, rows.prompts, self.image_size, dtype, seed)
-        pipe.to(device)
-
-    def null(self) -> Condition:
-        null = self.kind.null_condition(self.pipe, self.negative_prompt, self.device, self.config)
-        return {k: v.cpu() for k, v in null.items()}
-
-    def __call__(self, index: range) -> dict[str, Tensor]:
-        prompts = [self.rows.prompts[i] for i in index]
-        condition = self.kind.encode_prompts(self.pipe, prompts, self.size, self.device, self.config)
-        data = self.data
-        if isinstance(data, Prompts):
-            return condition
-        noise = torch.stack([self._noise(i) for i in index]).to(self.device)
-        if isinstance(self.rows, CaptionRows):
-            images, places = image_batch(self.rows, index, self.size[0])
-            condition = self.kind.placed(condition, places, self.size)
-            return condition | {"latents": t2i.encode_images(self.pipe.vae, images.to(self.device), noise)}
-        if not isinstance(data, TeacherSamples):
-            raise ValueError(f"data: {data.name!r} comes with images, and these rows have none")
-        latents = self.pipe(
-            prompts,
-            height=self.size[0],
-            width=self.size[1],
-            num_inference_steps=data.num_inference_steps,
-            guidance_scale=self.kind.stock_guidance(data.guidance_scale),
-            latents=self.kind.packed(noise).to(t2i.network_of(self.pipe).dtype),
-            output_type="latent",
-        ).images
-        return condition | {"latents": self.kind.unpacked(latents, self.shape).float()}
-
-    def _noise(self, row: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "cache", row))
-        return torch.randn(self.shape, generator=generator)
-
-
-def identity_of(
-    pipe: StockPipeline, data: TextData, prompts: list[str], image_size: int, dtype: torch.dtype, seed: int
-) -> dict[str, Any]:
-    """What encoded rows depend on besides the prompts and images themselves. Of the networks those that take part: of the VAE its
-    encoder, and only where there are images. The negative prompt is no part: the null condition is not in the cache.
-    """
-    images, samples = isinstance(data, Captions), isinstance(data, TeacherSamples)
-    kind, encoders = t2i.kind_of(pipe), t2i.TEXT_ENCODERS
-    found: dict[str, Any] = {"format": FORMAT, "kind": data.name, "dtype": str(dtype).removeprefix("torch.")}
-    found |= pipeline_identity(pipe, (*encoders, kind.component) if samples else encoders, scheduler=samples, call=samples)
-    found |= tokens_identity(pipe, prompts)
-    if images:
-        found |= network_identity("vae", pipe.vae, left_out=("decoder.", "post_quant_conv."))
-    if images or samples or kind.reads_size(pipe):
-        found["image_size"] = image_size
-    if images or samples:
-        found["seed"] = seed
-    if isinstance(data, TeacherSamples):
-        found |= {"steps": data.num_inference_steps, "guidance_scale": data.guidance_scale}
-    return found

@@ -30,7 +30,7 @@ from pipelines.stable_diffusion import KIND
 from pipelines.students import save_lora
 from pipelines.text_to_image import load_pipeline
 from trainers.config.data import Captions
-from trainers.families.text_to_image import encode
+from trainers.families.encoding import encode
 
 SOLVER_STEPS = 50  # of the DDIM grid between whose points the student is made consistent
 SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # of the boundary condition: f(x, 0) = x

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, from_tokens, to_tokens
-from pipelines.text_to_image import kind_named
+from pipelines.kinds import kind_named
 
 B, C, H, W, TOKENS = 2, 3, 6, 10, 11
 GUIDANCE = 3.5

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.testing import assert_close
 
+from pipelines import kinds
 from pipelines import text_to_image as t2i
 from pipelines.adapters import Whole
 from pipelines.common.errors import UserError
@@ -162,7 +163,7 @@ def test_weights_at_the_ends():
 def test_text_is_the_stock_pipelines(kind, ours, stock):
     """With the network left out, as when a cache is made: T5's zeros are then as wide as its settings say."""
     pipe, without = stock(kind), ours(kind, without=["transformer", "vae"])
-    own, options = t2i.kind_of(without), {"device": CPU, "num_images_per_prompt": 1}
+    own, options = kinds.kind_of(without), {"device": CPU, "num_images_per_prompt": 1}
     with torch.no_grad():
         if kind == "flux dev":
             embeds, pooled, _ = pipe.encode_prompt(PROMPTS, None, **options)
@@ -189,7 +190,7 @@ def test_text_of_different_lengths(ours, stock):
     pipe, without = stock("z-image"), ours("z-image", without=["transformer", "vae"])
     with torch.no_grad():
         rows, null = pipe.encode_prompt(list(PROMPTS), CPU)
-    own = t2i.kind_of(without)
+    own = kinds.kind_of(without)
     condition, nothing = own.encode_prompts(without, PROMPTS, (16, 16), CPU), own.null_condition(without, None, CPU)
     assert len({len(row) for row in rows}) == 3
     for i, row in enumerate(rows):
@@ -222,7 +223,7 @@ def test_one_step_of_the_stock_pipeline_is_x0(kind, w, ours, stock, randn):
     """From prompt to latents and image, to 1e-5 of the largest: SD3's own guidance on v is ours on x0; Flux dev is told w; the
     teacher's own scheduler does it too, whatever its shift."""
     mine, pipe, z = ours(kind), stock(kind), randn(3, 3, 8, 8).float()
-    own, config = t2i.kind_of(mine), pipe.transformer.config
+    own, config = kinds.kind_of(mine), pipe.transformer.config
     network = Whole(mine.transformer, own.anatomy(config, w))
     guided = own.guidance(config) == "null"
     null = own.null_condition(mine, None, CPU, config) if guided else None
@@ -244,7 +245,7 @@ def test_guidance_by_hand(ours, randn):
     """SD3: x0 of v_null + w (v - v_null) from two calls of the stock network, at any level."""
     mine, w = ours("sd3"), 3.7
     network = mine.transformer.double()
-    own, x, t = t2i.kind_of(mine), randn(3, 3, 6, 10), torch.tensor([1.0, 0.4, 0.05], dtype=torch.float64)
+    own, x, t = kinds.kind_of(mine), randn(3, 3, 6, 10), torch.tensor([1.0, 0.4, 0.05], dtype=torch.float64)
     condition = {"encoder_hidden_states": randn(3, 11, 40), "pooled_projections": randn(3, 22)}
     null = {k: v[0].flip(-1) for k, v in condition.items()}
     v = network(x, timestep=1000 * t, **condition).sample
@@ -258,7 +259,7 @@ def test_guidance_that_keeps_the_norm(ours, randn):
     """As Qwen-Image's pipeline has it, on packed tokens of 2x2 latents: comb |cond| / |comb| over the last axis."""
     mine, w = ours("sd3"), 3.7
     network = mine.transformer.double()
-    own, x, t = t2i.kind_of(mine), randn(3, 3, 6, 10), torch.tensor([1.0, 0.4, 0.05], dtype=torch.float64)
+    own, x, t = kinds.kind_of(mine), randn(3, 3, 6, 10), torch.tensor([1.0, 0.4, 0.05], dtype=torch.float64)
     condition = {"encoder_hidden_states": randn(3, 11, 40), "pooled_projections": randn(3, 22)}
     null = {k: v[0].flip(-1) for k, v in condition.items()}
 
@@ -289,7 +290,7 @@ def test_guidance_that_keeps_the_norm(ours, randn):
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_one_step_error(make, exact):
-    own = t2i.kind_named("sd3")
+    own = kinds.kind_named("sd3")
     error = t2i.steps_error(own, make(), Denoiser(None, RectifiedFlowSchedule(), "flow", 1.0), [1.0])
     assert error < 1e-6 if exact else error > 10 * ONE_STEP_TOLERANCE
 
@@ -310,13 +311,13 @@ FOUR = [1.0, 0.9, 0.75, 0.5]
     ],
 )
 def test_error_of_four_steps(make, exact):
-    error = t2i.steps_error(t2i.kind_named("flux"), make(), Denoiser(None, RectifiedFlowSchedule(), "flow", 1.0), FOUR)
+    error = t2i.steps_error(kinds.kind_named("flux"), make(), Denoiser(None, RectifiedFlowSchedule(), "flow", 1.0), FOUR)
     assert error < 1e-5 if exact else error > 10 * ONE_STEP_TOLERANCE
 
 
 def test_levels_of_students():
     """Even steps under the teacher's shift, of 1024 pixels where it depends on them; the stored scheduler makes them."""
-    own = t2i.kind_named("sd3")
+    own = kinds.kind_named("sd3")
     for options, expected in (
         ({"shift": 3.0}, FOUR),
         ({}, [1.0, 0.75, 0.5, 0.25]),
@@ -333,7 +334,7 @@ def test_scheduler_that_is_stored(tmp_path):
     """The teacher's shift is kept, what spoils a single step is not, also after a round trip to disk."""
     spoilt = {"shift": 3.0, "shift_terminal": 0.02, "use_karras_sigmas": True, "stochastic_sampling": True}
     teacher = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, **spoilt)
-    t2i.kind_named("sd3").student_scheduler(teacher, [1.0]).save_pretrained(tmp_path)
+    kinds.kind_named("sd3").student_scheduler(teacher, [1.0]).save_pretrained(tmp_path)
     stored = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
     assert stored.config.shift_terminal is None
     assert not stored.config.use_karras_sigmas
@@ -344,7 +345,7 @@ def test_scheduler_that_is_stored(tmp_path):
 
 def test_latent_shapes(ours):
     """Of square images at the network's own size or the one asked for; multiples of a square of latents."""
-    sd3, flux = t2i.kind_named("sd3"), t2i.kind_named("flux")
+    sd3, flux = kinds.kind_named("sd3"), kinds.kind_named("flux")
     config = {"in_channels": 16, "sample_size": 128, "patch_size": 2, "pos_embed_max_size": 192}
     assert sd3.latent_shape(config, 8, None) == (16, 128, 128)
     assert sd3.latent_shape(config, 8, 528) == (16, 66, 66)
@@ -358,7 +359,7 @@ def test_latent_shapes(ours):
 
 
 def test_packed_as_flux_packs(randn):
-    z, own = randn(2, 3, 8, 8), t2i.kind_named("flux")
+    z, own = randn(2, 3, 8, 8), kinds.kind_named("flux")
     assert torch.equal(own.packed(z), FluxPipeline._pack_latents(z, 2, 3, 8, 8))
     assert torch.equal(own.unpacked(own.packed(z), (3, 8, 8)), z)
 
@@ -444,16 +445,16 @@ def test_t5_that_is_not_asked_for(copied, stock):
     pipe, reference = t2i.load_pipeline(str(folder)), stock("sd3")
     reference.text_encoder_3 = None
     expected, *_ = reference.encode_prompt(PROMPTS, None, None, device=CPU, do_classifier_free_guidance=False)
-    found = t2i.kind_of(pipe).encode_prompts(pipe, PROMPTS, (16, 16), CPU)["encoder_hidden_states"]
+    found = kinds.kind_of(pipe).encode_prompts(pipe, PROMPTS, (16, 16), CPU)["encoder_hidden_states"]
     assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_registry():
     """Every kind that student.json may name has its own pipeline, and a module with the kind."""
-    pipelines = [entry.pipeline for entry in t2i.KINDS.values()]
+    pipelines = [entry.pipeline for entry in kinds.KINDS.values()]
     assert len(set(pipelines)) == len(pipelines)
-    for name, entry in t2i.KINDS.items():
-        assert t2i.family_of(entry.pipeline) == name
+    for name, entry in kinds.KINDS.items():
+        assert kinds.family_of(entry.pipeline) == name
         assert hasattr(__import__("diffusers"), entry.pipeline)
-        assert isinstance(t2i.kind_named(name), t2i.Kind)
-    assert t2i.family_of("PixArtSigmaPipeline") is None
+        assert isinstance(kinds.kind_named(name), kinds.Kind)
+    assert kinds.family_of("PixArtSigmaPipeline") is None
