@@ -64,9 +64,10 @@ class Anatomy(NamedTuple):
     call(network, x, time, condition, **options) -> an object whose .sample is (b, c', h, w), from x (b, c, h, w), time (b,) and a
     flat condition; last(network): the layer that puts out its result, itself, without adapters.
 
-    blocks: names of the classes of blocks that it repeats, where diffusers does not say. Of transformers, whose last layer is
-    linear and puts out tokens: side, each stands for side^2 latents of every channel, and by_channel(network): that layer, with
-    its outputs in the order (channel, row, column).
+    blocks: names of the classes of blocks that it repeats, where diffusers does not say; apart: of parts of them that it also calls
+    from outside, and which are therefore sharded by themselves. Of transformers, whose last layer is linear and puts out tokens:
+    side, each stands for side^2 latents of every channel, and by_channel(network): that layer, with its outputs in the order
+    (channel, row, column).
     """
 
     call: Callable[..., Any]
@@ -74,6 +75,7 @@ class Anatomy(NamedTuple):
     blocks: tuple[str, ...] = ()
     side: int = 1
     by_channel: Callable[[ModelMixin], nn.Module] | None = None
+    apart: tuple[str, ...] = ()
 
 
 class SharedNetwork:
@@ -125,8 +127,8 @@ class SharedNetwork:
         the inputs of one role finds nothing behind a shard (gradients would be None). From here on every call is collective.
         """
         adapters = {p for key, p in self.network.named_parameters() if of_adapters(key)}
-        units = (*self.network._repeated_blocks, "ResnetBlock2D")
-        for module in self.network.modules():
+        units = (*self.network._repeated_blocks, "ResnetBlock2D", *self.anatomy.apart)
+        for module in reversed(list(self.network.modules())):  # parts before what they are in
             if type(module).__name__ in units:
                 fully_shard(module, ignored_params=adapters)
         fully_shard(self.network, ignored_params=adapters)

@@ -28,7 +28,9 @@ class DiT(VariancePreserving):
     forgets_generator, loads_loras = True, False
 
     def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
-        return Anatomy(output, last_layer, ("BasicTransformerBlock",), config["patch_size"], by_channel)
+        # the embedding of time and class of the first block makes the last layer's scale and shift too
+        apart = ("CombinedTimestepLabelEmbeddings",)
+        return Anatomy(output, last_layer, ("BasicTransformerBlock",), config["patch_size"], by_channel, apart)
 
     def num_classes(self, config: Mapping[str, Any]) -> int:
         return config["num_embeds_ada_norm"]

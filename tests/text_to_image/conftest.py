@@ -5,6 +5,7 @@ knows diffusers alone.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from pipelines.adapters import Role
 from scripts.bench.parts import random_networks
 from trainers import distill
+from trainers.engine import checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KINDS = ("sd15", "sd21", "sdxl")
 PROMPTS = ["a cat", "a dog on a mat", "a red house"]
@@ -174,6 +177,48 @@ def distil(written):
         config = config | changes
         distill.main([*written(config), *overrides])
         return Path(config["output_dir"])
+
+    return run
+
+
+@pytest.fixture
+def launched(written, tmp_path):
+    """launched(config, config_file): trainers.distill in two processes on this CPU, as a configuration of ours says -> its
+    output_dir."""
+
+    def run(config: dict, config_file: str = "cpu_2.yaml") -> Path:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2"]
+        command += [f"--config_file={ROOT / 'configs' / 'accelerate' / config_file}", "-m", "trainers.distill", *written(config)]
+        environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        environment["HF_DATASETS_CACHE"] = str(tmp_path / "datasets")
+        how = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 400}
+        done = subprocess.run(command, env=os.environ | environment, **how)
+        assert done.returncode == 0, done.stderr[-4000:]
+        output = Path(config["output_dir"])
+        about = json.loads((output / "environment.json").read_text())
+        assert (about["processes"], about["sharded"]) == (2, config_file == "fsdp2.yaml")
+        return output
+
+    return run
+
+
+@pytest.fixture
+def whole_and_sharded(launched, tmp_path):
+    """whole_and_sharded(config): two processes with a copy of the weights each, and with a share; what they leave, and that it is
+    the same."""
+
+    def run(config: dict) -> list[Path]:
+        outputs = [
+            launched(config | {"output_dir": str(tmp_path / Path(file).stem)}, file) for file in ("cpu_2.yaml", "fsdp2.yaml")
+        ]
+        for file in ("networks", "optimizers"):
+            one, two = (
+                load_file(checkpoint.list_checkpoints(output / "checkpoints")[-1] / f"{file}.safetensors") for output in outputs
+            )
+            assert one.keys() == two.keys()
+            for key, value in one.items():
+                assert float((two[key] - value).abs().max()) <= 1e-3 * float(value.abs().max()), key
+        return outputs
 
     return run
 

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,28 +138,14 @@ def test_varflow_brings_the_student_nearer_to_the_data(kind, recipe, images, loa
     assert after < 0.85 * before
 
 
-def launched(arguments: list[str], tmp_path: Path, config_file: str = "cpu_2.yaml") -> subprocess.CompletedProcess:
-    """accelerate launch of two processes on this CPU, as a configuration of ours says."""
-    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "datasets")
-    file = ROOT / "configs" / "accelerate" / config_file
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={file}", "--num_processes=2"]
-    command += ["-m", "trainers.distill", *arguments]
-    how = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 400}
-    return subprocess.run(command, env=os.environ | environment, **how)
-
-
 @pytest.mark.slow
-def test_accelerate_launch_of_two_processes(recipe, images, loaded, tmp_path, distil, written):
+def test_accelerate_launch_of_two_processes(recipe, images, loaded, tmp_path, distil, launched):
     """The command as users give it. Two processes encode the images, learn as one, and end where one process does.
 
     Gradients of both are added in another order; 30 updates may amplify that, the distance to the data hardly notices.
     """
     config = varflow("sd15", recipe, images)
-    done = launched(written(config), tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    pair = Path(config["output_dir"])
-    assert json.loads((pair / "environment.json").read_text())["processes"] == 2
+    pair = launched(config)
     before, after = nearer(config, loaded)
     assert after < 0.85 * before
     shard = tmp_path / "encoded" / "shard_00000.safetensors"
@@ -177,45 +160,34 @@ def test_accelerate_launch_of_two_processes(recipe, images, loaded, tmp_path, di
 
 
 @pytest.fixture
-def sharded_run(recipe, tmp_path, written):
-    """sharded_run(objective, config_file, dtype) -> what two processes leave after two steps and a picture."""
+def two_steps(recipe, tmp_path):
+    """two_steps(objective, dtype): SDXL, with recomputed blocks and a picture on the way."""
 
-    def run(objective: str, config_file: str, dtype: str) -> Path:
+    def make(objective: str, dtype: str) -> dict:
         data = {"name": "prompts", "file": str(tmp_path / "prompts.txt"), "cache": str(tmp_path / "shared")}
         config = recipe(objective, "sdxl", steps=2, checkpoint_every=2, sample_every=2, num_samples=2, data=data)
         adam = ADAM | {"eps": 1e-2}  # a gradient that is little but rounding must not become a full step of random sign
         config |= {"student": {"lora": LORA, "optimizer": adam}, "objective": copy.deepcopy(config["objective"])}
         config["objective"]["fake_score" if objective == "diff_instruct" else "posterior"] |= {"lora": LORA, "optimizer": adam}
         config["teacher"]["dtype"] = dtype
-        output = tmp_path / Path(config_file).stem
-        config |= {"output_dir": str(output), "gradient_checkpointing": True}
-        done = launched(written(config), tmp_path, config_file)
-        assert done.returncode == 0, done.stderr[-4000:]
-        about = json.loads((output / "environment.json").read_text())
-        assert (about["processes"], about["sharded"]) == (2, config_file == "fsdp2.yaml")
-        return output
+        return config | {"gradient_checkpointing": True}
 
-    return run
+    return make
 
 
 @pytest.mark.slow
-def test_sharded_weights_do_not_show(sharded_run):
-    """FSDP2 on two processes, with recomputed blocks and a picture on the way, leaves what two processes without it leave."""
-    outputs = [sharded_run("diff_instruct", config_file, "float32") for config_file in ("cpu_2.yaml", "fsdp2.yaml")]
-    for file in ("networks", "optimizers"):
-        one, two = (load_file(last_checkpoint(output) / f"{file}.safetensors") for output in outputs)
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            assert float((two[key] - value).abs().max()) <= 1e-3 * float(value.abs().max()), key
+def test_sharded_weights_do_not_show(two_steps, whole_and_sharded):
+    """FSDP2 on two processes leaves what two processes without it leave, pictures too."""
+    outputs = whole_and_sharded(two_steps("diff_instruct", "float32"))
     pictures = [np.asarray(Image.open(output / "samples" / "step_00000002.png")).astype(int) for output in outputs]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert pictures[0].std() > 10
 
 
 @pytest.mark.slow
-def test_bfloat16_weights_are_sharded_below_float32_adapters(sharded_run):
+def test_bfloat16_weights_are_sharded_below_float32_adapters(two_steps, launched):
     """The two dtypes do not meet in one shard; the run ends with finite numbers and a student that loads."""
-    output = sharded_run("vardiu", "fsdp2.yaml", "bfloat16")
+    output = launched(two_steps("vardiu", "bfloat16"), "fsdp2.yaml")
     assert all(np.isfinite(list(line.values())).all() for line in lines(output / "metrics.jsonl"))
     adapter = load_file(output / "student" / "pytorch_lora_weights.safetensors")
     assert max(float(v.abs().max()) for k, v in adapter.items() if "lora_B" in k) > 0
