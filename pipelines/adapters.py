@@ -64,8 +64,8 @@ class Anatomy(NamedTuple):
     call(network, x, time, condition, **options) -> an object whose .sample is (b, c', h, w), from x (b, c, h, w), time (b,) and a
     flat condition; last(network): the layer that puts out its result, itself, without adapters.
 
-    blocks: names of the classes of blocks that it repeats, where diffusers does not say; apart: of parts of them that it also calls
-    from outside, and which are therefore sharded by themselves. Of transformers, whose last layer is linear and puts out tokens:
+    blocks: names of the classes of blocks that it repeats, where diffusers does not say; apart: of parts of them that it calls
+    from outside too, and which are sharded by themselves. Of transformers, whose last layer is linear and puts out tokens:
     side, each stands for side^2 latents of every channel, and by_channel(network): that layer, with its outputs in the order
     (channel, row, column).
     """
