@@ -22,11 +22,19 @@ from trainers.config import level_range as levels
 from trainers.config.networks import Lora
 
 SHAPE = {
-    "unet": {"cross_attention_dim": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    "family": "sd",
+    "network": {"cross_attention_dim": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
     | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
+    "text": {"encoder_hidden_states": (7, 16)},
     "dtype": torch.float32,
     "side": 8,
     "rank": 3,
+}
+TRANSFORMER = SHAPE | {
+    "family": "sd3",
+    "network": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 5, "out_channels": 5}
+    | {"joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 11, "pos_embed_max_size": 8},
+    "text": {"encoder_hidden_states": (7, 16), "pooled_projections": (11,)},
 }
 CPU = torch.device("cpu")
 
@@ -105,12 +113,13 @@ def test_a_grid_without_a_student(tmp_path, capsys):
     assert "holds no student" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shape", [SHAPE, TRANSFORMER], ids=["unet", "transformer"])
 @pytest.mark.parametrize("layout", ["ours", "three_copies"])
 @pytest.mark.parametrize("objective", ["vardiu", "diff_instruct", "varflow_k2"])
 @pytest.mark.slow
-def test_a_measured_step_is_a_training_step(objective, layout, fresh_accelerator, one_thread):
+def test_a_measured_step_is_a_training_step(objective, layout, shape, fresh_accelerator, one_thread):
     """It moves the adapters of every network of the objective, and nothing else."""
-    step = bench_step.our_step(SHAPE, objective, layout == "three_copies", CPU)
+    step = bench_step.our_step(shape, objective, layout == "three_copies", CPU)
     trainer = step.__self__
     before = {role: [p.detach().clone() for p in group] for role, group in trainer.parameters.items()}
     frozen = {n: p.detach().clone() for n, p in base_of(trainer).named_parameters() if ".lora_" not in n}
@@ -144,8 +153,9 @@ def test_the_lcm_update_trains(one_thread):
 
 
 def test_base_bytes_are_those_of_stable_diffusion():
-    """859.5 million weights of two bytes (the size that Stable Diffusion 1.5 is published with)."""
+    """859.5 million weights of two bytes (the size that Stable Diffusion 1.5 is published with); 2.24 billion of SD3.5-M."""
     assert bench_step.base_bytes("sd15") == pytest.approx(2 * 859.52e6, rel=1e-4)
+    assert bench_step.base_bytes("sd35") == pytest.approx(2 * 2.24e9, rel=5e-3)
 
 
 def test_configurations_of_the_text_benchmark_are_valid(tmp_path):
