@@ -32,7 +32,8 @@ from pipelines.common.errors import USER_ERRORS, UserError, message, shown
 from pipelines.common.launch import user_errors
 from pipelines.common.options import finite, path_option, whole
 from pipelines.edm import PointNet
-from pipelines.kinds import KINDS, kind_named, network_of
+from pipelines.kinds import KINDS, kind_named, kind_of, network_of
+from pipelines.peft_layers import layers_with_adapters
 from pipelines.students import find_student, read_info
 from pipelines.text_to_image import levels_of, overlong, steps_text
 
@@ -130,7 +131,9 @@ class Pair:
         if self.num_classes and not (isinstance(label, int) and 0 <= label < self.num_classes):
             raise UserError(f"class: {shown(label)}, expected a whole number from 0 to {self.num_classes - 1}")
         if self.has_scale:
-            network_of(self.student.pipe).set_adapters("student", lora_scale(scale))
+            strength = lora_scale(scale)
+            for layer in layers_with_adapters(network_of(self.student.pipe)).values():
+                layer.set_scale("student", strength)
         note = self._note(prompt) if self.takes_prompt else ""
         for sampler in (self.student, self.teacher):
             yield *timed(sampler, prompt, label, seed), note
@@ -138,7 +141,7 @@ class Pair:
     def _note(self, prompt: str) -> str:
         if not overlong(self.student.pipe, [prompt]):
             return ""
-        most = self.student.pipe.tokenizer.model_max_length
+        most = kind_of(self.student.pipe).most_tokens(self.student.pipe)[1]
         return f"The prompt is longer than the {most} tokens that are read; the rest is cut off."
 
 

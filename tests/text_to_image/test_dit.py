@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from pipelines.common.errors import UserError
 from pipelines.dit import KIND
 from pipelines.students import load_student
 from pipelines.text_to_image import encode_images
-from scripts import export_kohya
+from scripts import demo, export_kohya
 from trainers.config.run import DistillConfig
 from trainers.data.examples import to_unit
 from trainers.engine.draws import derive_seed
@@ -437,3 +438,20 @@ def test_recipes():
         config = yaml.safe_load(Path(f"configs/dit_{objective}.yaml").read_text())
         assert config["teacher"]["path"] == "facebook/DiT-XL-2-256"
         assert config["student"]["readout_t"] < 999
+
+
+def test_demo_draws_classes(recipe, build, tmp_path):
+    """Student and teacher of a class; the strength of the LoRA: 0 leaves the teacher's weights."""
+    made = randomised(build(recipe("diff_instruct")))
+    made.export(tmp_path / "student", made.facts | {"base_model": made.config.teacher.path})
+    given = {"prompt": [], "base_model": None, "teacher_steps": 2, "teacher_guidance": None, "dtype": "float32", "device": "cpu"}
+    pair = demo.load_pair(SimpleNamespace(student=str(tmp_path / "student"), **given))
+    assert (pair.num_classes, pair.takes_prompt, pair.has_scale) == (CLASSES, False, True)
+    (full, *_), (teacher, *_) = pair.draw(label=3, seed=1)
+    (none, *_), _ = pair.draw(label=3, seed=1, scale=0.0)
+    assert np.asarray(full).shape == (12, 12, 3)
+    bare = load_sampler(made.config.teacher.path, steps=1, guidance_scale=1.0)
+    bare.pipe.scheduler = load_student(tmp_path / "student").scheduler
+    assert np.array_equal(np.asarray(none), bare([0], 1, labels=[3])[0].permute(1, 2, 0).numpy())
+    assert not np.array_equal(np.asarray(full), np.asarray(none))
+    assert not np.array_equal(np.asarray(full), np.asarray(teacher))
