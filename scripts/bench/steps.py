@@ -4,8 +4,8 @@
                                    [--training-steps 160] [--guidance-scale 1.2] [--num-images N]
 
 Each is trained by configs/emoji_<objective>.yaml with student.steps, and with less guidance than there: every step is guided
-anew, and students of four steps come out too vivid with the quickstart's 1.5. Writes <output>/steps.json, medians of the seeds, and
-<output>/steps.png: the same prompts and noise in a row for each number of steps. Run again, it continues.
+anew, and students of four steps come out too vivid with the quickstart's 1.5. Writes <output>/steps.json, medians of the seeds,
+and <output>/steps.png: the same prompts and noise in a row for each number of steps. Run again, it continues.
 """
 
 from __future__ import annotations
