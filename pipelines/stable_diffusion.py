@@ -17,6 +17,7 @@ from .adapters import UNET, Anatomy
 from .common.errors import UserError
 from .kinds import family_name
 from .stock import StockPipeline
+from .up_half import call
 from .variance_preserving import VariancePreserving
 
 
@@ -30,10 +31,11 @@ class StableDiffusion(VariancePreserving):
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
         *("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
-    has_features = True
+    has_features = has_up_half = True
 
     def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
-        return UNET
+        # of its up blocks, parts that are called when the network itself is not
+        return UNET._replace(call=call, apart=("Transformer2DModel", "Upsample2D"))
 
     def feature_layers(self, network: Any) -> tuple[nn.Module, ...]:
         return network.mid_block, network.up_blocks[0]

@@ -54,6 +54,7 @@ class Decoder(Recomputing, nn.Module):
     conv_out: nn.Conv2d
     norm_out: nn.GroupNorm
     patch_size = 1
+    on_teacher_features = True
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True

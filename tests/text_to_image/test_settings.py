@@ -47,11 +47,6 @@ SHARED = {"network": "shared", "warmup_updates": 0, "optimizer": {"lr": 1e-3}}
         ("vardiu", "student.image_range=true", "student.image_range has no effect for a Stable Diffusion teacher; remove it"),
         (
             "vardiu",
-            f"objective.posterior={SHARED}",
-            "objective.posterior.network: 'shared' is for EDM teachers; set adapter, or a",
-        ),
-        (
-            "vardiu",
             f"objective.posterior={SHARED | {'network': 'copy'}}",
             "objective.posterior.network: 'copy' is for EDM teachers",
         ),

@@ -88,6 +88,9 @@ class Family(base.Family):
             takes = "an EDM teacher takes digits, parquet, hub or folder"
             raise UserError(f"data: {config.data.name!r} is for Stable Diffusion teachers; {takes}")
         super().check(config)
+        posterior = getattr(config.objective, "posterior", None)
+        if posterior is not None and posterior.network == "shared" and posterior.lora != Lora():
+            raise UserError(f"objective.posterior.lora has no effect for {cls.called} with network=shared; remove it")
         if not config.objective.built.needs_data:
             refuse(f"{cls.called} and objective {config.objective.name!r}, which need no data", {"data": config.data})
 

@@ -21,6 +21,7 @@ from pipelines.common.identity import weights_sha256
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, check_readout
 from pipelines.kinds import Kind
 from pipelines.students import save_text_to_image
+from pipelines.up_half import UpHalf, layers_of
 
 from ..cache import Encoded
 from ..command import sharded
@@ -146,13 +147,14 @@ class Family(base.Family):
 
     @classmethod
     def refusal(cls, need: Need) -> str | None:
-        if need.what != "posterior" or need.value == "adapter":
+        if need.what != "posterior" or need.value == "adapter" or (need.value == "shared" and cls.kind.has_up_half):
             return super().refusal(need)
         if not isinstance(need.value, Network):
             kind = repr(need.value) if isinstance(need.value, str) else "a section of this kind"
+            whose = "EDM teachers" if kind != "'shared'" else "EDM and Stable Diffusion teachers"
             return (
-                f"{need.key}: {kind} is for EDM teachers; set adapter, or a section "
-                "{channels: ..., channel_mult: [...]} for a small network of its own"
+                f"{need.key}: {kind} is for {whose}; set adapter, or a section {{channels: ..., channel_mult: [...]}} for a "
+                "small network of its own"
             )
         for key in ("patch_size", "dropout"):
             if getattr(need.value, key) != Network.model_fields[key].default:
@@ -189,13 +191,19 @@ class Family(base.Family):
         p = section
         covariance = build_covariance(p, self.config.seed, self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
-        network: AdapterHead | SmallUNet
-        if isinstance(p.network, Network):
+        network: AdapterHead | SmallUNet | UpHalf
+        if p.network == "shared":
+            layers = layers_of(self.base.network, tuple(p.lora.targets or self.kind.layers))
+            if not layers:
+                raise UserError(f"objective.posterior.lora.targets: none of {p.lora.targets} is a layer of the up blocks")
+            lora = p.lora.model_copy(update={"targets": layers})
+            network = UpHalf(add_role(self.base, "aux", lora, layers, self.config.seed), out_channels)
+        elif isinstance(p.network, Network):
             network = self.small_network(p.network, out_channels, derive_seed(self.config.seed, "init", "posterior"))
         else:
             network = AdapterHead(add_role(self.base, "aux", p.lora, self.kind.layers, self.config.seed), out_channels)
         posterior = UNetPosterior(network, covariance, self.teacher.sigma_data, with_mean, self.teacher.parameterization)
-        if with_mean and isinstance(network, AdapterHead):
+        if with_mean and not isinstance(network, SmallUNet):
             posterior.start_mean(network.replaced)
         return posterior
 

@@ -26,10 +26,11 @@ PosteriorNetwork = Annotated[
 
 
 class Posterior(Strict):
-    # shared: a decoder of its own on the teacher's frozen encoder (EDM); adapter: LoRA and a last layer of its own on the
-    # teacher's frozen weights (text-to-image); copy: the teacher's network, copied; or a section: one from scratch
+    # shared: on the teacher's frozen encoder, a decoder of its own (EDM), or LoRA on the teacher's own (Stable Diffusion);
+    # adapter: LoRA and a last layer of its own on all of the teacher's frozen weights; copy: the teacher's network, copied (EDM);
+    # or a section: one from scratch
     network: PosteriorNetwork = "shared"
-    lora: Lora = Lora()  # adapter only
+    lora: Lora = Lora()  # where it is an adapter
     covariance: CovarianceName = "linear"
     rank: PositiveInt = 8  # lowrank only: correlated directions
     block: PositiveInt | None = None  # learned only: side of a block; None: the largest of 4, 2, 1 that divides both sides
@@ -41,8 +42,8 @@ class Posterior(Strict):
 
     @model_validator(mode="after")
     def _options_fit_the_covariance(self):
-        if self.lora != Lora() and self.network != "adapter":
-            raise ValueError("lora has no effect unless network=adapter; remove it")
+        if self.lora != Lora() and self.network not in ("adapter", "shared"):
+            raise ValueError("lora has no effect unless network=adapter, or shared with Stable Diffusion; remove it")
         for key, covariance in (("rank", "lowrank"), ("block", "learned"), ("flow", "flow")):
             if getattr(self, key) != type(self).model_fields[key].default and self.covariance != covariance:
                 raise ValueError(f"{key} has no effect with covariance={self.covariance!r}; remove it (it is for {covariance})")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.denoiser import Condition, Parameterization
-from pipelines.edm.features import Decoder, Features
+from pipelines.edm.features import Features
 from pipelines.noise import Level
 from pipelines.preconditioning import make_preconditioner
+from pipelines.up_half import UpInputs
 
 from .density import Covariance, Density
 
@@ -30,7 +31,7 @@ class PosteriorOutput(NamedTuple):
 class UNetPosterior(nn.Module):
     """network: what turns x_t into `num_channels` maps (b, num_channels, h, w). One of
 
-    - a second decoder on the teacher's encoder, whose features `forward` is then given;
+    - a second decoder on the teacher's encoder, or an adapter on the teacher's own (UpHalf), whose features `forward` is given;
     - an AdapterHead on the teacher's weights, a copy of the teacher's network or one from scratch, which see x_t as
       `parameterization` says: with "edm" it fits any schedule.
 
@@ -58,7 +59,7 @@ class UNetPosterior(nn.Module):
         self.network, self.covariance = network, covariance
         self.preconditioner = make_preconditioner(parameterization, sigma_data)
         self.num_means = expected - covariance.num_maps
-        self.on_teacher_features = isinstance(network, Decoder)
+        self.on_teacher_features = getattr(network, "on_teacher_features", False)
 
     @staticmethod
     def num_channels(covariance: Covariance, with_mean: bool) -> int:
@@ -82,7 +83,7 @@ class UNetPosterior(nn.Module):
         x_t: Tensor,
         level: Level,
         condition: Condition = None,
-        features: Features | None = None,
+        features: Features | UpInputs | None = None,
         z: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> PosteriorOutput:
@@ -97,7 +98,7 @@ class UNetPosterior(nn.Module):
         return PosteriorOutput(log_q, sample, log_q_z, x0_mean)
 
     def density(
-        self, x_t: Tensor, level: Level, condition: Condition = None, features: Features | None = None
+        self, x_t: Tensor, level: Level, condition: Condition = None, features: Features | UpInputs | None = None
     ) -> tuple[Density, Tensor]:
         """q(. | x_t), and the maps (b, c or 0, h, w) that the preconditioner turns into x0_mean."""
         if self.on_teacher_features:

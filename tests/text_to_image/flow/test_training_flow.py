@@ -292,7 +292,7 @@ REFUSED = {
         "sd3",
         "vardiu",
         "objective.posterior={network: shared, warmup_updates: 0, optimizer: {lr: 1e-3}}",
-        "objective.posterior.network: 'shared' is for EDM teachers; set adapter",
+        "objective.posterior.network: 'shared' is for EDM and Stable Diffusion teachers; set adapter",
     ),
     "guidance of schnell": (
         "flux schnell",
