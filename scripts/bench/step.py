@@ -10,6 +10,7 @@ seconds: the median over turns. peak_bytes: the most memory of the process (of t
 device, where there is one) less what it held before the first network was made. base: one frozen copy of the network's weights.
 
     ours          trainers.distill's step: adapters on one network
+    shared        the same with the posterior on the teacher's encoder (posterior.network: shared), of U-Nets
     three_copies  the same with a network each for teacher, student and posterior or fake score, as other repositories hold them;
                   Diff-Instruct as they run it, in two phases with a student call each
     lcm_update    what diffusers' LCM-LoRA example does for each step: teacher twice, student twice, two networks
@@ -43,6 +44,7 @@ from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.kinds import kind_named
+from pipelines.up_half import UpHalf, layers_of
 from trainers.config.networks import Lora
 from trainers.config.run import DistillConfig
 from trainers.data.examples import Tensors
@@ -81,7 +83,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 # half of its depth, for machines that do not hold three copies
 SHAPES["sd35_half"] = SHAPES["sd35"] | {"network": SD35 | {"num_layers": 12, "dual_attention_layers": tuple(range(7))}}
 BATCH = {"vardiu": 1, "diff_instruct": 1, "varflow": 16, "varflow_k2": 2}
-LAYOUTS = {"vardiu": ("ours", "three_copies", "lcm_update"), "diff_instruct": ("ours", "three_copies", "lcm_update")}
+LAYOUTS = {"vardiu": ("ours", "shared", "three_copies", "lcm_update"), "diff_instruct": ("ours", "three_copies", "lcm_update")}
 LAYOUTS |= {"varflow": ("ours",), "varflow_k2": ("ours",)}
 GUIDANCE = 7.5
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -119,7 +121,15 @@ class RandomModels:
 
     def posterior(self, section: Any, with_mean: bool) -> UNetPosterior:
         covariance = COVARIANCES["learned"](self.latent_shape)
-        head = AdapterHead(self._role("aux"), UNetPosterior.num_channels(covariance, with_mean))
+        out_channels = UNetPosterior.num_channels(covariance, with_mean)
+        head: AdapterHead | UpHalf
+        if section.network == "shared":
+            layers = layers_of(self.base.network, self.kind.layers)
+            rank = section.lora.rank
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+            head = UpHalf(self.base.add_adapter("aux", config), out_channels)
+        else:
+            head = AdapterHead(self._role("aux"), out_channels)
         posterior = UNetPosterior(head, covariance, 1.0, with_mean, self.prediction)
         posterior.start_mean(head.replaced)
         return posterior
@@ -134,8 +144,9 @@ def random_network(shape: dict[str, Any], device: torch.device) -> ModelMixin:
     return network
 
 
-def our_step(shape: dict[str, Any], objective: str, copies: bool, device: torch.device) -> Callable[[], None]:
+def our_step(shape: dict[str, Any], objective: str, layout: str, device: torch.device) -> Callable[[], None]:
     """One step of trainers.distill on random weights: draws, losses, backward passes, AdamW and EMA."""
+    copies = layout == "three_copies"
     vp = shape["family"] == "sd"
     adam, low, high = {"lr": 1e-5}, *((20, 980) if vp else (0.02, 0.98))
     levels = {"name": "uniform", "low": low, "high": high}
@@ -147,7 +158,10 @@ def our_step(shape: dict[str, Any], objective: str, copies: bool, device: torch.
             "pool": "own",
             "noise_draws": 1,
             "regression_weighting": "snr" if vp else "edm",
-            "posterior": {"network": "adapter", "lora": lora, "covariance": "learned", "warmup_updates": 0, "optimizer": adam},
+            "posterior": {
+                **{"network": "shared" if layout == "shared" else "adapter", "lora": lora, "covariance": "learned"},
+                **{"warmup_updates": 0, "optimizer": adam},
+            },
         },
         "diff_instruct": {
             "name": "diff_instruct",
@@ -217,7 +231,7 @@ def worker(pipe: Connection, name: str, objective: str, layout: str, threads: in
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, before = SHAPES[name], memory(device)
-    step = lcm_step(shape, device) if layout == "lcm_update" else our_step(shape, objective, layout == "three_copies", device)
+    step = lcm_step(shape, device) if layout == "lcm_update" else our_step(shape, objective, layout, device)
     while pipe.recv():
         start = time.perf_counter()
         step()
@@ -288,8 +302,8 @@ def main() -> None:
         print(f"\n{name}: {base_bytes(name) / 2**30:.2f} GiB of weights, {SHAPES[name]['dtype']}", flush=True)
         for objective in args.objectives:
             known = [layout for layout in LAYOUTS[objective] if layout in args.layouts]
-            if SHAPES[name]["family"] != "sd":
-                known = [layout for layout in known if layout != "lcm_update"]  # of noise prediction alone
+            if SHAPES[name]["family"] != "sd":  # these are of U-Nets that predict noise
+                known = [layout for layout in known if layout not in ("shared", "lcm_update")]
             numbers = measure(
                 name, objective, known, args.repeats if BATCH[objective] < 16 else min(1, args.repeats), args.threads
             )

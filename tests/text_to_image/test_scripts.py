@@ -114,12 +114,14 @@ def test_a_grid_without_a_student(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shape", [SHAPE, TRANSFORMER], ids=["unet", "transformer"])
-@pytest.mark.parametrize("layout", ["ours", "three_copies"])
+@pytest.mark.parametrize("layout", ["ours", "shared", "three_copies"])
 @pytest.mark.parametrize("objective", ["vardiu", "diff_instruct", "varflow_k2"])
 @pytest.mark.slow
 def test_a_measured_step_is_a_training_step(objective, layout, shape, fresh_accelerator, one_thread):
     """It moves the adapters of every network of the objective, and nothing else."""
-    step = bench_step.our_step(shape, objective, layout == "three_copies", CPU)
+    if layout == "shared" and (objective != "vardiu" or shape is TRANSFORMER):
+        pytest.skip("of the posterior of U-Nets")
+    step = bench_step.our_step(shape, objective, layout, CPU)
     trainer = step.__self__
     before = {role: [p.detach().clone() for p in group] for role, group in trainer.parameters.items()}
     frozen = {n: p.detach().clone() for n, p in base_of(trainer).named_parameters() if ".lora_" not in n}
