@@ -227,11 +227,11 @@ class Role(nn.Module):
     def shared(self) -> SharedNetwork:
         return self._shared[0]
 
-    def forward(self, x: Tensor, time: Tensor, return_features: bool = False, **condition: Tensor) -> Any:
-        """(b, c', h, w); with return_features, which the network must know, its whole output."""
+    def forward(self, x: Tensor, time: Tensor, return_features: Any = False, **condition: Tensor) -> Any:
+        """(b, c', h, w); with return_features, which the network's `call` must know, its whole output."""
         with self.shared.running(self.name) as network:
             if return_features:
-                return self.shared.anatomy.call(network, x, time, condition, return_features=True)
+                return self.shared.anatomy.call(network, x, time, condition, return_features=return_features)
             return self.shared.anatomy.call(network, x, time, condition).sample
 
     def reading_out(self) -> AbstractContextManager[None]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .adapters import Role, in_float32, last_layer, output
+from .denoiser import AllSeen, Condition, Denoiser
+from .noise import Level
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,37 @@ class UpInputs:
 
 
 def call(
-    network: ModelMixin, x: Tensor, time: Tensor, condition: Mapping[str, Tensor], return_features: bool = False, **options: Any
+    network: ModelMixin,
+    x: Tensor,
+    time: Tensor,
+    condition: Mapping[str, Tensor],
+    return_features: bool | Literal["only"] = False,
+    **options: Any,
 ) -> Any:
-    """As adapters.output; with return_features the result has `features`, an UpInputs, beside its sample."""
+    """As adapters.output; with return_features the result has `features`, an UpInputs, beside its sample. "only": the way up is
+    not run, and there is no sample.
+    """
     if not return_features:
         return output(network, x, time, condition, **options)
     seen: list[dict[str, Any]] = []
+    sample = None
     with ExitStack() as hooks:
         for block in network.up_blocks:
             hook = block.register_forward_pre_hook(lambda module, args, given: seen.append(dict(given)), with_kwargs=True)
             hooks.callback(hook.remove)
+            if return_features == "only":  # each block hands on what it was given
+                block.forward = lambda hidden_states, **given: hidden_states
+                hooks.callback(block.__dict__.pop, "forward")
+        if return_features == "only":
+            hooks.callback(network.conv_norm_out.register_forward_pre_hook(_stop).remove)
+            hooks.enter_context(suppress(AllSeen))
         sample = output(network, x, time, condition, **options).sample
     inputs = [given.pop("hidden_states") for given in seen]
     return SimpleNamespace(sample=sample, features=UpInputs(inputs[0], tuple(seen)))
+
+
+def _stop(module: nn.Module, args: Any) -> None:
+    raise AllSeen
 
 
 def layers_of(network: nn.Module, endings: tuple[str, ...]) -> list[str]:
@@ -99,3 +120,35 @@ class UpHalf(nn.Module):
             h = network.conv_act(self.norm(h.to(self.norm.weight.dtype)))
         with in_float32(self.conv_out):
             return self.conv_out(h.to(self.conv_out.weight.dtype))
+
+
+class WayDown(nn.Module):
+    """What a denoiser's network hands to its way up, of one call without guidance and without a graph."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    @torch.no_grad()
+    def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> UpInputs:
+        """x_t (b, c, h, w) -> what an UpHalf reads."""
+        how = True if self.denoiser.collective else "only"  # the weights of a sharded network are given back at its end
+        options = (condition or {}) | {"return_features": how}
+        return self.denoiser.network(*self.denoiser.preconditioner.inputs(x_t, level), **options).features
+
+
+class UpDenoiser(nn.Module):
+    """A score network on the teacher's features: x0 (b, c, h, w) in float32. It starts as the teacher without guidance."""
+
+    on_teacher_features = True
+
+    def __init__(self, half: UpHalf, teacher: Denoiser) -> None:
+        super().__init__()
+        self.way_up, self.preconditioner = half, teacher.preconditioner
+        with torch.no_grad():
+            for mine, theirs in zip(half.conv_out.parameters(), half.replaced.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    def forward(self, x_t: Tensor, level: Level, features: UpInputs) -> Tensor:
+        """features: of x_t at this level."""
+        return self.preconditioner.x0(self.way_up(features), x_t, level)

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipelines import stable_diffusion as sd
-from pipelines.adapters import SharedNetwork
+from pipelines.adapters import SharedNetwork, Whole
 from pipelines.common.config import load_config
 from pipelines.denoiser import Denoiser
+from pipelines.peft_layers import of_adapters, own_name
 from pipelines.up_half import UpHalf, layers_of
 from trainers.config.run import DistillConfig
+from trainers.engine.draws import DrawSource
 from trainers.families import family_for
+from trainers.objectives.diff_instruct import DiffInstruct
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -195,3 +198,86 @@ def test_refused(recipe, tmp_path):
     made = family_for(parsed)(parsed, Accelerator())
     with pytest.raises(ValueError, match=r"lora\.targets: none of \['to_w'\] is a layer of the up blocks"):
         made.posterior(parsed.objective.posterior, with_mean=True)
+
+
+# The fake score of Diff-Instruct ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_down_alone(kind, base, given, fill):
+    """What the way up reads, without running it: the same bits, and the network is as it was."""
+    network = base(kind)
+    shared, half = halves_of(network, fill)
+    x, t, condition = given(kind)
+    whole = shared.teacher()(x, t, return_features=True, **condition)
+    ran = []
+    hook = network.up_blocks[0].resnets[0].register_forward_hook(lambda *args: ran.append(args))
+    alone = shared.teacher()(x, t, return_features="only", **condition)
+    hook.remove()
+    assert alone.sample is None
+    assert not ran
+    assert torch.equal(half(alone.features), half(whole.features))
+    assert torch.equal(shared.teacher()(x, t, **condition), whole.sample)
+
+
+def shared_fake(config: dict, **more) -> dict:
+    fake = config["objective"]["fake_score"] | {"network": "shared", "lora": LORA} | more
+    return config | {"objective": config["objective"] | {"fake_score": fake}}
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fake_score_on_the_teachers_features(kind, joint, recipe, written, distil, randn):
+    """It begins as the teacher without guidance, wherever its features come from; a run counts what it calls."""
+    config = shared_fake(recipe("diff_instruct", kind), updates=2, warmup_updates=1)
+    config["objective"]["joint"] = joint
+    parsed = load_config(DistillConfig, written(config)[1], [])
+    made = family_for(parsed)(parsed, Accelerator())
+    objective = parsed.objective.build(made, 3)
+    x_t, level = randn(2, 4, 8, 8).float(), made.teacher.schedule.level(torch.tensor([700, 30]))
+    condition = made.condition(torch.arange(2))
+    with torch.no_grad():
+        _, features = made.teacher(x_t, level, condition, return_features=True)
+        own = Denoiser(made.base.teacher(), made.teacher.schedule, made.teacher.parameterization, 1.0)(x_t, level, condition)
+        assert_close(objective.fake(x_t, level, condition, features), own, rtol=1e-4, atol=1e-4)
+        assert_close(objective.fake(x_t, level, condition), own, rtol=1e-4, atol=1e-4)
+    output = distil(config)
+    info = json.loads((output / "student" / "student.json").read_text())
+    alone = 3 * (1 if joint else 2) + 1  # updates of the fake score by itself, with that of the warm-up
+    assert info["calls"]["way_down"] == alone * 4
+    assert info["calls"]["teacher"] == 3 * 4 * 2
+    assert info["calls"]["fake_score"] == (alone + 3) * 4
+
+
+@pytest.mark.slow
+def test_the_students_gradient_is_that_of_a_separate_network(recipe, written):
+    """Diff-Instruct's joint loss against the same with a deep copy in the place of the shared one."""
+    parsed = load_config(DistillConfig, written(shared_fake(recipe("diff_instruct", "sdxl")))[1], [])
+    made = family_for(parsed)(parsed, Accelerator())
+    objective = parsed.objective.build(made, 3)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in [p for network in objective.networks.values() for p in network.parameters() if p.requires_grad]:
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    draws = DrawSource(0, 4, (4, 8, 8), torch.device("cpu"), made.examples)
+    (draw,) = draws.batch(("step", 0), 0.0)
+    student = [p for p in objective.student.parameters() if p.requires_grad]
+    parts = list(objective.joint_loss(draw))
+    mine = torch.autograd.grad(parts[1].loss.sum(), student)
+    half = objective.fake_score.way_up
+    copied = copy.deepcopy(made.base.network).requires_grad_(False)
+    weights = dict(half.role.named_parameters())
+    separate = UNet2DConditionModel.from_config(copied.config)
+    separate.load_state_dict({own_name(k): v for k, v in copied.state_dict().items() if not of_adapters(k)})
+    separate.add_adapter(LoraConfig(r=4, lora_alpha=2.0, target_modules=layers_of(separate, sd.KIND.layers)), "own")
+    with torch.no_grad():
+        for name, p in separate.named_parameters():
+            if ".own." in name:
+                p.copy_(weights["adapter." + name.replace(".own.", ".")])
+        for theirs, own in zip(separate.conv_out.parameters(), half.conv_out.parameters(), strict=True):
+            theirs.copy_(own)
+    fake = Denoiser(Whole(separate, sd.KIND.anatomy(separate.config, 1.0)), made.teacher.schedule, "epsilon", 1.0)
+    other = DiffInstruct(objective.student, made.teacher, fake, objective.levels, objective.fake_levels, "dmd", "snr", joint=True)
+    theirs = torch.autograd.grad(list(other.joint_loss(draw))[1].loss.sum(), student)
+    for a, b in zip(mine, theirs, strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))

@@ -21,7 +21,7 @@ from pipelines.common.identity import weights_sha256
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, check_readout
 from pipelines.kinds import Kind
 from pipelines.students import save_text_to_image
-from pipelines.up_half import UpHalf, layers_of
+from pipelines.up_half import UpDenoiser, UpHalf, layers_of
 
 from ..cache import Encoded
 from ..command import sharded
@@ -61,6 +61,7 @@ class Family(base.Family):
         """The family of a kind of teachers."""
         keys = (*(("readout_t",) if kind.any_readout else ()), "steps", "inputs", "lora")
         own = {"kind": kind, "called": kind.called, "component": kind.component, "student_keys": keys}
+        own["gives"] = (*cls.gives, *(("way_up",) if kind.has_up_half else ()))
         return type(f"{type(kind).__name__}Family", (cls,), own)
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
@@ -179,8 +180,19 @@ class Family(base.Family):
             return Whole(whole_copy(self.base.network), self.base.anatomy)
         return add_role(self.base, name, lora, self.kind.layers, self.config.seed)
 
-    def fake_score(self, section: Any) -> Denoiser:
+    def fake_score(self, section: Any) -> Denoiser | UpDenoiser:
+        if section.network == "shared":
+            half = self.up_half(section.lora or Lora(), self.latent_shape[0], "objective.fake_score.lora.targets")
+            return UpDenoiser(half, self.teacher)
         return t2i.denoiser(self.pipe, self._role("aux", section.lora))
+
+    def up_half(self, lora: Lora, out_channels: int, key: str) -> UpHalf:
+        """The way up of the teacher's U-Net under an adapter of its own. key: of the adapter's targets, in messages."""
+        layers = layers_of(self.base.network, tuple(lora.targets or self.kind.layers))
+        if not layers:
+            raise UserError(f"{key}: none of {lora.targets} is a layer of the up blocks")
+        adapter = lora.model_copy(update={"targets": layers})
+        return UpHalf(add_role(self.base, "aux", adapter, layers, self.config.seed), out_channels)
 
     def features(self) -> FeatureMaps:
         """Without guidance: x_t of either side is compared under its own condition."""
@@ -193,11 +205,7 @@ class Family(base.Family):
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         network: AdapterHead | SmallUNet | UpHalf
         if p.network == "shared":
-            layers = layers_of(self.base.network, tuple(p.lora.targets or self.kind.layers))
-            if not layers:
-                raise UserError(f"objective.posterior.lora.targets: none of {p.lora.targets} is a layer of the up blocks")
-            lora = p.lora.model_copy(update={"targets": layers})
-            network = UpHalf(add_role(self.base, "aux", lora, layers, self.config.seed), out_channels)
+            network = self.up_half(p.lora, out_channels, "objective.posterior.lora.targets")
         elif isinstance(p.network, Network):
             network = self.small_network(p.network, out_channels, derive_seed(self.config.seed, "init", "posterior"))
         else:

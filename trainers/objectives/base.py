@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipelines.common.strict import Strict
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, Start
 from pipelines.noise import Level, Schedule, Weight, score
+from pipelines.up_half import UpDenoiser
 
 from ..config.levels import Levels, LevelSampler, Use
 from ..config.networks import Optimizer
@@ -84,15 +85,15 @@ class Objective(Protocol):
         """By name, what else a checkpoint must keep."""
 
 
-Asked = Literal["lora", "network", "augment", "posterior", "condition_vector", "features_of"]
+Asked = Literal["lora", "network", "way_up", "augment", "posterior", "condition_vector", "features_of"]
 
 
 class Need(NamedTuple):
     """What a configuration asks of the teacher's family, by its key; a value of None, False or 0 asks for nothing.
 
-    lora, network: a second score network as an adapter on the teacher's weights, or as a new one of that section; augment: one
-    that can be told of augmentations; posterior: a posterior's network; condition_vector: conditions that say something;
-    features_of: maps of another trained network, at a path.
+    lora, network, way_up: a second score network as an adapter on the teacher's weights, as a new one of that section, or as an
+    adapter on the way up of the teacher's U-Net; augment: one that can be told of augmentations; posterior: a posterior's
+    network; condition_vector: conditions that say something; features_of: maps of another trained network, at a path.
     """
 
     key: str
@@ -110,7 +111,7 @@ class Parts(Protocol):
     latent_shape: tuple[int, int, int]
     num_classes: int  # of a class-conditional teacher, else 0
 
-    def fake_score(self, section: Any) -> Denoiser:
+    def fake_score(self, section: Any) -> Denoiser | UpDenoiser:
         """A score network that starts as the teacher; section: its `lora`, `network` and `augment`."""
         raise NotImplementedError
 

@@ -4,7 +4,8 @@
 
 The baseline of both VarDiU and VarFlow. Two phases a step: the fake score (denoising, `fake_updates` times), the student. With
 `joint` they learn from the same noised samples in one phase (after fake_updates - 1 of the fake score alone), which takes one
-call of the student and one of the fake score less.
+call of the student and one of the fake score less. A fake score that is `shared` reads what the teacher's own call has made at
+the same x_t, and costs a network's way up; where it learns alone, the teacher's way down is run for it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipelines.common.strict import PositiveInt, Strict
-from pipelines.denoiser import Denoiser, FewStepGenerator
+from pipelines.denoiser import Condition, Denoiser, FewStepGenerator
 from pipelines.noise import Level, Weight, add_noise, score, weight
+from pipelines.up_half import UpDenoiser, UpInputs, WayDown
 
 from ..config.level_range import sampler
 from ..config.levels import Levels, LevelSampler, Use
@@ -51,7 +53,7 @@ class DiffInstruct:
         self,
         student: FewStepGenerator,
         teacher: Denoiser,
-        fake_score: Denoiser,
+        fake_score: Denoiser | UpDenoiser,
         levels: LevelSampler,
         fake_levels: LevelSampler,
         weighting: Weight = "sigma2",
@@ -64,6 +66,8 @@ class DiffInstruct:
         self.networks: dict[str, nn.Module] = {"student": student, "fake_score": fake_score}
         self.state: dict[str, Tensor] = {}
         self.frozen: dict[str, nn.Module] = {"teacher": teacher}
+        if isinstance(fake_score, UpDenoiser):
+            self.frozen["way_down"] = WayDown(teacher)
         self.student, self.teacher, self.fake_score = student, teacher, fake_score
         self.levels, self.fake_levels = levels, fake_levels
         self.weighting, self.fake_weighting, self.fake_augment = weighting, fake_weighting, fake_augment
@@ -82,8 +86,21 @@ class DiffInstruct:
             x0, labels = augment(x0, draw.normal("augment", NUMBERS), self.fake_augment)
             condition = (condition or {}) | {"augment_labels": labels}
         level = sample_level(draw.u, self.fake_levels, draw.progress, self.teacher.schedule)
-        x0_hat = self.fake_score(add_noise(x0, draw.eps, level), level, condition)
+        x0_hat = self.fake(add_noise(x0, draw.eps, level), level, condition)
         return LossTerms(self.fake_loss(x0_hat, x0, level), {})
+
+    def fake(self, x_t: Tensor, level: Level, condition: Condition, features: UpInputs | None = None) -> Tensor:
+        """x0 of the fake score at x_t (b, c, h, w); features: the teacher's there, if it has been called."""
+        if not isinstance(self.fake_score, UpDenoiser):
+            return self.fake_score(x_t, level, condition)
+        return self.fake_score(x_t, level, self.frozen["way_down"](x_t, level, condition) if features is None else features)
+
+    @torch.no_grad()
+    def read_teacher(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor | None, UpInputs | None]:
+        """Its x0 and features, of a fake score that needs them before; else nothing yet."""
+        if not isinstance(self.fake_score, UpDenoiser):
+            return None, None
+        return self.teacher(x_t, level, condition, return_features=True)
 
     def fake_loss(self, x0_hat: Tensor, x0: Tensor, level: Level) -> Tensor:
         """Its error against x0, weighted, (b,)."""
@@ -94,22 +111,27 @@ class DiffInstruct:
         x0 = generate(self.student, draw)
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
         x_t = add_noise(x0, draw.eps, level)
-        x0_fake = self.fake_score(x_t.detach(), level, draw.condition)
+        x0_teacher, features = self.read_teacher(x_t.detach(), level, draw.condition)
+        x0_fake = self.fake(x_t.detach(), level, draw.condition, features)
         yield LossTerms(self.fake_loss(x0_fake, x0.detach(), level), {})
-        yield self.follow(draw, x0, x_t, level, x0_fake.detach())
+        yield self.follow(draw, x0, x_t, level, x0_fake.detach(), x0_teacher)
 
     def student_loss(self, draw: Draw, context: None = None) -> LossTerms:
         """The student follows the difference of the scores, (b,)."""
         x0 = generate(self.student, draw)
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
         x_t = add_noise(x0, draw.eps, level)
+        x0_teacher, features = self.read_teacher(x_t.detach(), level, draw.condition)
         with torch.no_grad():
-            x0_fake = self.fake_score(x_t, level, draw.condition)
-        return self.follow(draw, x0, x_t, level, x0_fake)
+            x0_fake = self.fake(x_t, level, draw.condition, features)
+        return self.follow(draw, x0, x_t, level, x0_fake, x0_teacher)
 
-    def follow(self, draw: Draw, x0: Tensor, x_t: Tensor, level: Level, x0_fake: Tensor) -> LossTerms:
-        """A loss whose gradient is w (s_fake - s_teacher) at x_t, which has a graph, (b,)."""
-        x0_teacher, s_teacher = teacher_score(self.teacher, x_t, level, draw.condition)
+    def follow(self, draw: Draw, x0: Tensor, x_t: Tensor, level: Level, x0_fake: Tensor, x0_teacher: Tensor | None) -> LossTerms:
+        """A loss whose gradient is w (s_fake - s_teacher) at x_t, which has a graph, (b,). x0_teacher: if it has been called."""
+        if x0_teacher is None:
+            x0_teacher, s_teacher = teacher_score(self.teacher, x_t, level, draw.condition)
+        else:
+            s_teacher = score(x0_teacher, x_t.detach(), level)
         s_fake = score(x0_fake, x_t.detach(), level)
         w = weight(self.weighting, level, x0, x0_teacher, self.teacher.sigma_data)
         loss = score_difference_loss(x_t, s_fake, s_teacher, w)
@@ -118,7 +140,9 @@ class DiffInstruct:
 
 class FakeScore(Strict):
     optimizer: Optimizer
-    network: NewNetwork | None = None  # for exact teachers: a new one; None: of the student's kind
+    # shared: LoRA on the way up of the teacher's U-Net (Stable Diffusion); a section: a new one, for exact teachers; None: of the
+    # student's kind
+    network: Literal["shared"] | NewNetwork | None = None
     lora: Lora | None = None  # an adapter on the teacher's weights; None: a copy of the teacher
     levels: Levels
     weighting: Weight = "edm"
@@ -156,8 +180,9 @@ class Config(ObjectiveConfig):
 
     def needs(self) -> list[Need]:
         f, key = self.fake_score, "objective.fake_score"
-        asked: dict[Asked, Any] = {"lora": f.lora, "network": f.network, "augment": f.augment}
-        return [Need(f"{key}.{what}", what, value) for what, value in asked.items()]
+        asked: dict[Asked, Any] = {"lora": f.lora, "network": None if f.network == "shared" else f.network, "augment": f.augment}
+        needs = [Need(f"{key}.{what}", what, value) for what, value in asked.items()]
+        return [*needs, Need(f"{key}.network", "way_up", f.network == "shared")]
 
     def optimizers(self) -> dict[str, Optimizer]:
         return {"fake_score": self.fake_score.optimizer}
