@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from pipelines import stable_diffusion as sd
 from pipelines import text_to_image as t2i
+from pipelines import variance_preserving as vp
 from pipelines.common.errors import UserError
 from pipelines.data.images import ImageSet
 from pipelines.denoiser import Denoiser, FewStepGenerator, Start
@@ -106,14 +107,14 @@ def test_noise_of_another_number_of_steps(randn):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("total", [1000, 997])
 def test_the_samplers_own_levels(total, steps):
-    scheduler = sd.one_step_scheduler(DDIMScheduler(num_train_timesteps=total))
+    scheduler = vp.one_step_scheduler(DDIMScheduler(num_train_timesteps=total))
     scheduler.set_timesteps(steps)
-    assert sd.student_levels(total, steps) == scheduler.timesteps.tolist()
+    assert vp.student_levels(total, steps) == scheduler.timesteps.tolist()
 
 
 def test_more_steps_than_timesteps():
     with pytest.raises(UserError, match="1001 steps are more than the 1000"):
-        sd.student_levels(1000, 1001)
+        vp.student_levels(1000, 1001)
 
 
 def vp_denoiser(prediction_type: str) -> Denoiser:
@@ -126,7 +127,7 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("levels", [[999], [999, 499], [999, 749, 499, 249], [999, 700, 333], [625], [800, 10]])
 def test_the_stored_scheduler_makes_the_students_steps(levels, prediction_type):
-    stored = sd.one_step_scheduler(DDIMScheduler(**NOISE, prediction_type=prediction_type))
+    stored = vp.one_step_scheduler(DDIMScheduler(**NOISE, prediction_type=prediction_type))
     assert t2i.steps_error(sd.KIND, stored, vp_denoiser(prediction_type), levels) < 1e-4
 
 

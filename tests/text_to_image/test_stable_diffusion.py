@@ -27,6 +27,7 @@ from torch.testing import assert_close
 
 from pipelines import stable_diffusion as sd
 from pipelines import text_to_image as t2i
+from pipelines import variance_preserving as vp
 from pipelines.adapters import Whole
 from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.noise import VPSchedule
@@ -195,7 +196,7 @@ def test_zero_terminal_snr(scheduler, copied):
     denoiser = t2i.denoiser(pipe, pipe.unet)
     level = denoiser.schedule.level(torch.tensor([999.0]))
     assert (float(level.alpha), float(level.sigma)) == (0, 1)
-    assert t2i.steps_error(sd.KIND, sd.one_step_scheduler(pipe.scheduler), denoiser, [999]) < 1e-6
+    assert t2i.steps_error(sd.KIND, vp.one_step_scheduler(pipe.scheduler), denoiser, [999]) < 1e-6
 
 
 # Text ----------------------------------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def test_one_step_of_the_stock_pipeline_is_x0(w, negative, kind, pipes, stock, r
     with torch.no_grad():
         x0 = student(z, sd.KIND.encode_prompts(ours, PROMPTS, (16, 16), CPU))
     assert relative(pipe(PROMPTS, **options).images, x0) > 1e-2
-    pipe.scheduler = sd.one_step_scheduler(pipe.scheduler)
+    pipe.scheduler = vp.one_step_scheduler(pipe.scheduler)
     assert relative(pipe(PROMPTS, **options).images, x0) < 1e-5
     images = pipe(PROMPTS, **options | {"output_type": "pt"}).images
     assert_close(t2i.decode_latents(ours.vae, x0) / 2 + 0.5, images, rtol=0, atol=1e-5)
@@ -378,7 +379,7 @@ def test_one_step_error(name, prediction_type, pipes, randn):
 )
 def test_one_step_scheduler_keeps_the_schedule(teacher, tmp_path):
     """The teacher's levels, prediction type and last step, whatever its sampler did besides; also after a round trip to disk."""
-    scheduler = sd.one_step_scheduler(teacher)
+    scheduler = vp.one_step_scheduler(teacher)
     scheduler.save_pretrained(tmp_path)
     stored = LCMScheduler.from_pretrained(tmp_path)
     assert {k for k in scheduler.config if not k.startswith("_")} <= inspect.signature(LCMScheduler).parameters.keys()
@@ -392,7 +393,7 @@ def test_one_step_scheduler_keeps_the_schedule(teacher, tmp_path):
 def test_one_step_at_another_readout(pipes):
     """A student of t = 625 is sampled with timesteps=[625]; a scheduler that cannot be told so does not fit."""
     denoiser = t2i.denoiser(pipes["sd15"], None)
-    scheduler = sd.one_step_scheduler(pipes["sd15"].scheduler)
+    scheduler = vp.one_step_scheduler(pipes["sd15"].scheduler)
     assert t2i.steps_error(sd.KIND, scheduler, denoiser, [625]) < 1e-6
     assert t2i.steps_error(sd.KIND, DDIMScheduler(**TRAILING, **CLEAN), denoiser, [625]) == float("inf")
 

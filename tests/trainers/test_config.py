@@ -35,6 +35,7 @@ TEACHER = {
     "batch_size": 7,
 }
 PARQUET = "data={name: parquet, files: [], image_size: 0, channels: 2}"
+GUIDANCE = ("guidance_scale", "guidance_normalization", "negative_prompt")
 RUN_KEYS = "output_dir, seed, steps, batch_size, micro_batch_size"
 
 
@@ -161,7 +162,12 @@ FAULTS = [
         ["objective.posterior.network.channels: Input should be a multiple of 2, got 3"],
     ),
     (["objective.levels.lo=1"], ["unknown key 'objective.levels.lo'; did you mean 'low'?"]),
-    (["teacher.zzz=1"], ["unknown key 'teacher.zzz'; known here: path, exact, guidance_scale, negative_prompt, dtype, variant"]),
+    (
+        ["teacher.zzz=1"],
+        [
+            "unknown key 'teacher.zzz'; known here: path, exact, guidance_scale, guidance_normalization, negative_prompt, dtype, variant"
+        ],
+    ),
     # wrong types
     (["steps=many"], ["steps: Input should be a valid integer, unable to parse string as an integer, got 'many'"]),
     (["steps=2.5"], ["steps: Input should be a valid integer, got a number with a fractional part, got 2.5"]),
