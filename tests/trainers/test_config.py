@@ -164,9 +164,7 @@ FAULTS = [
     (["objective.levels.lo=1"], ["unknown key 'objective.levels.lo'; did you mean 'low'?"]),
     (
         ["teacher.zzz=1"],
-        [
-            "unknown key 'teacher.zzz'; known here: path, exact, guidance_scale, guidance_normalization, negative_prompt, dtype, variant"
-        ],
+        [f"unknown key 'teacher.zzz'; known here: path, exact, {', '.join(GUIDANCE)}, dtype, variant"],
     ),
     # wrong types
     (["steps=many"], ["steps: Input should be a valid integer, unable to parse string as an integer, got 'many'"]),
