@@ -12,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -23,7 +24,8 @@ from pipelines.peft_layers import of_adapters, own_name
 from pipelines.up_half import UpHalf, layers_of
 from trainers.config.run import DistillConfig
 from trainers.engine.draws import DrawSource
-from trainers.families import family_for
+from trainers.families import family_for, load_family
+from trainers.objectives.base import Need
 from trainers.objectives.diff_instruct import DiffInstruct
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -281,3 +283,24 @@ def test_the_students_gradient_is_that_of_a_separate_network(recipe, written):
     theirs = torch.autograd.grad(list(other.joint_loss(draw))[1].loss.sum(), student)
     for a, b in zip(mine, theirs, strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("more", [{"teacher.dtype": "bfloat16"}, {"student.steps": 2}], ids=["bfloat16", "two steps"])
+@pytest.mark.parametrize("objective", ["vardiu", "diff_instruct"])
+def test_runs_in_half_precision_and_in_several_steps(objective, more, recipe, distil):
+    """The two dtypes meet in the layers alone; what a step begins with is no matter of the second network's."""
+    config = recipe(objective, "sdxl", checkpoint_every=3)
+    config = with_shared(config) if objective == "vardiu" else shared_fake(config)
+    output = distil(config, *(f"{key}={value}" for key, value in more.items()))
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite([v for v in row.values() if isinstance(v, float)]).all() for row in rows)
+    stored = load_file(next((output / "checkpoints").iterdir()) / "networks.safetensors")
+    assert {v.dtype for k, v in stored.items() if "lora_" in k or "conv_out" in k} == {torch.float32}
+
+
+def test_other_teachers_refuse_a_shared_fake_score():
+    """By name, those that have no way up to share."""
+    for family in ("edm", "exact", "stable_diffusion_3", "flux", "z_image", "dit"):
+        need = Need("objective.fake_score.network", "way_up", True)
+        assert "objective.fake_score.network has no effect for" in load_family(family).refusal(need)
+    assert load_family("stable_diffusion").refusal(need) is None
