@@ -116,27 +116,26 @@ def prompt_file(tmp_path) -> Path:
 LORA = {"rank": 4, "alpha": 2.0}
 ADAM = {"lr": 1e-3}
 LEVELS = {"name": "uniform", "low": 20.0, "high": 980.0}
-OBJECTIVES = {
-    "varflow": {"name": "varflow", "levels": LEVELS, "weighting": "sigma2"},
-    "diff_instruct": {
-        "name": "diff_instruct",
-        "levels": LEVELS,
-        "weighting": "dmd",
-        "joint": True,
-        "fake_score": {"optimizer": ADAM, "lora": LORA, "levels": LEVELS, "weighting": "snr"},
-    },
-    "vardiu": {
-        "name": "vardiu",
-        "levels": LEVELS,
-        "weighting": "dmd",
-        "pool": "own",
-        "posterior": {"network": "adapter", "lora": LORA, "covariance": "learned", "warmup_updates": 1, "optimizer": ADAM},
-    },
-}
 
 
 @pytest.fixture
-def recipe(tiny, tmp_path, prompt_file):
+def sections():
+    """sections(levels): the section of each objective, of adapters alone."""
+
+    def make(levels: dict) -> dict[str, dict]:
+        fake = {"optimizer": ADAM, "lora": LORA, "levels": levels, "weighting": "snr"}
+        posterior = {"network": "adapter", "lora": LORA, "covariance": "learned", "warmup_updates": 1, "optimizer": ADAM}
+        return {
+            "varflow": {"name": "varflow", "levels": levels, "weighting": "sigma2"},
+            "diff_instruct": {"name": "diff_instruct", "levels": levels, "weighting": "dmd", "joint": True, "fake_score": fake},
+            "vardiu": {"name": "vardiu", "levels": levels, "weighting": "dmd", "pool": "own", "posterior": posterior},
+        }
+
+    return make
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path, prompt_file, sections):
     """recipe(objective, kind, **more): a distillation of a tiny pipeline as a plain dict, ready to be written as YAML."""
 
     def make(objective: str, kind: str = "sd15", **more) -> dict:
@@ -147,7 +146,7 @@ def recipe(tiny, tmp_path, prompt_file):
             "output_dir": str(tmp_path / f"{objective}_{kind}"),
             "teacher": {"path": str(tiny[kind]), "guidance_scale": 1.0 if objective == "varflow" else 2.0},
             "student": {"lora": LORA, "optimizer": ADAM},
-            "objective": OBJECTIVES[objective],
+            "objective": sections(LEVELS)[objective],
             "data": data,
             "steps": 3,
             "batch_size": 4,

@@ -162,27 +162,10 @@ def tiny(tmp_path_factory):
 LORA = {"rank": 4, "alpha": 2.0}
 ADAM = {"lr": 1e-3}
 LEVELS = {"name": "logit_normal", "shift": 3.0}
-OBJECTIVES = {
-    "varflow": {"name": "varflow", "levels": LEVELS, "weighting": "sigma2"},
-    "diff_instruct": {
-        "name": "diff_instruct",
-        "levels": LEVELS,
-        "weighting": "dmd",
-        "joint": True,
-        "fake_score": {"optimizer": ADAM, "lora": LORA, "levels": LEVELS, "weighting": "snr"},
-    },
-    "vardiu": {
-        "name": "vardiu",
-        "levels": LEVELS,
-        "weighting": "dmd",
-        "pool": "own",
-        "posterior": {"network": "adapter", "lora": LORA, "covariance": "learned", "warmup_updates": 1, "optimizer": ADAM},
-    },
-}
 
 
 @pytest.fixture
-def recipe(tiny, tmp_path, prompt_file):
+def recipe(tiny, tmp_path, prompt_file, sections):
     """recipe(objective, kind, **more): a distillation of a tiny pipeline as a plain dict, ready to be written as YAML."""
 
     def make(objective: str, kind: str, **more) -> dict:
@@ -194,7 +177,7 @@ def recipe(tiny, tmp_path, prompt_file):
             "output_dir": str(tmp_path / f"{objective}_{kind.replace(' ', '_')}"),
             "teacher": {"path": str(tiny(kind))},
             "student": {"lora": LORA, "optimizer": ADAM},
-            "objective": OBJECTIVES[objective],
+            "objective": sections(LEVELS)[objective],
             "data": data,
             "steps": 2,
             "batch_size": 4,
