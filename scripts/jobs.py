@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from pipelines.common.launch import fail
 # `accelerate launch` with its defaults spelled out, so that it has nothing to warn about
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+SAVING = 60.0  # seconds that a run may take to save
 
 
 class PartError(UserError):
@@ -161,12 +164,25 @@ def run_all(jobs: list[Job], workers: int, threads: int, keep_going: bool = Fals
             time.sleep(0.5)
         return failed
     finally:
-        for job in running:  # an error or Ctrl-C here must not leave the others running; they save and can be resumed
-            if job.process.poll() is None:
-                job.process.terminate()
+        stop(job.process for job in running)  # an error or Ctrl-C here must not leave the others running
         for job in jobs:
             if job.bar:
                 job.bar.close()
+
+
+def stop(processes: Iterable[subprocess.Popen]) -> None:
+    """SIGTERM to each that runs and to all that it has started, until they have saved, so that they can be resumed at once. A
+    launcher that is stopped alone leaves behind what has not come to watch it yet.
+    """
+    parts: list[psutil.Process] = []
+    for process in processes:
+        if process.poll() is None:
+            parent = psutil.Process(process.pid)
+            parts += [parent, *parent.children(recursive=True)]
+    for part in reversed(parts):
+        with suppress(psutil.NoSuchProcess):
+            part.terminate()
+    psutil.wait_procs(parts, timeout=SAVING)
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:

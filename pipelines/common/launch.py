@@ -26,6 +26,7 @@ atexit.register(gc.freeze)
 # What starts the processes of a command and waits for them: the first words of its command line.
 LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun"}
 LAUNCHERS |= {"accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run"}
+FIRST_SPEAKS = 30.0  # seconds in which the first process of a machine has said what all have met
 
 
 def follow_launcher() -> None:
@@ -76,7 +77,8 @@ def end_processes() -> None:
 def say(error: BaseException, prefix: str = "error") -> None:
     """One clear message on stderr, no traceback: once for all processes that meet the same error.
 
-    Before processes know of each other the first of each machine speaks; then the first to come, whichever it is.
+    Before processes know of each other the first of each machine speaks; then the first to come, whichever it is. One that alone
+    has met an error says it when the first would have spoken.
     """
     text, rank = message(error), os.environ.get("RANK", "0")
     if _is_first_to_say(text):
@@ -87,7 +89,10 @@ def say(error: BaseException, prefix: str = "error") -> None:
 def _is_first_to_say(text: str) -> bool:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # a launcher ends all processes as soon as one has ended: this one, ahead of the first, would silence it
+            time.sleep(FIRST_SPEAKS)
+        return True
     try:
         store = distributed.distributed_c10d._get_default_store()
         return store.add(f"said/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}", 1) == 1

@@ -78,11 +78,17 @@ def test_processes_that_know_of_each_other_say_one_thing_once(group, capsys, mon
 
 
 def test_before_they_do_the_first_of_each_machine_speaks(capsys, monkeypatch):
+    """The others wait, so that the launcher does not end the first for their sake, and speak if nobody has ended them by then."""
+    waited = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
     for rank, local in (("0", "0"), ("1", "1"), ("2", "0")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local)
         launch.say(UserError("no such file"))
-    assert capsys.readouterr().err.splitlines() == ["error: no such file", "error (process 2): no such file"]
+        assert len(waited) == (rank != "0")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["error: no such file", "error (process 1): no such file", "error (process 2): no such file"]
+    assert waited == [launch.FIRST_SPEAKS]
 
 
 def test_processes_that_do_not_know_of_each_other(monkeypatch):

@@ -94,7 +94,9 @@ class Sleeper(jobs.Job):
 
     def __post_init__(self):
         super().__post_init__()
-        self.command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(300)", str(self.folder)]
+        part = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(300)", str(self.folder)]
+        # as a launcher does, whose part has not come to watch it yet
+        self.command = [sys.executable, "-c", f"import subprocess; subprocess.run({part})", str(self.folder)]
 
 folder = Path(sys.argv[1])
 made = [Sleeper(f"job {i}", Path("none.yaml"), folder / f"job_{i}", ["steps=1"]) for i in range(2)]
