@@ -28,7 +28,6 @@ from trainers.engine.draws import DrawSource
 from trainers.engine.ema import Ema, constant_decay
 from trainers.families.edm import Family as EDMModels
 from trainers.objectives.base import sample_level
-from trainers.objectives.diff_instruct import DiffInstruct
 from trainers.preview import preview
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +44,7 @@ OBJECTIVES = {
         "levels": LEVELS,
         "fake_score": {"levels": LEVELS, "optimizer": ADAM, "lora": LORA, "augment": 0.5},
     },
+    "sid": {"name": "sid", "levels": LEVELS, "fake_score": {"levels": LEVELS, "optimizer": ADAM, "lora": LORA}},
     "vardiu_shared": {"name": "vardiu", "levels": LEVELS, "posterior": POSTERIOR | {"network": "shared"}},
     "vardiu_adapter": {"name": "vardiu", "levels": LEVELS, "posterior": POSTERIOR | {"network": "adapter", "lora": LORA}},
     "vardiu_bound": {
@@ -126,10 +126,10 @@ def test_lora_student(objective, configure, converted, tmp_path):
 
     # the trainer's own student, with the averaged weights of its last checkpoint
     models = EDMModels(load_config(DistillConfig, str(file), []))
-    if objective in ("diff_instruct", "vardiu_adapter"):
+    if objective in ("diff_instruct", "sid", "vardiu_adapter"):
         o = models.config.objective
         # a second adapter changes nothing
-        _ = models.fake_score(o.fake_score) if objective == "diff_instruct" else models.posterior(o.posterior, True)
+        _ = models.posterior(o.posterior, True) if objective == "vardiu_adapter" else models.fake_score(o.fake_score)
     models.student.to(memory_format=torch.channels_last)
     ema, (tensors, _) = (
         Ema(models.student, constant_decay(0.5)),
@@ -215,9 +215,12 @@ def test_full_student_is_a_pipeline_of_its_own(configure, converted, tmp_path):
     assert len(moved) > 0.9 * len(teacher)
 
 
-def test_adapters_have_the_gradients_of_separate_copies(configure):
-    """One frozen network under two adapters and none, against three deep copies, with checkpointing: student and score."""
-    file = configure("diff_instruct")
+@pytest.mark.parametrize("name", ["diff_instruct", "sid"])
+def test_adapters_have_the_gradients_of_separate_copies(name, configure):
+    """One frozen network under two adapters and none, against three deep copies, with checkpointing: student and score. SiD's
+    gradient passes through teacher and fake score to the student.
+    """
+    file = configure(name)
     results = []
     for checkpointing in (False, True):
         config = load_config(DistillConfig, str(file), ["objective.fake_score.augment=0"])
@@ -231,7 +234,7 @@ def test_adapters_have_the_gradients_of_separate_copies(configure):
         else:  # the same roles on three networks of their own
             roles = [copy.deepcopy(role) for role in (objective.student, objective.teacher, objective.fake_score)]
             settings = (objective.levels, objective.fake_levels, objective.weighting, objective.fake_weighting)
-            results.append(gradients(DiffInstruct(*roles, *settings), models))
+            results.append(gradients(type(objective)(*roles, *settings), models))
         results.append(gradients(objective, models))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainers.objectives.base import LossTerms
 from trainers.objectives.whole_batch import WholeBatch
 
 
@@ -18,17 +19,17 @@ class Spread(WholeBatch):
         x0 = torch.stack([self.student((k + 1) * draw.z, None) for k in range(self.samples)], 1).flatten(0, 1)
         return x0, [x0 + draw.eps.repeat_interleave(self.samples, 0), x0.square().mean((2, 3))]
 
-    def of_data(self, draw) -> list[Tensor | None]:
+    def of_data(self, draw, x0) -> list[Tensor | None]:
         return [draw.x0, None]
 
-    def whole_loss(self, x0, student, data, draw) -> Tensor:
+    def whole_loss(self, x0, student, data, draw) -> LossTerms:
         assert data[1] is None
         assert not x0.requires_grad
         assert not data[0].requires_grad
         a, b = (c.flatten(1) for c in student)
         share = (a - a.mean(0)).square().sum(1).log() * (b - b.mean(0)).square().sum(1)
         share = share * x0.flatten(1).square().mean() - a.sum(1) * data[0].flatten(1).std()
-        return share.view(-1, self.samples).mean(1)
+        return LossTerms(share.view(-1, self.samples).mean(1), {"spread": a.detach().std()})
 
 
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [2, 2, 2], [1] * 6])
@@ -41,7 +42,7 @@ def test_the_gradient_and_the_values_are_those_of_the_whole_batch(sizes, process
     student.forward = lambda z, condition: torch.einsum("ij,bjhw->bihw", weight, z).tanh()
     objective = Spread(student, samples)
     whole = make_draw(randn(6, 2, 3, 5), randn(6, 2, 3, 5), torch.rand(6, dtype=torch.float64), x0=randn(6, 2, 3, 5))
-    expected = objective.loss(whole).loss
+    expected, metrics = objective.loss(whole)
     (gradient,) = torch.autograd.grad(expected.mean(), weight)
 
     parts = [
@@ -61,14 +62,15 @@ def test_the_gradient_and_the_values_are_those_of_the_whole_batch(sizes, process
             patch.setattr(
                 objective,
                 "whole_loss",
-                lambda x0, student, data, draw: sum(c.sum() for c in student) + 0 * data[0].sum((1, 2, 3)),
+                lambda x0, student, data, draw: LossTerms(sum(c.sum() for c in student) + 0 * data[0].sum((1, 2, 3)), {}),
             )
             objective.prepare(draws, lambda t: sent[-1].append(t) or torch.cat([t] * processes))
     values, total = [], 0
     for draws in groups:
         gathered = iter([torch.cat(each).detach() for each in zip(*sent, strict=True)])
         for draw, context in zip(draws, objective.prepare(draws, lambda t, rows=gathered: next(rows)), strict=True):
-            loss = objective.loss(draw, context).loss
+            loss, mine = objective.loss(draw, context)
+            assert mine["spread"] == metrics["spread"]  # of the whole batch
             values.append(loss.detach())
             total = total + loss.mean() * len(loss) / 6
     torch.testing.assert_close(torch.cat(values), expected.detach(), rtol=1e-12, atol=1e-12)

@@ -128,6 +128,7 @@ def sections():
         return {
             "varflow": {"name": "varflow", "levels": levels, "weighting": "sigma2"},
             "diff_instruct": {"name": "diff_instruct", "levels": levels, "weighting": "dmd", "joint": True, "fake_score": fake},
+            "sid": {"name": "sid", "levels": levels, "fake_score": fake},
             "vardiu": {"name": "vardiu", "levels": levels, "weighting": "dmd", "pool": "own", "posterior": posterior},
         }
 

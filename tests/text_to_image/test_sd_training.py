@@ -68,6 +68,7 @@ VARIANTS = {
     "varflow of images and text": ("sdxl", "varflow", {"cross": "full", "condition_scale": 1.0}),
     "varflow of features": ("sd15", "varflow", {"cross": "full", "features": True, "grids": [1, 2, 4]}),
     "diff_instruct": ("sd21", "diff_instruct", {}),
+    "sid": ("sd15", "sid", {}),
     "vardiu": ("sdxl", "vardiu", {"pool": "batch"}),
     "vardiu with networks of its own": ("sd21", "vardiu", {"posterior": {"network": SMALL}}),
 }

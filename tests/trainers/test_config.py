@@ -187,7 +187,7 @@ FAULTS = [
         ["objective.name=vardi"],
         [
             "objective: Input tag 'vardi' found using 'name' does not match any of the expected tags: "
-            "'diff_instruct', 'varflow', 'vardiu'"
+            "'diff_instruct', 'sid', 'varflow', 'vardiu'"
         ],
     ),
     (["steps="], ["steps: Input should be a valid integer, got None"]),

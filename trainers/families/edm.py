@@ -43,7 +43,7 @@ class Family(base.Family):
 
     called = "an EDM teacher"
     teacher_keys, student_keys = ("path", "guidance_scale"), ("sigma_init", "steps", "inputs", "image_range", "lora")
-    gives = ("lora", "augment", "posterior", "condition_vector", "features_of")
+    gives = ("lora", "augment", "posterior", "condition_vector", "features_of", "batch_proposals")
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:
         super().__init__(config, accelerator)

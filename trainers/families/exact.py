@@ -29,7 +29,7 @@ class Family(scratch.Family):
 
     called = "an exact teacher"
     teacher_keys = ("exact",)
-    gives = ("network", "posterior", "features_of")
+    gives = ("network", "posterior", "features_of", "batch_proposals")
     has_teacher = True
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator | None = None) -> None:

@@ -14,6 +14,7 @@ from .base import ObjectiveConfig
 
 OBJECTIVES = (
     "diff_instruct",
+    "sid",
     "varflow",
     "vardiu",
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipelines.common.strict import Strict
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, Start
-from pipelines.noise import Level, Schedule, Weight, score
+from pipelines.noise import Level, Schedule, Weight
 from pipelines.up_half import UpDenoiser
 
 from ..config.levels import Levels, LevelSampler, Use
@@ -85,7 +85,7 @@ class Objective(Protocol):
         """By name, what else a checkpoint must keep."""
 
 
-Asked = Literal["lora", "network", "way_up", "augment", "posterior", "condition_vector", "features_of"]
+Asked = Literal["lora", "network", "way_up", "augment", "posterior", "condition_vector", "features_of", "batch_proposals"]
 
 
 class Need(NamedTuple):
@@ -93,7 +93,8 @@ class Need(NamedTuple):
 
     lora, network, way_up: a second score network as an adapter on the teacher's weights, as a new one of that section, or as an
     adapter on the way up of the teacher's U-Net; augment: one that can be told of augmentations; posterior: a posterior's
-    network; condition_vector: conditions that say something; features_of: maps of another trained network, at a path.
+    network; condition_vector: conditions that say something; features_of: maps of another trained network, at a path;
+    batch_proposals: batches with several samples of each condition.
     """
 
     key: str
@@ -141,16 +142,20 @@ class ObjectiveConfig(Strict):
     """The section `objective` of one kind: its keys, what it needs, how it is built. Subclasses have a `name` and `levels`.
 
     built: the class of what `build` makes, which says by `needs_data` whether draws must come with data. follows_score: whether
-    the teacher's score is read, so that guidance has an effect. least_batch: what the loss is defined for.
+    the teacher's score is read, so that guidance has an effect.
     """
 
     built: ClassVar[type[Objective]]
     follows_score: ClassVar[bool] = True
-    least_batch: ClassVar[LeastBatch] = LeastBatch(1, "")
     if TYPE_CHECKING:  # keys of every subclass, each where it stands there
         name: str
         levels: Levels
         weighting: Weight
+
+    @property
+    def least_batch(self) -> LeastBatch:
+        """What the loss is defined for."""
+        return LeastBatch(1, "")
 
     def uses(self) -> list[Use]:
         """All levels that are drawn, and the weightings that are computed at them."""
@@ -251,10 +256,3 @@ def score_difference_loss(x_t: Tensor, score_student: Tensor, score_teacher: Ten
 def denoising_loss(x0_hat: Tensor, x0: Tensor, w: Tensor) -> Tensor:
     """Denoising score matching in x0: w mean((x0_hat - x0)^2) for each sample (Karras et al. 2022, Eq. 8)."""
     return (w * (x0_hat - x0).square()).flatten(1).mean(1)
-
-
-@torch.no_grad()
-def teacher_score(teacher: nn.Module, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor]:
-    """(x0_hat, score) of the teacher at x_t; the teacher never sees a backward pass."""
-    x0_hat = teacher(x_t.detach(), level, condition)
-    return x0_hat, score(x0_hat, x_t.detach(), level)

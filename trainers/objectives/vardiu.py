@@ -1,4 +1,6 @@
-"""VarDiU's configuration, and what its estimators of the student's gradient are built from: bound, resampled, amortized.py."""
+"""VarDiU's configuration, and what its estimators of the student's gradient are built from: bound, resampled, amortized.py, and
+batch_bound.py, which needs no posterior.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,15 @@ from ..config.levels import Levels, Use
 from ..config.networks import Optimizer
 from ..posteriors.section import Posterior
 from .amortized import AmortizedScore
-from .base import Need, ObjectiveConfig, Parts
+from .base import LeastBatch, Need, Objective, ObjectiveConfig, Parts
+from .batch_bound import BatchBound
 from .bound import VarDiU
 from .resampled import ResampledScore
 
 # estimator -> what is built, and which of the keys below have an effect: the others belong to all
 ESTIMATORS: dict[str, tuple[type[VarDiU], tuple[str, ...]]] = {
     "bound": (VarDiU, ("control_variate", "antithetic")),
-    "multi_sample": (VarDiU, ("num_samples", "control_variate", "antithetic")),
+    "multi_sample": (VarDiU, ("proposals", "num_samples", "control_variate", "antithetic")),
     "resampled_score": (ResampledScore, ("num_samples", "target_ess", "moves", "ess_levels", "antithetic")),
     "amortized_score": (
         AmortizedScore,
@@ -34,6 +37,7 @@ class Config(ObjectiveConfig):
     built = VarDiU
     name: Literal["vardiu"]
     estimator: Literal["bound", "multi_sample", "resampled_score", "amortized_score"] = "amortized_score"
+    proposals: Literal["posterior", "batch"] = "posterior"  # of multi_sample; batch: its other samples, and no posterior
     num_samples: Annotated[int, Field(ge=0)] | None = None  # K; None: 16, for amortized_score 0 (the batch is the pool)
     levels: Levels
     weighting: Weight = "sigma2"
@@ -46,7 +50,7 @@ class Config(ObjectiveConfig):
     noise_draws: PositiveInt = 2  # noised copies of each student sample
     regression_weight: PositiveFloat = 80.0  # of the posterior mean against log q, whose trunk it shares
     regression_weighting: Weight = "edm"  # of levels in that regression: edm is the error of v, snr that of the noise
-    posterior: Posterior
+    posterior: Posterior | None = None
 
     @model_validator(mode="after")
     def _options_fit_the_estimator(self):
@@ -55,6 +59,12 @@ class Config(ObjectiveConfig):
             if getattr(self, key) != type(self).model_fields[key].default and self.estimator not in estimators:
                 known = " ".join(estimators)
                 raise ValueError(f"{key} has no effect with estimator={self.estimator!r}; remove it (it is for {known})")
+        for key in ("num_samples", "control_variate"):
+            if self.on_batch and key in self.model_fields_set:
+                raise ValueError(f"{key} has no effect with proposals=batch; remove it")
+        if self.on_batch != (self.posterior is None):
+            wrong = "has no effect with proposals=batch, which needs none; remove it" if self.on_batch else "is missing"
+            raise ValueError(f"posterior {wrong}")
         if self.num_samples == 0 and self.estimator in ("multi_sample", "resampled_score"):
             raise ValueError(f"num_samples must be at least 1 for estimator={self.estimator!r}; got 0")
         if self.pool == "own" and self.samples:
@@ -66,6 +76,14 @@ class Config(ObjectiveConfig):
         if self.target_ess and self.moves:
             raise ValueError("target_ess and moves exclude each other: moves are exact for untempered weights only")
         return self
+
+    @property
+    def on_batch(self) -> bool:
+        return self.proposals == "batch"
+
+    @property
+    def least_batch(self) -> LeastBatch:
+        return LeastBatch(2, "its proposals are the batch's other samples") if self.on_batch else super().least_batch
 
     @property
     def samples(self) -> int:
@@ -87,6 +105,8 @@ class Config(ObjectiveConfig):
         """
         if self.estimator == "amortized_score" and not self.samples:
             return None
+        if self.on_batch:
+            return "objective.proposals: samples of a batch make different steps, and would stand for one another's proposals"
         what = f"estimator={self.estimator!r}" + (f" with num_samples={self.samples}" if self.samples else "")
         return (
             f"objective.estimator: {what} knows the density of a step's noise z, not of what the step begins with, and would "
@@ -94,20 +114,26 @@ class Config(ObjectiveConfig):
         )
 
     def needs(self) -> list[Need]:
-        return [Need("objective.posterior.network", "posterior", self.posterior.network)]
+        network = None if self.posterior is None else self.posterior.network
+        return [
+            Need("objective.posterior.network", "posterior", network),
+            Need("objective.proposals: batch", "batch_proposals", self.on_batch),
+        ]
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return {"posterior": self.posterior.optimizer}
+        return {} if self.posterior is None else {"posterior": self.posterior.optimizer}
 
-    def build(self, parts: Parts, steps: int) -> VarDiU:
+    def build(self, parts: Parts, steps: int) -> Objective:
+        levels, p = sampler(self.levels, steps, parts.teacher.schedule.t_range), self.posterior
+        if p is None:
+            return BatchBound(parts.student, parts.teacher, levels, self.weighting, self.antithetic)
         kind, keys = ESTIMATORS[self.estimator]
-        p = self.posterior
-        own: dict[str, Any] = {key: getattr(self, key) for key in keys} | {"num_samples": self.samples}
+        own: dict[str, Any] = {key: getattr(self, key) for key in keys if key != "proposals"} | {"num_samples": self.samples}
         return kind(
             parts.student,
             parts.teacher,
             parts.posterior(p, with_mean=self.estimator == "amortized_score"),
-            levels=sampler(self.levels, steps, parts.teacher.schedule.t_range),
+            levels=levels,
             weighting=self.weighting,
             posterior_updates=p.updates,
             warmup_updates=p.warmup_updates,

@@ -42,7 +42,7 @@ from pipelines.noise import Level, Schedule, Weight, add_noise, weight
 
 from ..config.level_range import sampler
 from ..config.levels import Levels, LevelSampler
-from .base import Draw, LeastBatch, Need, ObjectiveConfig, Parts, data_of, sample_level, start_of
+from .base import Draw, LeastBatch, LossTerms, Need, ObjectiveConfig, Parts, data_of, sample_level, start_of
 from .energy import condition_vector, energy_loss, energy_score, grid_blocks, spread, unit_channels
 from .whole_batch import WholeBatch
 
@@ -142,12 +142,12 @@ class VarFlow(WholeBatch):
         x0 = self.student(z, condition) if start is None else self.student(z, condition, start)
         return x0, self.noised(x0, eps, condition, draw)
 
-    def of_data(self, draw: Draw) -> list[Tensor | None]:
-        x0 = data_of(draw)
-        noised = self.noised(x0, draw.normal("data_eps", *draw.eps.shape[1:]), draw.condition, draw)
-        return [x0, self.asked(draw), *noised]
+    def of_data(self, draw: Draw, x0: Tensor) -> list[Tensor | None]:
+        data = data_of(draw)
+        noised = self.noised(data, draw.normal("data_eps", *draw.eps.shape[1:]), draw.condition, draw)
+        return [data, self.asked(draw), *noised]
 
-    def whole_loss(self, x0: Tensor, student: Sequence[Tensor], data: Sequence[Tensor | None], draw: Draw) -> Tensor:
+    def whole_loss(self, x0: Tensor, student: Sequence[Tensor], data: Sequence[Tensor | None], draw: Draw) -> LossTerms:
         asked = data[1]
         x0_data, *theirs = (t for i, t in enumerate(data) if i != 1 and t is not None)
         # (b,), the mean over a row's samples
@@ -157,7 +157,7 @@ class VarFlow(WholeBatch):
         sides = Batch(mine[0], mine[1:]), Batch(theirs[0], theirs[1:])
         made = self.student
         of_its_row = isinstance(made, FewStepGenerator) and made.steps > 1 and made.inputs == "data"
-        return w * self.batch_loss(*sides, asked, draw.condition is not None or of_its_row)
+        return LossTerms(w * self.batch_loss(*sides, asked, draw.condition is not None or of_its_row), {})
 
 
 class Config(ObjectiveConfig):
@@ -167,7 +167,6 @@ class Config(ObjectiveConfig):
     )
     built = VarFlow
     follows_score = False
-    least_batch = LeastBatch(2, "the energy distance needs pairs of samples")
     name: Literal["varflow"]
     levels: Levels
     weighting: Weight = "sigma2"
@@ -178,6 +177,10 @@ class Config(ObjectiveConfig):
     features: bool | UserPath = False
     grids: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # n: a distance for each block of an n x n grid; 1: the whole
     samples_per_condition: PositiveInt = 1  # student samples for each data sample; above 1 they are matched with it alone
+
+    @property
+    def least_batch(self) -> LeastBatch:
+        return LeastBatch(2, "the energy distance needs pairs of samples")
 
     def few_steps_refusal(self) -> str | None:
         if self.samples_per_condition == 1:

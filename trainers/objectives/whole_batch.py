@@ -22,10 +22,11 @@ from .base import Draw, HealthCheck, LossTerms, Phase, dot
 
 
 class Injected(NamedTuple):
-    """A micro-batch's rows of the gradient in each tensor that `of_student` makes, and of the loss (b,)."""
+    """A micro-batch's rows of the gradient in each tensor that `of_student` makes, and of the loss (b,); the batch's metrics."""
 
     gradients: list[Tensor]
     loss: Tensor
+    metrics: dict[str, Tensor]
 
 
 class WholeBatch:
@@ -48,12 +49,13 @@ class WholeBatch:
         """
         raise NotImplementedError
 
-    def of_data(self, draw: Draw) -> Sequence[Tensor | None]:
-        """All else that it sees, each (b, ...); called without a graph."""
+    def of_data(self, draw: Draw, x0: Tensor) -> Sequence[Tensor | None]:
+        """All else that it sees, each (b, ...), beside the student's samples x0; called without a graph, once for each row."""
         raise NotImplementedError
 
-    def whole_loss(self, x0: Tensor, student: Sequence[Tensor], data: Sequence[Tensor | None], draw: Draw) -> Tensor:
-        """The loss of each row, (K,), from all K m samples x0, which have no graph, and what `of_student` and `of_data` made.
+    def whole_loss(self, x0: Tensor, student: Sequence[Tensor], data: Sequence[Tensor | None], draw: Draw) -> LossTerms:
+        """The loss of each row, (K,), and what is logged of the batch, from all K m samples x0, which have no graph, and what
+        `of_student` and `of_data` made.
 
         draw: one of the batch's, for what all of them share (`shared_u`, `progress`); its rows are not those of the whole batch.
         """
@@ -68,25 +70,27 @@ class WholeBatch:
 
         with torch.no_grad():
             made = [(x0, *seen) for x0, seen in map(self.of_student, draws)]
+            others = [self.of_data(d, x0) for d, (x0, *_) in zip(draws, made, strict=True)]
             x0, *student = (gather(torch.cat(rows)) for rows in zip(*made, strict=True))
             del made
-            data = [whole(rows) for rows in zip(*[self.of_data(d) for d in draws], strict=True)]
+            data = [whole(rows) for rows in zip(*others, strict=True)]
         leaves = [t.requires_grad_() for t in student]
-        loss = self.whole_loss(x0, leaves, data, draws[0])
+        loss, metrics = self.whole_loss(x0, leaves, data, draws[0])
         gradients = torch.autograd.grad(loss.sum(), leaves)
         first, sizes = draws[0].first_row, [len(d.z) for d in draws]  # this process's rows start here
         rows = slice(first, first + sum(sizes))
         parts = zip(*(t.unflatten(0, (len(loss), -1))[rows].split(sizes) for t in (*gradients, loss.detach())), strict=True)
-        return [Injected([g.flatten(0, 1) for g in gradients], value[:, 0]) for *gradients, value in parts]
+        return [Injected([g.flatten(0, 1) for g in gradients], value[:, 0], metrics) for *gradients, value in parts]
 
     def loss(self, draw: Draw, context: Injected | None = None) -> LossTerms:
         x0, student = self.of_student(draw)
         metrics = {"x0_std": x0.detach().std()}
         if context is None:
             with torch.no_grad():
-                data = self.of_data(draw)
-            return LossTerms(self.whole_loss(x0.detach(), student, data, draw), metrics)
+                data = self.of_data(draw, x0.detach())
+            loss, more = self.whole_loss(x0.detach(), student, data, draw)
+            return LossTerms(loss, metrics | more)
         # its gradient is that of the batch's loss through this micro-batch; its value is replaced by the loss's
         parts = (dot(g, x) for g, x in zip(context.gradients, student, strict=True))
         surrogate = reduce(torch.add, parts).view(len(context.loss), -1).sum(1)
-        return LossTerms(surrogate - surrogate.detach() + context.loss, metrics)
+        return LossTerms(surrogate - surrogate.detach() + context.loss, metrics | context.metrics)

@@ -42,7 +42,7 @@ def guided(config: dict, guidance: float, **objective) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["sd35", "flux dev", "z-image"])
-@pytest.mark.parametrize("objective", ["vardiu", "varflow", "diff_instruct"])
+@pytest.mark.parametrize("objective", ["vardiu", "varflow", "diff_instruct", "sid"])
 @pytest.mark.slow
 def test_objectives_run(objective, kind, recipe, distil):
     """Two steps with pictures, a student at the end; guidance calls SD3 twice a score, and Flux, which is told it, once."""
