@@ -47,10 +47,12 @@ class Method:
 
 METHODS = {
     "diff_instruct": Method("Diff-Instruct", Path("configs/digits_diff_instruct.yaml")),
+    "sid": Method("SiD", Path("configs/digits_sid.yaml")),
     "varflow": Method("VarFlow", Path("configs/digits_varflow.yaml")),
     "vardiu_bound": Method("VarDiU, bound, diagonal (the paper's)", Path("configs/digits_vardiu_bound.yaml")),
     "vardiu_bound_linear": Method("VarDiU, bound, best covariance", Path("configs/digits_vardiu_bound_linear.yaml")),
     "vardiu_multi_sample": Method("VarDiU, multi-sample bound", Path("configs/digits_vardiu_multi_sample.yaml")),
+    "vardiu_batch": Method("VarDiU, multi-sample bound, the batch as proposals", Path("configs/digits_vardiu_batch.yaml")),
     "vardiu_resampled": Method("VarDiU, resampled score", Path("configs/digits_vardiu_resampled.yaml")),
     "vardiu": Method("VarDiU, amortised score", Path("configs/digits_vardiu.yaml")),
 }

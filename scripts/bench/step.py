@@ -82,9 +82,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 # half of its depth, for machines that do not hold three copies
 SHAPES["sd35_half"] = SHAPES["sd35"] | {"network": SD35 | {"num_layers": 12, "dual_attention_layers": tuple(range(7))}}
-BATCH = {"vardiu": 1, "diff_instruct": 1, "varflow": 16, "varflow_k2": 2}
+BATCH = {"vardiu": 1, "diff_instruct": 1, "sid": 1, "varflow": 16, "varflow_k2": 2}
 LAYOUTS = {"vardiu": ("ours", "shared", "three_copies", "lcm_update"), "diff_instruct": ("ours", "three_copies", "lcm_update")}
-LAYOUTS |= {"varflow": ("ours",), "varflow_k2": ("ours",)}
+LAYOUTS |= {"sid": ("ours", "three_copies"), "varflow": ("ours",), "varflow_k2": ("ours",)}
 GUIDANCE = 7.5
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -151,6 +151,7 @@ def our_step(shape: dict[str, Any], objective: str, layout: str, device: torch.d
     adam, low, high = {"lr": 1e-5}, *((20, 980) if vp else (0.02, 0.98))
     levels = {"name": "uniform", "low": low, "high": high}
     lora = {"rank": shape["rank"]}
+    fake_score = {"lora": lora, "optimizer": adam, "levels": levels, "weighting": "snr" if vp else "edm"}
     sections: dict[str, dict[str, Any]] = {
         "vardiu": {
             "name": "vardiu",
@@ -163,12 +164,8 @@ def our_step(shape: dict[str, Any], objective: str, layout: str, device: torch.d
                 **{"warmup_updates": 0, "optimizer": adam},
             },
         },
-        "diff_instruct": {
-            "name": "diff_instruct",
-            "weighting": "dmd",
-            "joint": not copies,
-            "fake_score": {"lora": lora, "optimizer": adam, "levels": levels, "weighting": "snr" if vp else "edm"},
-        },
+        "diff_instruct": {"name": "diff_instruct", "weighting": "dmd", "joint": not copies, "fake_score": fake_score},
+        "sid": {"name": "sid", "fake_score": fake_score},
         "varflow": {"name": "varflow"},
     }
     raw = {

@@ -115,7 +115,7 @@ def test_a_grid_without_a_student(tmp_path, capsys):
 
 @pytest.mark.parametrize("shape", [SHAPE, TRANSFORMER], ids=["unet", "transformer"])
 @pytest.mark.parametrize("layout", ["ours", "shared", "three_copies"])
-@pytest.mark.parametrize("objective", ["vardiu", "diff_instruct", "varflow_k2"])
+@pytest.mark.parametrize("objective", ["vardiu", "diff_instruct", "sid", "varflow_k2"])
 @pytest.mark.slow
 def test_a_measured_step_is_a_training_step(objective, layout, shape, fresh_accelerator, one_thread):
     """It moves the adapters of every network of the objective, and nothing else."""

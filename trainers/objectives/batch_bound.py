@@ -38,10 +38,10 @@ def mixture_terms(x_t: Tensor, x0: Tensor, level: Level) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """What the loss sees beside x0, of each row of the whole batch: a pair +-eps, or one noised copy, stands in P."""
+    """What the loss sees beside x0, of each row of the whole batch."""
 
-    eps: Tensor  # (B, P, c, h, w)
-    x0_hat: Tensor  # (B, P, c, h, w), the teacher's
+    eps: Tensor  # (B, c, h, w)
+    x0_hat: Tensor  # (B, 2, c, h, w), the teacher's at eps and -eps
     t: Tensor  # (B,)
 
 
@@ -50,17 +50,9 @@ class BatchBound(WholeBatch):
 
     needs_data = False
 
-    def __init__(
-        self,
-        student: FewStepGenerator,
-        teacher: Denoiser,
-        levels: LevelSampler,
-        weighting: Weight = "sigma2",
-        antithetic: bool = True,
-    ) -> None:
+    def __init__(self, student: FewStepGenerator, teacher: Denoiser, levels: LevelSampler, weighting: Weight = "sigma2") -> None:
         super().__init__(student, {"teacher": teacher})
         self.teacher, self.levels, self.weighting = teacher, levels, weighting
-        self.signs = (1, -1) if antithetic else (1,)
         message = (
             "x_t says nothing of which sample of the batch it was made of: the student has collapsed; "
             "lower student.optimizer.lr, or raise batch_size"
@@ -73,10 +65,9 @@ class BatchBound(WholeBatch):
 
     def of_data(self, draw: Draw, x0: Tensor) -> list[Tensor]:
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
-        eps = torch.stack([sign * draw.eps for sign in self.signs], 1)
-        x0_hat = [self.teacher(add_noise(x0, e, level), level, draw.condition) for e in eps.unbind(1)]
+        x0_hat = [self.teacher(add_noise(x0, eps, level), level, draw.condition) for eps in (draw.eps, -draw.eps)]
         conditions = [value for _, value in sorted((draw.condition or {}).items())]
-        return [*Rows(eps, torch.stack(x0_hat, 1), level.t), *conditions]
+        return [*Rows(draw.eps, torch.stack(x0_hat, 1), level.t), *conditions]
 
     def whole_loss(self, x0: Tensor, student: Sequence[Tensor], data: Sequence[Tensor | None], draw: Draw) -> LossTerms:
         made = student[0]
@@ -87,13 +78,13 @@ class BatchBound(WholeBatch):
         for value in conditions:
             alike = alike & same_rows(flat(value), flat(value))
         loss, information, ess = torch.zeros_like(rows.t), [], []
-        for eps, x0_hat in zip(rows.eps.unbind(1), rows.x0_hat.unbind(1), strict=True):
+        for eps, x0_hat in zip((rows.eps, -rows.eps), rows.x0_hat.unbind(1), strict=True):
             x_t = add_noise(made, eps, level)
             with torch.autocast(x0.device.type, enabled=False):
                 terms = mixture_terms(x_t, made, level).masked_fill(~alike, -torch.inf)
             log_p = terms.logsumexp(1) - alike.sum(1).to(terms).log()
             w = weight(self.weighting, level, x0, x0_hat, self.teacher.sigma_data).flatten()
-            loss = loss + w * (log_p - dot(x_t, score(x0_hat, x_t.detach(), level))) / len(self.signs)
+            loss = loss + w * (log_p - dot(x_t, score(x0_hat, x_t.detach(), level))) / 2
             information.append((terms.diagonal() - log_p).detach().mean())
             ess.append(effective_sample_size(terms.detach()).mean())
         return LossTerms(loss, {"information": torch.stack(information).mean(), "ess": torch.stack(ess).mean()})

@@ -59,9 +59,9 @@ class Config(ObjectiveConfig):
             if getattr(self, key) != type(self).model_fields[key].default and self.estimator not in estimators:
                 known = " ".join(estimators)
                 raise ValueError(f"{key} has no effect with estimator={self.estimator!r}; remove it (it is for {known})")
-        for key in ("num_samples", "control_variate"):
-            if self.on_batch and key in self.model_fields_set:
-                raise ValueError(f"{key} has no effect with proposals=batch; remove it")
+        for key in ("num_samples", "control_variate", "antithetic"):
+            if self.on_batch and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect with proposals=batch, which has pairs +-eps; remove it")
         if self.on_batch != (self.posterior is None):
             wrong = "has no effect with proposals=batch, which needs none; remove it" if self.on_batch else "is missing"
             raise ValueError(f"posterior {wrong}")
@@ -126,7 +126,7 @@ class Config(ObjectiveConfig):
     def build(self, parts: Parts, steps: int) -> Objective:
         levels, p = sampler(self.levels, steps, parts.teacher.schedule.t_range), self.posterior
         if p is None:
-            return BatchBound(parts.student, parts.teacher, levels, self.weighting, self.antithetic)
+            return BatchBound(parts.student, parts.teacher, levels, self.weighting)
         kind, keys = ESTIMATORS[self.estimator]
         own: dict[str, Any] = {key: getattr(self, key) for key in keys if key != "proposals"} | {"num_samples": self.samples}
         return kind(
