@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,8 +66,8 @@ class Anatomy(NamedTuple):
 
     blocks: names of the classes of blocks that it repeats, where diffusers does not say; apart: of parts of them that it calls
     from outside too, and which are sharded by themselves. Of transformers, whose last layer is linear and puts out tokens:
-    side, each stands for side^2 latents of every channel, and by_channel(network): that layer, with its outputs in the order
-    (channel, row, column).
+    side, each stands for side^2 latents of every channel, by_channel(network): that layer, with its outputs in the order
+    (channel, row, column), and repeats: the names of its lists of blocks, in the order that they run.
     """
 
     call: Callable[..., Any]
@@ -76,6 +76,7 @@ class Anatomy(NamedTuple):
     side: int = 1
     by_channel: Callable[[ModelMixin], nn.Module] | None = None
     apart: tuple[str, ...] = ()
+    repeats: tuple[str, ...] = ()
 
 
 class SharedNetwork:
@@ -94,16 +95,9 @@ class SharedNetwork:
     def add_adapter(self, name: str, config: LoraConfig) -> Role:
         """A new role, float32 whatever the network's dtype: small updates would be lost in bfloat16. Starts as the teacher.
 
-        ValueError names a target that fits no layer: peft only complains if none of them fits any.
+        UserError names a target that fits no layer.
         """
-        modules = [n for n, _ in self.network.named_modules() if not of_adapters(n)]
-        for target in config.target_modules or ():
-            # once a layer has an adapter its own weights live in .base_layer
-            if not any(n == target or n.endswith(f".{target}") for n in modules):
-                raise UserError(
-                    f"lora.targets: {target!r} fits no layer of {type(self.network).__name__}; names are matched from their end, "
-                    f"for example {', '.join(example_layers(self.network))}"
-                )
+        check_targets(self.network, config.target_modules or ())
         with warnings.catch_warnings():  # a second adapter is what is wanted here
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             if isinstance(self.network, PeftAdapterMixin):
@@ -178,6 +172,18 @@ class SharedNetwork:
     def _switch(self, name: str | None) -> None:
         self.active = name
         switch(self._layers, name)
+
+
+def check_targets(network: nn.Module, targets: Iterable[str]) -> None:
+    """UserError names a target that fits no layer: peft complains only if none of them fits any."""
+    modules = [n for n, _ in network.named_modules() if not of_adapters(n)]
+    for target in targets:
+        # once a layer has an adapter its own weights live in .base_layer
+        if not any(n == target or n.endswith(f".{target}") for n in modules):
+            raise UserError(
+                f"lora.targets: {target!r} fits no layer of {type(network).__name__}; names are matched from their end, "
+                f"for example {', '.join(example_layers(network))}"
+            )
 
 
 def call(network: ModelMixin, x: Tensor, time: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

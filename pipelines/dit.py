@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from .adapters import Anatomy, linear, reordered
 from .common.errors import UserError
+from .last_blocks import reading
 from .variance_preserving import VariancePreserving, one_step_scheduler
+
+BLOCKS = ("transformer_blocks",)
 
 
 class DiT(VariancePreserving):
@@ -30,7 +33,8 @@ class DiT(VariancePreserving):
     def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
         # the embedding of time and class of the first block makes the last layer's scale and shift too
         apart = ("CombinedTimestepLabelEmbeddings",)
-        return Anatomy(output, last_layer, ("BasicTransformerBlock",), config["patch_size"], by_channel, apart)
+        call = reading(output, BLOCKS)
+        return Anatomy(call, last_layer, ("BasicTransformerBlock",), config["patch_size"], by_channel, apart, BLOCKS)
 
     def num_classes(self, config: Mapping[str, Any]) -> int:
         return config["num_embeds_ada_norm"]

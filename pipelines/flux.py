@@ -17,9 +17,11 @@ from torch import Tensor
 from .adapters import Anatomy, from_tokens, to_tokens
 from .flow_matching import FlowMatching, last_layer, to_dtype
 from .kinds import Guidance
+from .last_blocks import reading
 from .stock import StockPipeline
 
 SIDE = 2  # latents on a side of the square that is one token
+BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 OWN_SIDE = 128  # latents on a side of the images that the stock pipeline draws by default
 
 
@@ -40,7 +42,8 @@ class Flux(FlowMatching):
 
     def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
         told = guidance_scale if config["guidance_embeds"] else None
-        return Anatomy(partial(output, guidance_scale=told), last_layer, side=SIDE, by_channel=last_layer)
+        call = reading(partial(output, guidance_scale=told), BLOCKS)
+        return Anatomy(call, last_layer, side=SIDE, by_channel=last_layer, repeats=BLOCKS)
 
     @torch.no_grad()
     def encode_prompts(

@@ -49,8 +49,7 @@ class Kind:
     without; time_scale: a schedule's t times this is what a network of sinusoids is told; any_readout: whether a student of one
     step may read out elsewhere than at the schedule's last level (student.readout_t); whole_levels: whether levels are whole
     numbers; step_dtype: in which schedulers are tried; forgets_generator: the stock pipeline does not hand its generator to
-    the scheduler, which draws noise between steps from torch's own; has_features: whether it has feature_layers; has_up_half:
-    whether its networks are U-Nets of diffusers, which up_half.py runs in part; takes: what its
+    the scheduler, which draws noise between steps from torch's own; has_features: whether it has feature_layers; takes: what its
     pipeline draws from, and example: one, as it is written in a call; loads_loras: whether its pipeline loads LoRAs;
     unguided: the guidance_scale of its pipeline's call that means none.
     """
@@ -65,7 +64,7 @@ class Kind:
     any_readout = whole_levels = False
     step_dtype = torch.float64
     forgets_generator = False
-    has_features = has_up_half = False
+    has_features = False
     takes: Literal["prompt", "class_labels"] = "prompt"
     example = '"a prompt"'
     loads_loras = True

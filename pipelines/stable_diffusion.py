@@ -31,7 +31,7 @@ class StableDiffusion(VariancePreserving):
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
         *("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
-    has_features = has_up_half = True
+    has_features = True
 
     def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
         # of its up blocks, parts that are called when the network itself is not

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from .adapters import Anatomy, reordered
 from .common.errors import UserError
 from .flow_matching import FlowMatching, last_layer, to_dtype
+from .last_blocks import reading
 from .stock import StockPipeline
+
+BLOCKS = ("transformer_blocks",)
 
 
 class StableDiffusion3(FlowMatching):
@@ -32,7 +35,8 @@ class StableDiffusion3(FlowMatching):
     t5 = optional = ("text_encoder_3", "tokenizer_3")
 
     def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
-        return Anatomy(output, last_layer, ("JointTransformerBlock",), config["patch_size"], by_channel)
+        call = reading(output, BLOCKS)
+        return Anatomy(call, last_layer, ("JointTransformerBlock",), config["patch_size"], by_channel, repeats=BLOCKS)
 
     @torch.no_grad()
     def encode_prompts(

@@ -17,7 +17,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from .adapters import Role, in_float32, last_layer, output
+from .adapters import AdapterHead, Role, in_float32, last_layer, output
 from .denoiser import AllSeen, Condition, Denoiser
 from .noise import Level
 
@@ -123,15 +123,15 @@ class UpHalf(nn.Module):
 
 
 class WayDown(nn.Module):
-    """What a denoiser's network hands to its way up, of one call without guidance and without a graph."""
+    """What a denoiser's network hands to its last part, of one call without guidance and without a graph."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
 
     @torch.no_grad()
-    def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> UpInputs:
-        """x_t (b, c, h, w) -> what an UpHalf reads."""
+    def forward(self, x_t: Tensor, level: Level, condition: Condition = None) -> Any:
+        """x_t (b, c, h, w) -> what an UpHalf or LastBlocks reads."""
         how = True if self.denoiser.collective else "only"  # the weights of a sharded network are given back at its end
         options = (condition or {}) | {"return_features": how}
         return self.denoiser.network(*self.denoiser.preconditioner.inputs(x_t, level), **options).features
@@ -142,13 +142,13 @@ class UpDenoiser(nn.Module):
 
     on_teacher_features = True
 
-    def __init__(self, half: UpHalf, teacher: Denoiser) -> None:
+    def __init__(self, part: UpHalf | AdapterHead, teacher: Denoiser) -> None:
         super().__init__()
-        self.way_up, self.preconditioner = half, teacher.preconditioner
+        self.way_up, self.preconditioner = part, teacher.preconditioner
         with torch.no_grad():
-            for mine, theirs in zip(half.conv_out.parameters(), half.replaced.parameters(), strict=True):
+            for mine, theirs in zip(part.conv_out.parameters(), part.replaced.parameters(), strict=True):
                 mine.copy_(theirs)
 
-    def forward(self, x_t: Tensor, level: Level, features: UpInputs) -> Tensor:
+    def forward(self, x_t: Tensor, level: Level, features: Any) -> Tensor:
         """features: of x_t at this level."""
         return self.preconditioner.x0(self.way_up(features), x_t, level)

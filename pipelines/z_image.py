@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from .adapters import Anatomy, linear, reordered
 from .flow_matching import FlowMatching
+from .last_blocks import reading
 from .stock import StockPipeline
 
 SIDE = 2  # latents on a side of the square that is one token
+BLOCKS = ("noise_refiner", "context_refiner", "layers")
 OWN_SIDE = 128  # latents on a side of the images that the stock pipeline draws by default
 TOKENS = 512  # of a prompt, with what stands around it
 
@@ -33,7 +35,7 @@ class ZImage(FlowMatching):
     unguided = 0.0
 
     def anatomy(self, config: Mapping[str, Any], guidance_scale: float) -> Anatomy:
-        return Anatomy(output, last_layer, side=SIDE, by_channel=by_channel)
+        return Anatomy(reading(output, BLOCKS), last_layer, side=SIDE, by_channel=by_channel, repeats=BLOCKS)
 
     def text_width(self, config: Mapping[str, Any]) -> int:
         return config["cap_feat_dim"]

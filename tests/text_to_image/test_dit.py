@@ -313,6 +313,27 @@ def test_images_of_several_steps_depend_on_their_own_seed(recipe, build, tmp_pat
         assert torch.equal(together[2:], sampler([2], 0, labels=[6]))
 
 
+@pytest.mark.parametrize("objective", ["vardiu", "diff_instruct"])
+@pytest.mark.slow
+def test_a_second_network_on_the_last_third(objective, recipe, build):
+    """It starts as the teacher, on what its first block has made: the network asks that block for its embedding too."""
+    config = recipe(objective)
+    second = "posterior" if objective == "vardiu" else "fake_score"
+    config["objective"] = config["objective"] | {second: config["objective"][second] | {"network": "shared"}}
+    made = build(config)
+    level = made.teacher.schedule.level(torch.tensor([801.0, 23.0]))
+    x_t, condition = torch.randn(2, 3, SIDE, SIDE), {"class_labels": torch.tensor([3, 999])}
+    section = getattr(made.config.objective, second)
+    with torch.no_grad():
+        _, features = made.teacher(x_t, level, condition, return_features=True)
+        own = made.student.denoiser(x_t, level, condition)  # a fresh adapter: the teacher without guidance
+        if objective == "vardiu":
+            x0 = made.posterior(section, with_mean=True)(x_t, level, condition, features).x0_mean
+        else:
+            x0 = made.fake_score(section)(x_t, level, features)
+    assert_close(x0, own, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_sharded_weights_do_not_show(recipe, whole_and_sharded):
     """FSDP2 on two processes, with recomputed blocks."""

@@ -4,6 +4,7 @@ has just made for the teacher.
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.testing import assert_close
 from pipelines import stable_diffusion as sd
 from pipelines.adapters import SharedNetwork, Whole
 from pipelines.common.config import load_config
+from pipelines.common.errors import UserError
 from pipelines.denoiser import Denoiser
 from pipelines.peft_layers import of_adapters, own_name
 from pipelines.up_half import UpHalf, layers_of
@@ -197,9 +199,9 @@ def test_refused(recipe, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(config))
     parsed = load_config(DistillConfig, str(file), [])
-    made = family_for(parsed)(parsed, Accelerator())
-    with pytest.raises(ValueError, match=r"lora\.targets: none of \['to_w'\] is a layer of the up blocks"):
-        made.posterior(parsed.objective.posterior, with_mean=True)
+    with pytest.raises(UserError, match=r"objective\.posterior\.lora\.targets: none of \['to_w'\] is a layer of the up blocks"):
+        family_for(parsed)(parsed, Accelerator())
+    assert not Path(config["output_dir"]).exists()  # before anything is encoded
 
 
 # The fake score of Diff-Instruct ---------------------------------------------------------------------------------------------
@@ -299,8 +301,9 @@ def test_runs_in_half_precision_and_in_several_steps(objective, more, recipe, di
 
 
 def test_other_teachers_refuse_a_shared_fake_score():
-    """By name, those that have no way up to share."""
-    for family in ("edm", "exact", "stable_diffusion_3", "flux", "z_image", "dit"):
-        need = Need("objective.fake_score.network", "way_up", True)
+    """By name, those whose networks have no last part that can be run alone."""
+    need = Need("objective.fake_score.network", "last_part", True)
+    for family in ("edm", "exact"):
         assert "objective.fake_score.network has no effect for" in load_family(family).refusal(need)
-    assert load_family("stable_diffusion").refusal(need) is None
+    for family in ("stable_diffusion", "stable_diffusion_3", "flux", "z_image", "dit"):
+        assert load_family(family).refusal(need) is None

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from accelerate import Accelerator
-from diffusers import UNet2DConditionModel, UNet2DModel
+from accelerate import Accelerator, init_empty_weights
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from pipelines import kinds
+from pipelines import kinds, last_blocks, up_half
 from pipelines import text_to_image as t2i
-from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, in_float32, whole_copy
+from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, check_targets, in_float32, whole_copy
 from pipelines.common.errors import UserError
 from pipelines.common.identity import weights_sha256
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, check_readout
 from pipelines.kinds import Kind
+from pipelines.last_blocks import LastBlocks
 from pipelines.students import save_text_to_image
-from pipelines.up_half import UpDenoiser, UpHalf, layers_of
+from pipelines.up_half import UpDenoiser, UpHalf
 
 from ..cache import Encoded
 from ..command import sharded
@@ -54,14 +55,13 @@ class Family(base.Family):
         "dtype",
         "variant",
     )
-    gives = ("lora", "posterior", "condition_vector")
+    gives = ("lora", "last_part", "posterior", "condition_vector")
 
     @classmethod
     def of(cls, kind: Kind) -> type[Family]:
         """The family of a kind of teachers."""
         keys = (*(("readout_t",) if kind.any_readout else ()), "steps", "inputs", "lora")
         own = {"kind": kind, "called": kind.called, "component": kind.component, "student_keys": keys}
-        own["gives"] = (*cls.gives, *(("way_up",) if kind.has_up_half else ()))
         return type(f"{type(kind).__name__}Family", (cls,), own)
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
@@ -71,6 +71,7 @@ class Family(base.Family):
         index = t2i.read_index(path)
         self.network_config = t2i.network_config(path, kind)
         self.check_guidance(config, self.network_config)
+        self.check_targets(config)
         t2i.check_parts(path)  # before its text encoders work, which may take hours
         scheduler = t2i.load_scheduler(path)
         schedule = kind.schedule(scheduler)
@@ -148,14 +149,13 @@ class Family(base.Family):
 
     @classmethod
     def refusal(cls, need: Need) -> str | None:
-        if need.what != "posterior" or need.value == "adapter" or (need.value == "shared" and cls.kind.has_up_half):
+        if need.what != "posterior" or need.value in ("adapter", "shared"):
             return super().refusal(need)
         if not isinstance(need.value, Network):
             kind = repr(need.value) if isinstance(need.value, str) else "a section of this kind"
-            whose = "EDM teachers" if kind != "'shared'" else "EDM and Stable Diffusion teachers"
             return (
-                f"{need.key}: {kind} is for {whose}; set adapter, or a section {{channels: ..., channel_mult: [...]}} for a "
-                "small network of its own"
+                f"{need.key}: {kind} is for EDM teachers; set shared, adapter, or a section {{channels: ..., channel_mult: "
+                "[...]} for a small network of its own"
             )
         for key in ("patch_size", "dropout"):
             if getattr(need.value, key) != Network.model_fields[key].default:
@@ -182,17 +182,40 @@ class Family(base.Family):
 
     def fake_score(self, section: Any) -> Denoiser | UpDenoiser:
         if section.network == "shared":
-            half = self.up_half(section.lora or Lora(), self.latent_shape[0], "objective.fake_score.lora.targets")
-            return UpDenoiser(half, self.teacher)
+            part = self.last_part(section.lora or Lora(), self.latent_shape[0], "objective.fake_score.lora.targets")
+            return UpDenoiser(part, self.teacher)
         return t2i.denoiser(self.pipe, self._role("aux", section.lora))
 
-    def up_half(self, lora: Lora, out_channels: int, key: str) -> UpHalf:
-        """The way up of the teacher's U-Net under an adapter of its own. key: of the adapter's targets, in messages."""
-        layers = layers_of(self.base.network, tuple(lora.targets or self.kind.layers))
+    def last_part(self, lora: Lora, out_channels: int, key: str) -> UpHalf | LastBlocks:
+        """The way up of the teacher's U-Net, or the last third of its transformer's blocks, under an adapter of its own. key: of
+        the adapter's targets, in messages.
+        """
+        lists, layers = self.base.anatomy.repeats, self.last_layers(self.base.network, lora, key)
+        role = add_role(self.base, "aux", lora.model_copy(update={"targets": layers}), layers, self.config.seed)
+        return LastBlocks(role, out_channels, lists) if lists else UpHalf(role, out_channels)
+
+    def last_layers(self, network: ModelMixin, lora: Lora, key: str) -> list[str]:
+        """The layers of that part that an adapter lies on; UserError where its targets fit none."""
+        lists, endings = self.kind.anatomy(self.network_config, 1.0).repeats, tuple(lora.targets or self.kind.layers)
+        layers = last_blocks.layers_of(network, lists, endings) if lists else up_half.layers_of(network, endings)
         if not layers:
-            raise UserError(f"{key}: none of {lora.targets} is a layer of the up blocks")
-        adapter = lora.model_copy(update={"targets": layers})
-        return UpHalf(add_role(self.base, "aux", adapter, layers, self.config.seed), out_channels)
+            where = "last third of the blocks" if lists else "up blocks"
+            raise UserError(f"{key}: none of {lora.targets} is a layer of the {where}")
+        return layers
+
+    def check_targets(self, config: DistillConfig) -> None:
+        """UserError for targets of adapters that fit no layer: on a network without weights, before anything is encoded."""
+        with init_empty_weights():
+            network = self.kind.network.from_config(dict(self.network_config))  # type: ignore[attr-defined]  # of ConfigMixin, as they all are
+        roles = {"objective." + key: getattr(config.objective, key, None) for key in ("fake_score", "posterior")}
+        loras = [config.student.lora]
+        for key, section in roles.items():
+            if section is not None and section.network == "shared":
+                self.last_layers(network, section.lora or Lora(), f"{key}.lora.targets")
+            elif section is not None and section.network in (None, "adapter"):
+                loras.append(section.lora)
+        for lora in loras:
+            check_targets(network, (lora and lora.targets) or ())
 
     def features(self) -> FeatureMaps:
         """Without guidance: x_t of either side is compared under its own condition."""
@@ -205,7 +228,7 @@ class Family(base.Family):
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
         network: AdapterHead | SmallUNet | UpHalf
         if p.network == "shared":
-            network = self.up_half(p.lora, out_channels, "objective.posterior.lora.targets")
+            network = self.last_part(p.lora, out_channels, "objective.posterior.lora.targets")
         elif isinstance(p.network, Network):
             network = self.small_network(p.network, out_channels, derive_seed(self.config.seed, "init", "posterior"))
         else:

@@ -85,16 +85,16 @@ class Objective(Protocol):
         """By name, what else a checkpoint must keep."""
 
 
-Asked = Literal["lora", "network", "way_up", "augment", "posterior", "condition_vector", "features_of", "batch_proposals"]
+Asked = Literal["lora", "network", "last_part", "augment", "posterior", "condition_vector", "features_of", "batch_proposals"]
 
 
 class Need(NamedTuple):
     """What a configuration asks of the teacher's family, by its key; a value of None, False or 0 asks for nothing.
 
-    lora, network, way_up: a second score network as an adapter on the teacher's weights, as a new one of that section, or as an
-    adapter on the way up of the teacher's U-Net; augment: one that can be told of augmentations; posterior: a posterior's
-    network; condition_vector: conditions that say something; features_of: maps of another trained network, at a path;
-    batch_proposals: batches with several samples of each condition.
+    lora, network, last_part: a second score network as an adapter on the teacher's weights, as a new one of that section, or as
+    an adapter on the last part of the teacher's (a U-Net's way up, a third of a transformer's blocks); augment: one that can be
+    told of augmentations; posterior: a posterior's network; condition_vector: conditions that say something; features_of: maps of
+    another trained network, at a path; batch_proposals: batches with several samples of each condition.
     """
 
     key: str

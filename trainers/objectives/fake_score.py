@@ -1,8 +1,8 @@
 """A fake score: the score of the student's noised samples, learned by denoising them, beside the student that follows it.
 
 What Diff-Instruct and SiD share: the network, its own phase and its section of the configuration. A fake score that is `shared`
-reads what the teacher's own call has made at the same x_t, and costs a network's way up; where it learns alone, the teacher's way
-down is run for it.
+reads what the teacher's own call has made at the same x_t, and costs the last part of a network (a U-Net's way up, a third of a
+transformer's blocks); where it learns alone, the part before is run for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.common.strict import PositiveInt, Strict
 from pipelines.denoiser import Condition, Denoiser, FewStepGenerator
+from pipelines.last_blocks import BlockInputs
 from pipelines.noise import Level, Weight, add_noise, weight
 from pipelines.up_half import UpDenoiser, UpInputs, WayDown
 
@@ -84,13 +85,13 @@ class WithFakeScore:
         level = sample_level(draw.u, self.levels, draw.progress, self.teacher.schedule)
         return x0, add_noise(x0, draw.eps, level), level
 
-    def read_teacher(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, UpInputs | None]:
+    def read_teacher(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, UpInputs | BlockInputs | None]:
         """x0 of the teacher at x_t (b, c, h, w), and the features that a shared fake score reads there."""
         if not isinstance(self.fake_score, UpDenoiser):
             return self.teacher(x_t, level, condition), None
         return self.teacher(x_t, level, condition, return_features=True)
 
-    def fake(self, x_t: Tensor, level: Level, condition: Condition, features: UpInputs | None = None) -> Tensor:
+    def fake(self, x_t: Tensor, level: Level, condition: Condition, features: UpInputs | BlockInputs | None = None) -> Tensor:
         """x0 of the fake score at x_t (b, c, h, w); features: the teacher's there, if it has been called."""
         if not isinstance(self.fake_score, UpDenoiser):
             return self.fake_score(x_t, level, condition)
@@ -107,7 +108,7 @@ class WithFakeScore:
 
 class FakeScore(Strict):
     optimizer: Optimizer
-    # shared: LoRA on the way up of the teacher's U-Net (Stable Diffusion); a section: a new one, for exact teachers; None: of the
+    # shared: LoRA on the last part of the teacher's network (not EDM's); a section: a new one, for exact teachers; None: of the
     # student's kind
     network: Literal["shared"] | NewNetwork | None = None
     lora: Lora | None = None  # an adapter on the teacher's weights; None: a copy of the teacher
@@ -134,7 +135,7 @@ class FakeScoreConfig(ObjectiveConfig):
         f, key = self.fake_score, "objective.fake_score"
         asked: dict[Asked, Any] = {"lora": f.lora, "network": None if f.network == "shared" else f.network, "augment": f.augment}
         needs = [Need(f"{key}.{what}", what, value) for what, value in asked.items()]
-        return [*needs, Need(f"{key}.network", "way_up", f.network == "shared")]
+        return [*needs, Need(f"{key}.network", "last_part", f.network == "shared")]
 
     def optimizers(self) -> dict[str, Optimizer]:
         return {"fake_score": self.fake_score.optimizer}

@@ -26,7 +26,8 @@ PosteriorNetwork = Annotated[
 
 
 class Posterior(Strict):
-    # shared: on the teacher's frozen encoder, a decoder of its own (EDM), or LoRA on the teacher's own (Stable Diffusion);
+    # shared: on what the teacher's call makes on the way: a decoder of its own (EDM), or LoRA on the last part of the teacher's
+    # network, a U-Net's way up or a third of a transformer's blocks;
     # adapter: LoRA and a last layer of its own on all of the teacher's frozen weights; copy: the teacher's network, copied (EDM);
     # or a section: one from scratch
     network: PosteriorNetwork = "shared"
@@ -43,7 +44,7 @@ class Posterior(Strict):
     @model_validator(mode="after")
     def _options_fit_the_covariance(self):
         if self.lora != Lora() and self.network not in ("adapter", "shared"):
-            raise ValueError("lora has no effect unless network=adapter, or shared with Stable Diffusion; remove it")
+            raise ValueError("lora has no effect unless network=adapter or shared; remove it")
         for key, covariance in (("rank", "lowrank"), ("block", "learned"), ("flow", "flow")):
             if getattr(self, key) != type(self).model_fields[key].default and self.covariance != covariance:
                 raise ValueError(f"{key} has no effect with covariance={self.covariance!r}; remove it (it is for {covariance})")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipelines.denoiser import Condition, Parameterization
 from pipelines.edm.features import Features
+from pipelines.last_blocks import BlockInputs
 from pipelines.noise import Level
 from pipelines.preconditioning import make_preconditioner
 from pipelines.up_half import UpInputs
@@ -31,7 +32,8 @@ class PosteriorOutput(NamedTuple):
 class UNetPosterior(nn.Module):
     """network: what turns x_t into `num_channels` maps (b, num_channels, h, w). One of
 
-    - a second decoder on the teacher's encoder, or an adapter on the teacher's own (UpHalf), whose features `forward` is given;
+    - a second decoder on the teacher's encoder, or an adapter on the last part of its own
+      (UpHalf, LastBlocks), whose features `forward` is given;
     - an AdapterHead on the teacher's weights, a copy of the teacher's network or one from scratch, which see x_t as
       `parameterization` says: with "edm" it fits any schedule.
 
@@ -83,7 +85,7 @@ class UNetPosterior(nn.Module):
         x_t: Tensor,
         level: Level,
         condition: Condition = None,
-        features: Features | UpInputs | None = None,
+        features: Features | UpInputs | BlockInputs | None = None,
         z: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> PosteriorOutput:
@@ -98,7 +100,11 @@ class UNetPosterior(nn.Module):
         return PosteriorOutput(log_q, sample, log_q_z, x0_mean)
 
     def density(
-        self, x_t: Tensor, level: Level, condition: Condition = None, features: Features | UpInputs | None = None
+        self,
+        x_t: Tensor,
+        level: Level,
+        condition: Condition = None,
+        features: Features | UpInputs | BlockInputs | None = None,
     ) -> tuple[Density, Tensor]:
         """q(. | x_t), and the maps (b, c or 0, h, w) that the preconditioner turns into x0_mean."""
         if self.on_teacher_features:

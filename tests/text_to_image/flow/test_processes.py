@@ -34,6 +34,14 @@ def test_sharded_weights_do_not_show(kind, objective, two_steps, whole_and_shard
 
 
 @pytest.mark.slow
+def test_sharded_weights_do_not_show_on_the_last_third(two_steps, whole_and_sharded):
+    """A posterior that runs some of the blocks, of which each is gathered by itself."""
+    config = two_steps("sd35", "vardiu", "float32")
+    config["objective"]["posterior"] |= {"network": "shared"}
+    whole_and_sharded(config)
+
+
+@pytest.mark.slow
 def test_bfloat16_weights_are_sharded_below_float32_adapters(two_steps, launched):
     """The two dtypes do not meet in one shard; the run ends with finite numbers and a student that loads."""
     output = launched(two_steps("sd35", "vardiu", "bfloat16"), "fsdp2.yaml")

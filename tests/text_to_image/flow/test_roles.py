@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, from_tokens, to_tokens
+from pipelines.common.errors import UserError
+from pipelines.denoiser import Denoiser
 from pipelines.kinds import kind_named
+from pipelines.last_blocks import LastBlocks, layers_of, split_blocks
+from pipelines.noise import RectifiedFlowSchedule
+from pipelines.up_half import WayDown
 
 B, C, H, W, TOKENS = 2, 3, 6, 10, 11
 GUIDANCE = 3.5
@@ -237,3 +242,137 @@ def test_half_precision(kind, base, inputs, fill):
     assert AdapterHead(aux, 2)(x.float(), t.float(), **condition).dtype == torch.float32
     out.square().sum().backward()
     assert {p.grad.dtype for p in student.parameters()} == {torch.float32}
+
+
+# The last third of the blocks --------------------------------------------------------------------------------------------------
+
+DEEP = {
+    "sd35": {"num_layers": 7},
+    "flux dev": {"num_layers": 2, "num_single_layers": 5},
+    "flux schnell": {"num_layers": 5, "num_single_layers": 1},  # the last two are of both lists
+    "z-image": {"n_layers": 5},
+}
+every_deep_kind = pytest.mark.parametrize("kind", DEEP)
+
+
+@pytest.fixture
+def deep(base, fill):
+    """deep(kind): the same with more blocks, all weights random: what is zero at first hides nothing."""
+
+    def make(kind: str) -> nn.Module:
+        config = dict(base(kind).config) | DEEP[kind]
+        torch.manual_seed(7)
+        network = type(base(kind)).from_config(config).double().eval()
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(0.05 * torch.randn(p.shape, dtype=p.dtype))
+        return network.requires_grad_(False)
+
+    return make
+
+
+def last_of(kind: str, network: nn.Module, fill) -> tuple[SharedNetwork, LastBlocks]:
+    """With an adapter of a student everywhere, as in a run, and one of the second network on the last third."""
+    shared = shared_of(kind, network)
+    fill(shared.add_adapter("student", config_of(kind, "student")))
+    lists = shared.anatomy.repeats
+    layers = layers_of(network, lists, tuple(kind_named(KINDS[kind]).layers))
+    role = fill(shared.add_adapter("aux", LoraConfig(r=RANK, lora_alpha=3.0, target_modules=layers)))
+    head = LastBlocks(role, C, lists).double()
+    with torch.no_grad():
+        for mine, theirs in zip(head.conv_out.parameters(), head.replaced.parameters(), strict=True):
+            mine.copy_(theirs)
+    return shared, head
+
+
+def alone(kind: str, network: nn.Module, head: LastBlocks) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A deep copy of the stock network with the head's adapter as its only one; its parameters under that role's names."""
+    layers = layers_of(network, head.lists, tuple(kind_named(KINDS[kind]).layers))
+    copied = copy.deepcopy(network).requires_grad_(False)
+    copied.add_adapter(LoraConfig(r=RANK, lora_alpha=3.0, target_modules=layers), "own")
+    own = {"adapter." + n.replace(".own.", "."): p for n, p in copied.named_parameters() if ".own." in n}
+    weights = dict(head.role.named_parameters())
+    assert own.keys() == weights.keys()
+    for n, p in own.items():
+        p.data = weights[n].data.double().clone()
+    return copied, own
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        ("sd35", "transformer_blocks.5"),
+        ("flux dev", "single_transformer_blocks.3"),
+        ("flux schnell", "transformer_blocks.4"),
+    ],
+)
+def test_what_the_last_third_is(kind, first, deep):
+    network = deep(kind)
+    before, last = split_blocks(network, shared_of(kind, network).anatomy.repeats)
+    assert (last[0], len(last)) == (first, (len(before) + len(last)) // 3)
+
+
+@every_deep_kind
+def test_the_last_third_is_a_network_of_its_own(kind, deep, inputs, fill):
+    """On what the teacher's call has made, the whole network with that adapter; the teacher's own output, bit for bit; no other
+    block is run, and afterwards all are where they were.
+    """
+    network, stays = deep(kind), deep(kind)
+    shared, head = last_of(kind, network, fill)
+    x, t, condition = inputs(kind)
+    made = shared.teacher()(x, t, return_features=True, **condition)
+    assert torch.equal(made.sample, stock(stays, x, t, condition))
+    ran: list[str] = []
+    before, last = split_blocks(network, head.lists)
+    handles = [network.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: ran.append(n)) for n in before + last]
+    out = head(made.features)
+    for handle in handles:
+        handle.remove()
+    assert ran == last
+    assert_close(out, stock(alone(kind, stays, head)[0], x, t, condition), rtol=1e-11, atol=1e-11)
+    assert (out - made.sample).abs().max() > 1e-3
+    assert split_blocks(network, head.lists) == (before, last)
+    assert torch.equal(shared.teacher()(x, t, **condition), made.sample)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@every_deep_kind
+def test_gradients_of_the_last_third_are_those_of_a_separate_network(kind, checkpointing, deep, inputs, fill):
+    """To 1e-9, of its adapter and, through the teacher's blocks, of x_t; whatever role is active in backward."""
+    network, stays = deep(kind), deep(kind)
+    shared, head = last_of(kind, network, fill)
+    x, t, condition = inputs(kind)
+    copied, own = alone(kind, stays, head)
+    theirs, mine = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    loss = stock(copied, theirs, t, condition).square().sum()
+    expected = dict(zip(("x", *own), torch.autograd.grad(loss, [theirs, *own.values()]), strict=True))
+    if checkpointing:
+        head.enable_gradient_checkpointing()
+    out = head(shared.teacher()(mine, t, return_features=True, **condition).features)
+    with shared.running("student"):
+        out.square().sum().backward()
+    found = {"x": mine.grad} | {n: p.grad for n, p in head.role.named_parameters()}
+    for name, value in expected.items():
+        assert_close(found[name], value, rtol=0, atol=1e-9 * max(1.0, float(value.abs().max())))
+    assert all(p.grad is None for n, p in network.named_parameters() if ".student." in n)
+
+
+@pytest.mark.parametrize("kind", ["sd35", "z-image"])
+def test_under_guidance_the_last_third_reads_the_conditional_half(kind, deep, inputs, fill):
+    """Z-Image pads both halves to the longer text, here that of the null condition."""
+    network, stays = deep(kind), deep(kind)
+    shared, head = last_of(kind, network, fill)
+    x, t, condition = inputs(kind)
+    null = {k: torch.ones_like(v[0]) for k, v in condition.items()}
+    level = RectifiedFlowSchedule().level(t)
+    teacher = Denoiser(shared.teacher(), RectifiedFlowSchedule(), "flow", 1.0, 3.0, null)
+    _, features = teacher(x, level, condition, return_features=True)
+    assert_close(head(features), stock(alone(kind, stays, head)[0], x, t, condition), rtol=1e-10, atol=1e-10)
+    without = Denoiser(shared.teacher(), RectifiedFlowSchedule(), "flow", 1.0)  # as a fake score reads it, by itself
+    assert_close(head(WayDown(without)(x, level, condition)), head(features), rtol=1e-10, atol=1e-10)
+
+
+def test_a_single_block_is_refused(base):
+    network = SD3Transformer2DModel.from_config(dict(base("sd3").config) | {"num_layers": 1})
+    with pytest.raises(UserError, match="network=shared: this SD3Transformer2DModel has a single block"):
+        split_blocks(network, ("transformer_blocks",))
