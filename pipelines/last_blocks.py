@@ -14,9 +14,11 @@ from typing import Any, Literal
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from .adapters import AdapterHead, Role
+from . import up_half
+from .adapters import AdapterHead, Anatomy, Role
 from .common.errors import UserError
 from .denoiser import AllSeen
+from .up_half import UpHalf
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,17 @@ def layers_of(network: ModelMixin, lists: tuple[str, ...], endings: tuple[str, .
     last = tuple(f"{name}." for name in split_blocks(network, lists)[1])
     names = (name for name, _ in network.named_modules() if name.startswith(last))
     return [name for name in names if name.endswith(tuple(f".{ending}" for ending in endings))]
+
+
+def layers_of_last_part(network: ModelMixin, anatomy: Anatomy, endings: tuple[str, ...]) -> list[str]:
+    """Of a transformer's last third, or of a U-Net's way up, the full names of the layers whose names end so."""
+    return layers_of(network, anatomy.repeats, endings) if anatomy.repeats else up_half.layers_of(network, endings)
+
+
+def last_part(role: Role, out_channels: int) -> LastBlocks | UpHalf:
+    """That part of the role's network with a last layer of its own."""
+    lists = role.shared.anatomy.repeats
+    return LastBlocks(role, out_channels, lists) if lists else UpHalf(role, out_channels)
 
 
 class InPlaceOf(nn.Module):

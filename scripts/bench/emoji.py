@@ -4,8 +4,8 @@
                                    [--lcm lcm_lora ...] [--num-images N]
 
 Each run has one thread and trains on the embedded Stable Diffusion by configs/emoji_<objective>.yaml with as many steps as fit
-into --seconds: their time is measured in a short run first, with nothing else on its core. Eight snapshots of each are measured
-by protocol emoji-2k. LCM-LoRA gets the same teacher, pictures, rank, batch and seconds, with the example's guidance range and
+into --seconds: their time is measured in a short run first, with nothing else on its core. So a snapshot's seconds are its share of
+--seconds, whatever else slows the run itself (train_seconds). Eight snapshots of each are measured by protocol emoji-2k. LCM-LoRA gets the same teacher, pictures, rank, batch and seconds, with the example's guidance range and
 rate and with ours, and is measured with one and four steps. Writes <output>/emoji.json and emoji.png. Run again, it continues
 where it was stopped.
 """
@@ -60,8 +60,8 @@ def steps_in(seconds: float, trial: Job) -> int:
     return max(1, int((seconds - before) / a_step) // SNAPSHOTS) * SNAPSHOTS
 
 
-def train(objectives: list[str], seeds: int, seconds: float, runs: Path) -> list[tuple[str, int, Path]]:
-    """(objective, seed, folder of the run) of each."""
+def train(objectives: list[str], seeds: int, seconds: float, runs: Path) -> list[tuple[str, int, int, Path]]:
+    """(objective, seed, steps, folder of the run) of each."""
     trials = {name: Job(f"{name}, trial", config_of(name), runs / f"{name}_trial", trial_options()) for name in objectives}
     run_all(list(trials.values()), cores(), threads=1)
     jobs = {}
@@ -69,9 +69,9 @@ def train(objectives: list[str], seeds: int, seconds: float, runs: Path) -> list
         steps = kept(runs / f"{name}_steps.json", {"seconds": seconds}, lambda trial=trial: steps_in(seconds, trial))
         for seed in range(seeds):
             given = [f"seed={seed}", f"steps={steps}", f"snapshot_every={steps // SNAPSHOTS}", "sample_every=null"]
-            jobs[name, seed] = Job(f"{name} {seed}", config_of(name), runs / f"{name}_{seed}", given)
+            jobs[name, seed, steps] = Job(f"{name} {seed}", config_of(name), runs / f"{name}_{seed}", given)
     run_all(list(jobs.values()), cores(), threads=1)
-    return [(name, seed, job.folder) for (name, seed), job in jobs.items()]
+    return [(*key, job.folder) for key, job in jobs.items()]
 
 
 def trial_options() -> list[str]:
@@ -138,12 +138,13 @@ def main() -> None:
     teacher = teacher_numbers(many, judge, (SHIPPED, kept_in), print).numbers
     single = teacher_numbers(one, judge, (with_one_step(SHIPPED), with_one_step(kept_in)), print).numbers
     curves: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for name, seed, folder in trained:
+    for name, seed, steps, folder in trained:
         points = curves.setdefault(name, {}).setdefault(str(seed), [])
         for snapshot in find_run(name, folder, "student").snapshots:
             found = numbers(judge, load_student(snapshot, TEACHER), snapshot.model.name, snapshot.model / "measured.json")
-            when = {"step": snapshot.info["steps"], "seconds": snapshot.info["train_seconds"]}
-            points.append(when | {"calls": sum(snapshot.info["calls"].values())} | found)
+            step, info = snapshot.info["steps"], snapshot.info
+            when = {"step": step, "seconds": args.seconds * step / steps, "train_seconds": info["train_seconds"]}
+            points.append(when | {"calls": sum(info["calls"].values())} | found)
     lcm: dict[str, dict[str, dict[str, Any]]] = {}
     for name, seed, folder in others:
         by_steps = {

@@ -10,7 +10,7 @@ seconds: the median over turns. peak_bytes: the most memory of the process (of t
 device, where there is one) less what it held before the first network was made. base: one frozen copy of the network's weights.
 
     ours          trainers.distill's step: adapters on one network
-    shared        the same with the posterior on the teacher's encoder (posterior.network: shared), of U-Nets
+    shared        the same with the second network on what the teacher's call has made (network: shared)
     three_copies  the same with a network each for teacher, student and posterior or fake score, as other repositories hold them;
                   Diff-Instruct as they run it, in two phases with a student call each
     lcm_update    what diffusers' LCM-LoRA example does for each step: teacher twice, student twice, two networks
@@ -44,7 +44,8 @@ from pipelines.common.options import path, whole
 from pipelines.common.provenance import git_commit, versions
 from pipelines.denoiser import Denoiser, FewStepGenerator
 from pipelines.kinds import kind_named
-from pipelines.up_half import UpHalf, layers_of
+from pipelines.last_blocks import LastBlocks, last_part, layers_of_last_part
+from pipelines.up_half import UpDenoiser, UpHalf
 from trainers.config.networks import Lora
 from trainers.config.run import DistillConfig
 from trainers.data.examples import Tensors
@@ -83,8 +84,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 # half of its depth, for machines that do not hold three copies
 SHAPES["sd35_half"] = SHAPES["sd35"] | {"network": SD35 | {"num_layers": 12, "dual_attention_layers": tuple(range(7))}}
 BATCH = {"vardiu": 1, "diff_instruct": 1, "sid": 1, "varflow": 16, "varflow_k2": 2}
-LAYOUTS = {"vardiu": ("ours", "shared", "three_copies", "lcm_update"), "diff_instruct": ("ours", "three_copies", "lcm_update")}
-LAYOUTS |= {"sid": ("ours", "three_copies"), "varflow": ("ours",), "varflow_k2": ("ours",)}
+SCORES = ("ours", "shared", "three_copies")
+LAYOUTS = {
+    "vardiu": (*SCORES, "lcm_update"),
+    "diff_instruct": (*SCORES, "lcm_update"),
+    "sid": SCORES,
+    "varflow": ("ours",),
+    "varflow_k2": ("ours",),
+}
 GUIDANCE = 7.5
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -116,20 +123,21 @@ class RandomModels:
     def _denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.schedule, self.prediction, 1.0)
 
-    def fake_score(self, section: Any) -> Denoiser:
+    def _last_part(self, out_channels: int) -> LastBlocks | UpHalf:
+        layers = layers_of_last_part(self.base.network, self.base.anatomy, self.kind.layers)
+        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.rank, target_modules=layers)
+        return last_part(self.base.add_adapter("aux", config), out_channels)
+
+    def fake_score(self, section: Any) -> Denoiser | UpDenoiser:
+        if section.network == "shared":
+            return UpDenoiser(self._last_part(self.latent_shape[0]), self.teacher)
         return self._denoiser(self._role("aux"))
 
     def posterior(self, section: Any, with_mean: bool) -> UNetPosterior:
         covariance = COVARIANCES["learned"](self.latent_shape)
         out_channels = UNetPosterior.num_channels(covariance, with_mean)
-        head: AdapterHead | UpHalf
-        if section.network == "shared":
-            layers = layers_of(self.base.network, self.kind.layers)
-            rank = section.lora.rank
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
-            head = UpHalf(self.base.add_adapter("aux", config), out_channels)
-        else:
-            head = AdapterHead(self._role("aux"), out_channels)
+        shared = section.network == "shared"
+        head = self._last_part(out_channels) if shared else AdapterHead(self._role("aux"), out_channels)
         posterior = UNetPosterior(head, covariance, 1.0, with_mean, self.prediction)
         posterior.start_mean(head.replaced)
         return posterior
@@ -151,7 +159,8 @@ def our_step(shape: dict[str, Any], objective: str, layout: str, device: torch.d
     adam, low, high = {"lr": 1e-5}, *((20, 980) if vp else (0.02, 0.98))
     levels = {"name": "uniform", "low": low, "high": high}
     lora = {"rank": shape["rank"]}
-    fake_score = {"lora": lora, "optimizer": adam, "levels": levels, "weighting": "snr" if vp else "edm"}
+    network = "shared" if layout == "shared" else None
+    fake_score = {"network": network, "lora": lora, "optimizer": adam, "levels": levels, "weighting": "snr" if vp else "edm"}
     sections: dict[str, dict[str, Any]] = {
         "vardiu": {
             "name": "vardiu",
@@ -160,7 +169,7 @@ def our_step(shape: dict[str, Any], objective: str, layout: str, device: torch.d
             "noise_draws": 1,
             "regression_weighting": "snr" if vp else "edm",
             "posterior": {
-                **{"network": "shared" if layout == "shared" else "adapter", "lora": lora, "covariance": "learned"},
+                **{"network": network or "adapter", "lora": lora, "covariance": "learned"},
                 **{"warmup_updates": 0, "optimizer": adam},
             },
         },
@@ -299,8 +308,8 @@ def main() -> None:
         print(f"\n{name}: {base_bytes(name) / 2**30:.2f} GiB of weights, {SHAPES[name]['dtype']}", flush=True)
         for objective in args.objectives:
             known = [layout for layout in LAYOUTS[objective] if layout in args.layouts]
-            if SHAPES[name]["family"] != "sd":  # these are of U-Nets that predict noise
-                known = [layout for layout in known if layout not in ("shared", "lcm_update")]
+            if SHAPES[name]["family"] != "sd":  # it is of U-Nets that predict noise
+                known = [layout for layout in known if layout != "lcm_update"]
             numbers = measure(
                 name, objective, known, args.repeats if BATCH[objective] < 16 else min(1, args.repeats), args.threads
             )

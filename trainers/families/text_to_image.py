@@ -13,14 +13,14 @@ from accelerate import Accelerator, init_empty_weights
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from pipelines import kinds, last_blocks, up_half
+from pipelines import kinds
 from pipelines import text_to_image as t2i
 from pipelines.adapters import AdapterHead, Role, SharedNetwork, Whole, check_targets, in_float32, whole_copy
 from pipelines.common.errors import UserError
 from pipelines.common.identity import weights_sha256
 from pipelines.denoiser import Condition, Denoiser, FeatureMaps, FewStepGenerator, check_readout
 from pipelines.kinds import Kind
-from pipelines.last_blocks import LastBlocks
+from pipelines.last_blocks import LastBlocks, last_part, layers_of_last_part
 from pipelines.students import save_text_to_image
 from pipelines.up_half import UpDenoiser, UpHalf
 
@@ -190,16 +190,16 @@ class Family(base.Family):
         """The way up of the teacher's U-Net, or the last third of its transformer's blocks, under an adapter of its own. key: of
         the adapter's targets, in messages.
         """
-        lists, layers = self.base.anatomy.repeats, self.last_layers(self.base.network, lora, key)
+        layers = self.last_layers(self.base.network, lora, key)
         role = add_role(self.base, "aux", lora.model_copy(update={"targets": layers}), layers, self.config.seed)
-        return LastBlocks(role, out_channels, lists) if lists else UpHalf(role, out_channels)
+        return last_part(role, out_channels)
 
     def last_layers(self, network: ModelMixin, lora: Lora, key: str) -> list[str]:
         """The layers of that part that an adapter lies on; UserError where its targets fit none."""
-        lists, endings = self.kind.anatomy(self.network_config, 1.0).repeats, tuple(lora.targets or self.kind.layers)
-        layers = last_blocks.layers_of(network, lists, endings) if lists else up_half.layers_of(network, endings)
+        anatomy = self.kind.anatomy(self.network_config, 1.0)
+        layers = layers_of_last_part(network, anatomy, tuple(lora.targets or self.kind.layers))
         if not layers:
-            where = "last third of the blocks" if lists else "up blocks"
+            where = "last third of the blocks" if anatomy.repeats else "up blocks"
             raise UserError(f"{key}: none of {lora.targets} is a layer of the {where}")
         return layers
 
