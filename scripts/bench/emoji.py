@@ -4,10 +4,10 @@
                                    [--lcm lcm_lora ...] [--num-images N]
 
 Each run has one thread and trains on the embedded Stable Diffusion by configs/emoji_<objective>.yaml with as many steps as fit
-into --seconds: their time is measured in a short run first, with nothing else on its core. So a snapshot's seconds are its share of
---seconds, whatever else slows the run itself (train_seconds). Eight snapshots of each are measured by protocol emoji-2k. LCM-LoRA gets the same teacher, pictures, rank, batch and seconds, with the example's guidance range and
-rate and with ours, and is measured with one and four steps. Writes <output>/emoji.json and emoji.png. Run again, it continues
-where it was stopped.
+into --seconds: their time is measured in a short run first, with nothing else on its core. So a snapshot's seconds are its share
+of --seconds, whatever else slows the run itself (train_seconds). Eight snapshots of each are measured by protocol emoji-2k.
+LCM-LoRA gets the same teacher, pictures, rank, batch and seconds, with the example's guidance range and rate and with ours, and
+is measured with one and four steps. Writes <output>/emoji.json and emoji.png. Run again, it continues where it was stopped.
 """
 
 from __future__ import annotations
