@@ -93,7 +93,7 @@ def test_features_of_a_network_of_ones_choice(known, tmp_path):
     for name, value in maps.denoiser.network.state_dict().items():
         assert torch.equal(value, network.state_dict()[name]), name
     facts = json.loads((tmp_path / "run" / "student" / "student.json").read_text())
-    assert facts["calls"] == {"features": 48, "student": 24}
+    assert facts["calls"] == {"features": 24 * (1 + 4), "student": 24}  # of each sample, and of its four of the data
     x_t, labels = torch.randn(3, 1, 8, 8), torch.tensor([4, 1, 7])
     level = maps.denoiser.schedule.level(torch.full((3,), 0.4))
     inputs, time = maps.denoiser.preconditioner.inputs(x_t, level)

@@ -11,15 +11,19 @@ with k(x, y) = exp(-|x - y| / (tau s)), y data, x_j the *other* student samples,
 where the energy distance pulls a sample towards all data alike, here those within about tau s of it count.
 
 Each side is normalised over its own samples, so that both weigh 1: swapping the two sets changes the sign of V and nothing
-else, and V is 0 where their laws are equal. (One softmax over both sides would still be antisymmetric, but as the share of one
-side times that of the other: samples far from all data would hardly be pulled.) A softmax of n samples is a biased estimate of
-the ratio of means, by O(1 / n'), n' those within reach; the two biases cancel where both sides have as many. Hence data sample
-i is left out for student sample i, as that itself is among the students: given x_i, V is then of mean exactly 0 for equal laws,
-at every batch size and temperature, and so is the gradient. And hence more data than students are taken in sets as large as the
-batch, whose kernel means are averaged. s, the root mean square distance of all, does not tell the sets apart either.
+else, and V is 0 where their laws are equal. (One softmax over both sides is antisymmetric too, but as the share of one side
+times that of the other: samples far from all data would hardly be pulled.) A softmax of n samples is a biased estimate of the
+ratio of means, by O(1 / n'), n' those within reach; the two biases cancel where both sides have as many. Hence data sample i is
+left out for student sample i, as that itself is among the students: given x_i, V is of mean exactly 0 for equal laws (of each
+condition), at every batch size and temperature, and so is the gradient. Hence, too, more data than students are taken in sets as
+large as the batch, whose kernel means are averaged. And hence s, for the paper's mean distance, is the root mean square distance
+of all samples of both sides: it does not tell them apart. (Units of feature maps, which are the data's, do, a little.)
 
 What remains at a finite batch: between unequal laws V is that of the estimates, at small tau that of nearest neighbours, whose
-distance depends on the batch; and the loss does not go to 0 but to the variance of V, so that its value says little.
+distance depends on the batch, and mostly noise; and the loss goes not to 0 but to the variance of V: its value says little.
+
+A condition that is part of the samples has its part in distances and in the loss's value, and no gradient. Not taken over from
+the paper: the second softmax, over x, and the division of each temperature's V by its size, which the batch's noise sets here.
 """
 
 from __future__ import annotations

@@ -21,10 +21,11 @@ and `features` those of a frozen network's feature maps of x_t, the teacher's or
 is of shows there in far fewer samples. It costs two calls of that network and one backward pass through it.
 
 `kernel: drift` puts another field in the place of the distance's gradient, in every block: towards the data nearby, away from the
-other student samples nearby, where the energy distance pulls towards all of them alike (drift.py).
+other student samples nearby, where the energy distance pulls towards all of them alike (drift.py). Conditions and what depends
+on them are as above: pairs i, i are left out, and a `condition_scale` makes the condition part of what is near.
 
-`data_per_sample` = m > 1 compares with m times as many data samples as the student makes, each with its own noise: the cross term
-is then over all of them, with less variance, and costs no call of the student (but, with features, calls of their network).
+`data_per_sample` = m > 1 compares with m times as many data samples as the student makes, each with its own noise and condition:
+the mean over data is then over all of them. It costs no call of the student; with features one of their network for each.
 
 The teacher's score is never asked for, so there need not be one: then the student is a new network, and learns from scratch.
 
@@ -207,7 +208,7 @@ class Config(ObjectiveConfig):
     levels: Levels
     weighting: Weight = "sigma2"
     kernel: Kernel = "energy"  # the paper's distance, or the drift towards what is near
-    temperatures: Annotated[list[PositiveFloat], Field(min_length=1)] = [0.05, 0.2]  # of the drift, in units of the mean distance
+    temperatures: Annotated[list[PositiveFloat], Field(min_length=1)] = [0.1]  # drift's reach, in the samples' mean distance
     beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
     cross: Literal["full", "paired"] = "paired"
     condition_scale: Annotated[float, Field(ge=0)] = 0.0  # of the condition in the distance; 0 matches images whatever they say
