@@ -252,7 +252,7 @@ def test_loss_by_hand(conditional, kernel, make_draw, randn, generator):
 
 
 def test_a_student_learns_a_law_of_two_modes(make_draw, generator):
-    """z -> tanh-like steps: 60 updates of a small network bring points to two clusters, as many to each."""
+    """150 updates of a small network bring points to two clusters, as many to each."""
     torch.manual_seed(0)
     student = nn.Module()
     net = student.net = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 1)).double()
@@ -274,7 +274,7 @@ def test_a_student_learns_a_law_of_two_modes(make_draw, generator):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"temperatures": [0.1]}, "temperatures has no effect without kernel=drift"),
+        ({"temperatures": [0.3]}, "temperatures has no effect without kernel=drift"),
         ({"kernel": "drift", "beta": 1.5}, "beta has no effect without kernel=energy"),
         ({"kernel": "drift", "cross": "full"}, "cross has no effect without kernel=energy"),
         ({"kernel": "drift", "samples_per_condition": 2}, "kernel has no effect without samples_per_condition=1"),

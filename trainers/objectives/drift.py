@@ -66,7 +66,7 @@ def drift(x_student: Tensor, x_data: Tensor, temperatures: Sequence[float]) -> t
         raise ValueError(f"drift needs at least 2 student samples and a multiple of them of data; got {k}, {len(x_data)}")
     x, y = x_student.detach().flatten(1).double(), x_data.detach().flatten(1).double()
     size = pair_distance(torch.cat([x, y]))
-    unit = torch.where(size == 0, 1.0, size)  # NaN comes through
+    unit = torch.where(size == 0, 1.0, size)
     sides = [*y.split(k), x]
     distances = [distances_to_others(x, side) / unit for side in sides]
     total = torch.zeros_like(x)
