@@ -149,7 +149,7 @@ def fresh_accelerator():
 
 @dataclass
 class Draw:
-    """What an objective asks of a draw; `normals` holds the named extra numbers."""
+    """What an objective asks of a draw; `normals` holds the named extra numbers, `further` the further data."""
 
     z: Tensor
     eps: Tensor
@@ -159,10 +159,14 @@ class Draw:
     normals: dict[str, Tensor] = field(default_factory=dict)
     progress: float = 0.0
     first_row: int = 0
+    further: list[tuple[Tensor, dict[str, Tensor] | None]] = field(default_factory=list)
 
     @property
     def shared_u(self) -> Tensor:
         return self.u[0]
+
+    def further_data(self, k: int) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return self.further[k - 1]
 
     def normal(self, name: str, *shape: int) -> Tensor:
         assert self.normals[name].shape == (len(self.z), *shape), f"{name}: asked for {shape}"

@@ -86,6 +86,17 @@ def test_energy_loss_against_loops(beta, cross, same_condition, randn):
         assert_close(gradient, naive_gradient(x, y, beta, cross, same_condition), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("same_condition", [False, True])
+def test_more_data_than_students(same_condition, randn):
+    """Seven data for three students, of which the first three share their conditions: a mean over six or seven distances."""
+    x, y = randn(3, 2, 5), randn(7, 2, 5)
+    within = [math.fsum(distance(x[i], x[j]) for j in range(3) if j != i) / 2 for i in range(3)]
+    others = [[j for j in range(7) if not (same_condition and j == i)] for i in range(3)]
+    between = [math.fsum(distance(x[i], y[j]) for j in mine) / len(mine) for i, mine in enumerate(others)]
+    expected = [b - w / 2 for b, w in zip(between, within, strict=True)]
+    assert energy_loss(x, y, 1.0, "full", same_condition).tolist() == pytest.approx(expected, rel=1e-11)
+
+
 @pytest.mark.parametrize("cross", ["full", "paired"])
 @pytest.mark.parametrize("beta", BETAS)
 def test_gradient_against_finite_differences(beta, cross, randn):
@@ -154,10 +165,12 @@ def test_close_pairs_are_not_lost(randn):
         assert float(power[i, i]) == pytest.approx(distance(x[i], x[i] + step[i]), rel=1e-4)
 
 
-@pytest.mark.parametrize(("k", "m"), [(1, 1), (3, 5), (5, 3), (0, 0)])
-def test_too_few_samples(k, m):
+@pytest.mark.parametrize(
+    ("k", "m", "cross"), [(1, 1, "full"), (1, 3, "full"), (5, 3, "full"), (0, 0, "full"), (5, 3, "paired"), (3, 5, "paired")]
+)
+def test_too_few_samples(k, m, cross):
     with pytest.raises(ValueError, match=f"at least 2; got {m}, {k}$"):
-        energy_loss(torch.zeros(k, 2, 3, 7), torch.zeros(m, 2, 3, 7), 1.0, "full")
+        energy_loss(torch.zeros(k, 2, 3, 7), torch.zeros(m, 2, 3, 7), 1.0, cross)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -384,6 +397,7 @@ class TinyTeacher(nn.Module):
         {"condition_scale": 0.7},
         {"condition_scale": 0.7, "features": True},
         {"samples_per_condition": 3, "features": True},
+        {"kernel": "drift", "temperatures": [0.1, 0.5], "condition_scale": 0.7, "features": True, "data_per_sample": 2},
     ],
 )
 @pytest.mark.parametrize("weighting", ["sigma2", "dmd"])
@@ -423,6 +437,38 @@ def test_micro_batches_give_the_gradient_of_the_batch(dtype, cross, weighting, o
     assert_close(torch.cat([values for _, values in results]), losses, rtol=rtol, atol=atol)
     for a, *parts in zip(expected, *[gradient for gradient, _ in results], strict=True):
         assert_close(sum(parts) / 3, a, rtol=rtol, atol=atol)
+
+
+def test_further_data(image_set):
+    """Each further set has pictures of its own with their labels, a function of seed, update and its number alone; processes
+    and micro-batches take their rows.
+    """
+
+    def sets(world: int = 1, micro: int | None = None, seed: int = 5, step: int = 3) -> list[Tensor]:
+        examples, device = Images(image_set), torch.device("cpu")
+        sources = [DrawSource(seed, 12, (2, 5, 7), device, examples, None, 0.0, rank, world, micro) for rank in range(world)]
+        draws = [draw for source in sources for draw in source.batch(("step", step, "student", 0), 0.25)]
+        given = [[(draw.x0, draw.condition), draw.further_data(1), draw.further_data(2)] for draw in draws]
+        for x0, condition in (one for of_draw in given for one in of_draw):
+            same = (x0[:, None] == Images(image_set).rows(torch.arange(17))[0]).all((2, 3, 4))
+            assert torch.equal(condition["class_labels"], image_set.labels[same.int().argmax(1)])
+        return [torch.cat([x0 for x0, _ in one]) for one in zip(*given, strict=True)]
+
+    whole = sets()
+    assert len({tuple(x0.flatten(1).sum(1).tolist()) for x0 in whole}) == 3
+    for split in ((1, 4), (3, 2), (12, 1)):
+        assert all(torch.equal(a, b) for a, b in zip(sets(*split), whole, strict=True))
+    for other in (sets(seed=6), sets(step=4)):
+        assert not any(torch.equal(a, b) for a, b in zip(other, whole, strict=True))
+
+
+@pytest.mark.parametrize("more", [{"dropout": 0.5}, {"augmentation": 0.5}, {"examples": None}])
+def test_further_data_are_plain_examples(more, image_set):
+    null = {"class_labels": torch.tensor(3)}
+    options = {"examples": Images(image_set), "null_condition": null} | more
+    (draw,) = DrawSource(0, 3, (2, 5, 7), torch.device("cpu"), **options).batch(("step", 1), 0.0)
+    with pytest.raises(ValueError, match="further data are plain examples"):
+        draw.further_data(1)
 
 
 def test_nan_is_not_taken_for_coincidence(randn):

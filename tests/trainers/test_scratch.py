@@ -1,6 +1,7 @@
 """Students from scratch, by the real command: no teacher, labels, features of another network, what is stored and refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_without_a_teacher_it_is_the_run_that_never_asks_its_own(section, tmp_pa
     assert (facts["base_model"], facts["teacher"], facts["calls"]) == (None, None, {"student": 24})
 
 
+def test_a_run_by_drift_goes_on_as_if_it_had_not_been_stopped(tmp_path):
+    """With further data, which are drawn anew: the same losses and weights, bit for bit, in one go or from step 2."""
+    made(tmp_path / "whole", "checkpoint_every=2").fit()
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for left in ("student", "checkpoints/step_00000004"):
+        shutil.rmtree(tmp_path / "stopped" / left)
+    made(tmp_path / "stopped", "checkpoint_every=2", "resume=latest").fit()
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    whole, stopped = ((tmp_path / name / "student" / "unet").glob("*.safetensors") for name in ("whole", "stopped"))
+    assert [f.read_bytes() for f in whole] == [f.read_bytes() for f in stopped]
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("more", [(), (LABELS, "objective.condition_scale=0.5")])
 def test_what_is_stored_is_the_averaged_student(steps, more, tmp_path):
@@ -93,7 +106,7 @@ def test_features_of_a_network_of_ones_choice(known, tmp_path):
     for name, value in maps.denoiser.network.state_dict().items():
         assert torch.equal(value, network.state_dict()[name]), name
     facts = json.loads((tmp_path / "run" / "student" / "student.json").read_text())
-    assert facts["calls"] == {"features": 48, "student": 24}
+    assert facts["calls"] == {"features": 24 * (1 + 4), "student": 24}  # of each sample, and of its four of the data
     x_t, labels = torch.randn(3, 1, 8, 8), torch.tensor([4, 1, 7])
     level = maps.denoiser.schedule.level(torch.full((3,), 0.4))
     inputs, time = maps.denoiser.preconditioner.inputs(x_t, level)

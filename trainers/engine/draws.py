@@ -96,8 +96,7 @@ class Numbers:
         u = u.clamp_min(torch.finfo(u.dtype).tiny)
         self.u, self.shared_u = u[self.mine], u[0]
         if source.examples is not None:
-            index = torch.randint(len(source.examples), (source.batch_size,), generator=self._generator("data", "cpu"))
-            self.index = index[self.mine]
+            self.index = self.drawn_examples(source.examples, "data")
         if source.dropout:
             self.dropped = self._uniform("label_dropout")[self.mine] < source.dropout
 
@@ -114,6 +113,11 @@ class Numbers:
         if stop < source.share:
             self._held[stream] = rows
         return rows[start:stop]
+
+    def drawn_examples(self, examples: Examples, name: str) -> Tensor:
+        """(share,): which of the examples are this process's."""
+        size = (self.source.batch_size,)
+        return torch.randint(len(examples), size, generator=self._generator(name, "cpu"))[self.mine]
 
     @cached_property
     def step_u(self) -> Tensor:
@@ -140,20 +144,33 @@ class MicroDraw:
         self.x0: Tensor | None = None
         self.condition: Condition = None
         if source.examples is not None:
-            x0, condition = source.examples.rows(numbers.index[rows])
-            x0 = None if x0 is None else x0.to(source.device)
-            if condition is not None:
-                condition = {k: v.to(source.device) for k, v in condition.items()}
-                if source.dropout:
-                    if source.null_condition is None:
-                        raise ValueError("dropout of conditions needs the null_condition that takes their place")
-                    condition = without(condition, source.null_condition, numbers.dropped[rows])
+            x0, condition = self._examples(source.examples, numbers.index)
+            if condition is not None and source.dropout:
+                if source.null_condition is None:
+                    raise ValueError("dropout of conditions needs the null_condition that takes their place")
+                condition = without(condition, source.null_condition, numbers.dropped[rows])
             if source.augmentation:
                 if x0 is None:
                     raise ValueError("augmentation changes data, and these examples have none")
                 x0, labels = augment(x0, self.normal("augment", NUMBERS), source.augmentation)
                 condition = (condition or {}) | {"augment_labels": labels}
             self.x0, self.condition = x0, condition
+
+    def _examples(self, examples: Examples, index: Tensor) -> tuple[Tensor | None, Condition]:
+        """The rows of this micro-batch, where the source is."""
+        x0, condition = examples.rows(index[self._rows])
+        device = self._numbers.source.device
+        moved = None if condition is None else {k: v.to(device) for k, v in condition.items()}
+        return None if x0 is None else x0.to(device), moved
+
+    def further_data(self, k: int) -> tuple[Tensor, Condition]:
+        source = self._numbers.source
+        if source.examples is None or source.dropout or source.augmentation:
+            raise ValueError("further data are plain examples: neither dropped nor augmented, and there must be some")
+        x0, condition = self._examples(source.examples, self._numbers.drawn_examples(source.examples, f"data_{k}"))
+        if x0 is None:
+            raise ValueError("further data are asked for, and the examples have none")
+        return x0, condition
 
     @property
     def step_u(self) -> Tensor:

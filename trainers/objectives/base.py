@@ -41,6 +41,10 @@ class Draw(Protocol):
     def shared_step_u(self) -> Tensor:
         """() ~ U(0, 1), the same for the whole batch."""
 
+    def further_data(self, k: int) -> tuple[Tensor, Condition]:
+        """The k-th further x0 of each row (b, c, h, w) with a condition of its own, k >= 1; for objectives with needs_data."""
+        raise NotImplementedError
+
     def normal(self, name: str, *shape: int) -> Tensor:
         """More standard normal numbers, (b, *shape), independent for each name. Ask once: a second time they are drawn anew."""
 

@@ -30,17 +30,17 @@ def energy_loss(
 ) -> Tensor:
     """Each student sample's share of the bracket above; the mean over samples is Eq. 9 ("full") or Eq. 10 ("paired").
 
-    x_student, x_data (K, ...) noised to one level, K >= 2 -> (K,) float64. same_condition: rows i of both depend on one another,
-    so that the cross term leaves the pairs i, i out. ValueError for
-    fewer than two samples, or not as many of both.
+    x_student (K, ...), x_data (N, ...) noised to one level, K >= 2, N = K or, "full", more -> (K,) float64. same_condition:
+    rows i of both depend on one another, so that the cross term leaves the pairs i, i out. ValueError for fewer than two samples,
+    fewer data than that, or more in pairs.
 
     >>> x = torch.tensor([[0.0], [2.0]])
     >>> energy_loss(x, x + 10, beta=1.0, cross="full").tolist()  # mean distance to the data, less half of that to the other
     [10.0, 8.0]
     """
-    k = len(x_student)
-    if k < 2 or len(x_data) != k:
-        raise ValueError(f"the energy loss needs as many data as student samples and at least 2; got {len(x_data)}, {k}")
+    k, n = len(x_student), len(x_data)
+    if k < 2 or n < k or (n > k and cross == "paired"):
+        raise ValueError(f"the energy loss needs as many data as student samples and at least 2; got {n}, {k}")
     within = pairwise_power(x_student, x_student, beta)
     within = (within - torch.diag(within.diagonal())).sum(1) / (k - 1)
     if same_condition and cross == "paired":
@@ -49,7 +49,8 @@ def energy_loss(
     if cross == "paired":
         return between.diagonal() - within / 2
     if same_condition:
-        between = (between - torch.diag(between.diagonal())).sum(1) / (k - 1)
+        own = torch.eye(k, n, dtype=torch.bool, device=between.device)
+        between = between.masked_fill(own, 0.0).sum(1) / (n - 1)
     else:
         between = between.mean(1)
     return between - within / 2

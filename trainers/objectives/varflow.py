@@ -20,6 +20,13 @@ still >= 0 and 0 for equal laws:
 and `features` those of a frozen network's feature maps of x_t, the teacher's or another's, each position a block: what an image
 is of shows there in far fewer samples. It costs two calls of that network and one backward pass through it.
 
+`kernel: drift` puts another field in the place of the distance's gradient, in every block: towards the data nearby, away from the
+other student samples nearby, where the energy distance pulls towards all of them alike (drift.py). Conditions and what depends
+on them are as above: pairs i, i are left out, and a `condition_scale` makes the condition part of what is near.
+
+`data_per_sample` = m > 1 compares with m times as many data samples as the student makes, each with its own noise and condition:
+the mean over data is then over all of them. It costs no call of the student; with features one of their network for each.
+
 The teacher's score is never asked for, so there need not be one: then the student is a new network, and learns from scratch.
 
 One t a batch. What is compared is x_t (and the features), so a batch larger than memory is exact (whole_batch.py).
@@ -36,17 +43,20 @@ from pydantic import Field
 from torch import Tensor
 
 from pipelines.common.errors import UserError
-from pipelines.common.strict import Idle, PositiveInt, UserPath
+from pipelines.common.strict import Idle, PositiveFloat, PositiveInt, UserPath
 from pipelines.denoiser import Condition, FeatureMaps, FewStepGenerator
 from pipelines.noise import Level, Schedule, Weight, add_noise, weight
 
 from ..config.level_range import sampler
 from ..config.levels import Levels, LevelSampler
 from .base import Draw, LeastBatch, LossTerms, Need, ObjectiveConfig, Parts, data_of, sample_level, start_of
+from .drift import drift_loss
 from .energy import condition_vector, energy_loss, energy_score, grid_blocks, spread, unit_channels
 from .whole_batch import WholeBatch
 
+Kernel = Literal["energy", "drift"]
 ALONE = "samples_per_condition=1: more are matched with their own data sample alone"
+OF_ALL = "cross=full or kernel=drift: in pairs each student sample meets one data sample"
 
 
 class Batch(NamedTuple):
@@ -76,16 +86,20 @@ class VarFlow(WholeBatch):
         grids: Sequence[int] = (1,),
         features: FeatureMaps | None = None,
         samples_per_condition: int = 1,
+        kernel: Kernel = "energy",
+        temperatures: Sequence[float] = (),
+        data_per_sample: int = 1,
     ) -> None:
         super().__init__(student, None if features is None else {"features": features})
         self.schedule, self.levels, self.weighting = schedule, levels, weighting
         self.beta, self.cross, self.sigma_data, self.condition_scale = beta, cross, sigma_data, condition_scale
         self.num_classes, self.grids, self.features = num_classes, tuple(grids), features
-        self.samples = samples_per_condition
+        self.samples, self.data_sets = samples_per_condition, data_per_sample
+        self.kernel, self.temperatures = kernel, tuple(temperatures)
 
     def batch_loss(self, student: Batch, data: Batch, asked: Tensor | None, same_condition: bool) -> Tensor:
-        """(K,) over a whole batch that is noised to one level, without w(t), of K m student and K data samples; asked (K, n): the
-        condition vectors, if any.
+        """(K,) over a whole batch that is noised to one level, without w(t), of K m student samples and K data, or sets of K;
+        asked: the data's condition vectors, of which the first K are the students' too, if any.
 
         The mean over all grids and feature maps, each of which pulls its elements as hard as the others do. At condition_scale 1
         two conditions of the batch are as far apart, in root mean square, as two blocks of unit variance: prompts of one data set
@@ -97,21 +111,22 @@ class VarFlow(WholeBatch):
             views.append((blocks[0], blocks[1]))
         scaled = None if asked is None else self.condition_scale * spread(asked).to(student.x_t)
         total = torch.zeros((), dtype=torch.float64, device=student.x_t.device)
+        energy = partial(energy_loss, beta=self.beta, cross=self.cross, same_condition=same_condition)
+        of_block = {"energy": energy, "drift": partial(drift_loss, temperatures=self.temperatures)}[self.kernel]
         if self.samples > 1:
             of_block = partial(energy_score, beta=self.beta)
-        else:
-            of_block = partial(energy_loss, beta=self.beta, cross=self.cross, same_condition=same_condition)
         for x, y in views:  # (blocks, K m or K, elements of a block), the loss of all blocks in one go
             if scaled is not None:
-                x, y = (torch.cat([v, (scaled * v.shape[2] ** 0.5).expand(len(v), -1, -1)], 2) for v in (x, y))
+                said = scaled.expand(len(x), -1, -1) * x.shape[2] ** 0.5
+                x, y = (torch.cat([v, said[:, : v.shape[1]]], 2) for v in (x, y))
             total = total + torch.vmap(of_block)(x, y).sum(0) / len(x) ** 0.5
         return total / len(views)
 
-    def asked(self, draw: Draw) -> Tensor | None:
+    def asked(self, condition: Condition) -> Tensor | None:
         """The condition of each row as a vector (b, n), where it is part of what is compared."""
-        if not self.condition_scale or draw.condition is None:
+        if not self.condition_scale or condition is None:
             return None
-        return condition_vector(draw.condition, self.num_classes)
+        return condition_vector(condition, self.num_classes)
 
     def level(self, draw: Draw, rows: int) -> Level:
         """The one level of a batch."""
@@ -143,33 +158,56 @@ class VarFlow(WholeBatch):
         return x0, self.noised(x0, eps, condition, draw)
 
     def of_data(self, draw: Draw, x0: Tensor) -> list[Tensor | None]:
-        data = data_of(draw)
-        noised = self.noised(data, draw.normal("data_eps", *draw.eps.shape[1:]), draw.condition, draw)
-        return [data, self.asked(draw), *noised]
+        """x0 of the first set of data, then of each set the condition vectors and what is compared."""
+        first, shape = data_of(draw), draw.eps.shape[1:]
+        sets = [(first, draw.condition, draw.normal("data_eps", *shape))]
+        sets += [(*draw.further_data(k), draw.normal(f"data_eps_{k}", *shape)) for k in range(1, self.data_sets)]
+        seen: list[Tensor | None] = [first]
+        for data, condition, eps in sets:
+            seen += [self.asked(condition), *self.noised(data, eps, condition, draw)]
+        return seen
 
     def whole_loss(self, x0: Tensor, student: Sequence[Tensor], data: Sequence[Tensor | None], draw: Draw) -> LossTerms:
-        asked = data[1]
-        x0_data, *theirs = (t for i, t in enumerate(data) if i != 1 and t is not None)
+        x0_data, *seen = data
+        if x0_data is None:
+            raise ValueError("of_data gives x0 first")
+        width = len(seen) // self.data_sets
+        asked, *theirs = (joined(seen[i::width]) for i in range(width))
+        x_t, *features = (t for t in theirs if t is not None)
         # (b,), the mean over a row's samples
         x0_data = x0_data.repeat_interleave(self.samples, 0)
         w = weight(self.weighting, self.level(draw, len(x0)), x0, x0_data, self.sigma_data).view(-1, self.samples).mean(1)
-        mine, theirs = list(student), list(theirs)
-        sides = Batch(mine[0], mine[1:]), Batch(theirs[0], theirs[1:])
+        mine = list(student)
         made = self.student
         of_its_row = isinstance(made, FewStepGenerator) and made.steps > 1 and made.inputs == "data"
-        return LossTerms(w * self.batch_loss(*sides, asked, draw.condition is not None or of_its_row), {})
+        dependent = draw.condition is not None or of_its_row
+        return LossTerms(w * self.batch_loss(Batch(mine[0], mine[1:]), Batch(x_t, features), asked, dependent), {})
+
+
+def joined(sets: Sequence[Tensor | None]) -> Tensor | None:
+    """One after the other, (K, ...) each; None where there are none."""
+    given = [t for t in sets if t is not None]
+    return torch.cat(given) if given else None
 
 
 class Config(ObjectiveConfig):
     idle = (
         Idle("cross", ALONE, lambda c: c.samples_per_condition == 1),
         Idle("condition_scale", ALONE, lambda c: c.samples_per_condition == 1),
+        Idle("data_per_sample", ALONE, lambda c: c.samples_per_condition == 1),
+        Idle("data_per_sample", OF_ALL, lambda c: c.cross == "full" or c.kernel == "drift"),
+        Idle("kernel", ALONE, lambda c: c.samples_per_condition == 1),
+        Idle("beta", "kernel=energy", lambda c: c.kernel == "energy"),
+        Idle("cross", "kernel=energy: drift is towards all data", lambda c: c.kernel == "energy"),
+        Idle("temperatures", "kernel=drift", lambda c: c.kernel == "drift"),
     )
     built = VarFlow
     follows_score = False
     name: Literal["varflow"]
     levels: Levels
     weighting: Weight = "sigma2"
+    kernel: Kernel = "energy"  # the paper's distance, or the drift towards what is near
+    temperatures: Annotated[list[PositiveFloat], Field(min_length=1)] = [0.1]  # drift's reach, in the samples' mean distance
     beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
     cross: Literal["full", "paired"] = "paired"
     condition_scale: Annotated[float, Field(ge=0)] = 0.0  # of the condition in the distance; 0 matches images whatever they say
@@ -177,6 +215,7 @@ class Config(ObjectiveConfig):
     features: bool | UserPath = False
     grids: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # n: a distance for each block of an n x n grid; 1: the whole
     samples_per_condition: PositiveInt = 1  # student samples for each data sample; above 1 they are matched with it alone
+    data_per_sample: PositiveInt = 1  # data samples for each student sample, in the distance to all of them
 
     @property
     def least_batch(self) -> LeastBatch:
@@ -214,4 +253,7 @@ class Config(ObjectiveConfig):
             self.grids,
             features,
             self.samples_per_condition,
+            self.kernel,
+            self.temperatures,
+            self.data_per_sample,
         )
