@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_layouts_differ_in_networks_alone(one_thread):
     """One network against three, with as many trained weights."""
     for copies, expected in ((False, 1), (True, 3)):
         models = bench_step.RandomModels(SHAPE, copies, Lora(rank=3), CPU)
-        fake = models.fake_score(None)
+        fake = models.fake_score(SimpleNamespace(network=None))
         bases = {id(d.network.shared.network) for d in (models.teacher, models.student.denoiser, fake)}
         assert len(bases) == expected
         trained = [p for d in (models.student, fake) for p in d.parameters()]
