@@ -130,9 +130,20 @@ def show(command: list[str]) -> None:
     print(f"\n$ {text}", flush=True)
 
 
+RUNNING: list[subprocess.Popen] = []  # what `run` waits for, in this thread or another
+
+
 def run(command: list[str], threads: int) -> None:
+    """Until it ends; CalledProcessError where it does not end well. Whatever ends the wait ends all that it has started."""
     show(command)
-    subprocess.run(command, check=True, env=environment(threads))
+    process = subprocess.Popen(command, env=environment(threads))
+    RUNNING.append(process)
+    try:
+        if code := process.wait():
+            raise subprocess.CalledProcessError(code, command)
+    finally:
+        stop([process])
+        RUNNING.remove(process)
 
 
 def run_all(jobs: list[Job], workers: int, threads: int, keep_going: bool = False) -> dict[str, str]:

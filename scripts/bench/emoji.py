@@ -38,7 +38,7 @@ from pipelines.common.options import finite, path, whole
 from pipelines.common.provenance import git_commit, versions
 from trainers.families import base_weights
 
-from ..jobs import Job, cores, exit_cleanly, kept, run, run_all
+from ..jobs import RUNNING, Job, cores, exit_cleanly, kept, run, run_all, stop
 from ..quickstart import OBJECTIVES, TEACHER
 
 SNAPSHOTS = 8
@@ -98,7 +98,11 @@ def train_lcm(names: list[str], steps: int, seeds: int, runs: Path) -> list[tupl
         train_one_lcm(folder, "--steps", str(steps), "--seed", str(seed), *LCM[name])
 
     with ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(one, wanted))
+        try:
+            list(pool.map(one, wanted))
+        except BaseException:
+            stop(RUNNING)  # which the pool would wait for
+            raise
     return wanted
 
 

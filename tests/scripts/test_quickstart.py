@@ -100,14 +100,21 @@ class Sleeper(jobs.Job):
 
 folder = Path(sys.argv[1])
 made = [Sleeper(f"job {i}", Path("none.yaml"), folder / f"job_{i}", ["steps=1"]) for i in range(2)]
-jobs.exit_cleanly(lambda: jobs.run_all(made, 2, threads=1))
+if sys.argv[2] == "run_all":
+    jobs.exit_cleanly(lambda: jobs.run_all(made, 2, threads=1))
+sys.stdout = sys.stderr
+made[1].log.write_text("up")
+with made[0].log.open("w") as log:
+    jobs.subprocess.Popen = lambda *a, popen=jobs.subprocess.Popen, **k: popen(*a, stdout=log, **k)
+    jobs.exit_cleanly(lambda: jobs.run(made[0].command, 1))
 """
 
 
+@pytest.mark.parametrize("how", ["run_all", "run"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_stops_the_script_stops_its_parts(number, tmp_path):
+def test_who_stops_the_script_stops_its_parts(number, how, tmp_path):
     """Sent to the script alone, as a batch system does; its parts would train on for hours."""
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path), how], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     logs = [tmp_path / f"job_{i}.log" for i in range(2)]
     deadline = time.monotonic() + 60
     while not all(log.is_file() and "up" in log.read_text() for log in logs):

@@ -77,6 +77,20 @@ def test_a_second_network_on_the_last_third_runs(objective, kind, recipe, distil
     assert ("way_down" in calls) == (objective == "sid")  # Diff-Instruct learns jointly here
 
 
+@pytest.mark.slow
+def test_compiled_blocks_do_not_show_on_the_last_third(recipe, distil):
+    """What the block before it puts out is kept though that block is compiled."""
+    config = guided(recipe("vardiu", "sd35", checkpoint_every=2, steps=2, gradient_checkpointing=True), 2.5)
+    config["student"]["optimizer"] = SMOOTH
+    config["objective"]["posterior"] |= {"network": "shared", "optimizer": SMOOTH}
+    plain = distil(config)
+    compiled = distil(config, output_dir=f"{plain}_compiled", compile="aot_eager")
+    ended, other = (load_file(run / "checkpoints" / "step_00000002" / "networks.safetensors") for run in (plain, compiled))
+    moved = max(float(v.abs().max()) for k, v in ended.items() if "lora_B" in k)
+    assert moved > 0
+    assert max(float((other[k] - ended[k]).abs().max()) for k in ended) < 1e-4 * moved
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
